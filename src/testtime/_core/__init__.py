@@ -1,0 +1,1 @@
+"""The cellar: errors, registry, outcomes, seeds and files. Imports nothing else of testtime."""

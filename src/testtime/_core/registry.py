@@ -1,0 +1,83 @@
+"""One registry and one door: built-ins and outsiders enter alike, and are loaded when looked for."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+from testtime._core.errors import OptionError, unknown
+
+ROOMS = {"method": "testtime.adaptation.methods", "check": "testtime.papers.checks"}
+"""Kind of entry -> the folder whose files register entries of that kind."""
+
+_entries: dict[str, dict[str, "Entry"]] = {kind: {} for kind in ROOMS}
+_loaded: set[str] = set()
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered factory: its name, the paper it comes from and what it needs."""
+
+    name: str
+    paper: str
+    factory: Callable[..., Any]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """First line of the factory's docstring."""
+        return (inspect.getdoc(self.factory) or "").partition("\n")[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword-only options and their defaults."""
+        return {
+            p.name: p.default for p in inspect.signature(self.factory).parameters.values()
+        }
+
+    def build(self, **options: Any) -> Any:
+        """Calls the factory; an option that it does not have is an `OptionError`."""
+        for option in options:
+            if option not in self.options:
+                raise OptionError(f"{self.name}: {unknown('option', option, self.options)}")
+        return self.factory(**options)
+
+
+def register(kind: str, *, paper: str, name: str = "", needs: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Decorator: enters a factory under its own name (underscores become hyphens) or `name`."""
+
+    def enter(factory: F) -> F:
+        entry = Entry(name or factory.__name__.replace("_", "-"), paper, factory, needs)
+        owner = _entries[kind].setdefault(entry.name, entry)
+        if owner.factory.__module__ != factory.__module__:
+            raise OptionError(
+                f"two owners of the {kind} {entry.name!r}: "
+                f"{owner.factory.__module__} and {factory.__module__}. Rename one."
+            )
+        return factory
+
+    return enter
+
+
+def entries(kind: str) -> Mapping[str, Entry]:
+    """All entries of a kind by name: the files of its folder, then entry points `testtime.<kind>`."""
+    if kind not in _loaded:
+        folder = importlib.import_module(ROOMS[kind])
+        for module in pkgutil.iter_modules(folder.__path__, f"{ROOMS[kind]}."):
+            importlib.import_module(module.name)
+        for point in entry_points(group=f"testtime.{kind}"):
+            point.load()
+        _loaded.add(kind)
+    return dict(sorted(_entries[kind].items()))
+
+
+def find(kind: str, name: str) -> Entry:
+    """The entry of that name; an unknown name is answered with the nearest."""
+    known = entries(kind)
+    if name not in known:
+        raise unknown(kind, name, known)
+    return known[name]

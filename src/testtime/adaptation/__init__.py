@@ -1,0 +1,1 @@
+"""The adapter, its engine, the parts that methods are made of, and the methods."""

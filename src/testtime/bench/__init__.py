@@ -1,0 +1,1 @@
+"""The runner, its metrics, results on disk, and the report."""

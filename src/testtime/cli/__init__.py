@@ -1,0 +1,1 @@
+"""Thin: parses, calls, prints. One file per command."""

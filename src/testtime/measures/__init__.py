@@ -1,0 +1,1 @@
+"""Pure functions of tensors: entropies, divergences, calibration and uncertainty scores."""
