@@ -1,0 +1,133 @@
+"""The corruptions of ImageNet-C and a few more: any image size and channel count, batched, seeded.
+
+The definitions are those of Hendrycks and Dietterich (*Benchmarking Neural Network Robustness to
+Common Corruptions and Perturbations*, ICLR 2019), with their constants:
+
+- Images whose shorter side has 64 pixels or more get the constants of ImageNet-C.
+- Smaller ones get those of CIFAR-10-C, which were set at 32 pixels. Lengths in pixels are
+  multiplied by max(1, side / 32), so that 28 and 32 pixels get exactly the published lengths.
+- Lengths that the originals give as a share of the image (elastic, zoom, pixelate) stay shares.
+
+What differs from the originals, everywhere: images stay float, so the rounding to 8 bits between
+two steps (at most 1/255) is left out, except where the definition needs it (JPEG, spatter).
+Where colour matters, three channels are RGB; any other number of channels is treated as that many
+grey images, and `saturate` leaves those as they are. What differs in one corruption stands in the
+docstring of its function; the largest difference is `frost`, whose photographs of frosted windows
+are replaced by a synthetic texture.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from testtime._core.errors import InputError, unknown
+from testtime.streams import blur, noise
+from testtime.streams.severity import Images
+
+_FUNCTIONS: dict[str, Callable[[Images, int, torch.Generator], Images]] = {
+    "gaussian_noise": noise.gaussian_noise,
+    "shot_noise": noise.shot_noise,
+    "impulse_noise": noise.impulse_noise,
+    "defocus_blur": blur.defocus_blur,
+    "glass_blur": blur.glass_blur,
+    "motion_blur": blur.motion_blur,
+    "zoom_blur": blur.zoom_blur,
+    "speckle_noise": noise.speckle_noise,
+    "gaussian_blur": blur.gaussian_blur,
+}
+
+CORRUPTIONS = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+)
+"""The fifteen of ImageNet-C, in its order."""
+
+EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+"""The four extra ones of ImageNet-C, meant for choosing hyper-parameters."""
+
+GEOMETRIC = ("rotation", "translation", "scale", "shear")
+"""Affine changes of position, with the severities of MNIST-C."""
+
+ILLUMINATION = ("gamma", "illumination")
+"""Changes of light."""
+
+SEVERITIES = (1, 2, 3, 4, 5)
+"""From hardly visible to strong."""
+
+
+def corrupt(images: Images, name: str, severity: int, *, generator: torch.Generator) -> Images:
+    """The same images after a corruption, each with its own chance where the original has any.
+
+    Args:
+        images: (batch, channels, height, width), float, values in [0, 1], on any device.
+        name: one of `CORRUPTIONS`, `EXTRA_CORRUPTIONS`, `GEOMETRIC`, `ILLUMINATION`; or "clean",
+            which returns the images as they are.
+        severity: 1 to 5.
+        generator: where all randomness comes from. Draws are made on its device, so that a CPU
+            generator gives the same corruption on every device.
+
+    Returns:
+        New images of the same shape, dtype and device, values in [0, 1]. Half precision is
+        computed in float32.
+
+    Raises:
+        UnknownName: no corruption has this name.
+        InputError: images that are empty, not float, not 4-dimensional, not finite or beyond
+            [0, 1]; a severity other than 1 to 5; no generator.
+
+    Example:
+        >>> from testtime._core.seeds import generator
+        >>> grey = torch.full((2, 3, 32, 32), 0.5)
+        >>> noisy = corrupt(grey, "gaussian_noise", 5, generator=generator(0, "noise"))
+        >>> noisy.shape, round(float(noisy.std()), 2)
+        (torch.Size([2, 3, 32, 32]), 0.1)
+
+    Reference: Hendrycks, Dietterich, ICLR 2019; Mu, Gilmer, *MNIST-C*, 2019 (geometric ones).
+    """
+    if name != "clean" and name not in _FUNCTIONS:
+        raise unknown("corruption", name, ["clean", *_FUNCTIONS])
+    _check(images, severity, generator)
+    if name == "clean":
+        return images
+    wide = images.to(torch.promote_types(images.dtype, torch.float32)).contiguous()
+    return _FUNCTIONS[name](wide, severity, generator).clamp_(0, 1).to(images.dtype)
+
+
+def _check(images: Images, severity: int, generator: torch.Generator) -> None:
+    if isinstance(severity, bool) or severity not in SEVERITIES:
+        raise InputError(f"severity must be 1, 2, 3, 4 or 5, but is {severity!r}.")
+    if not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"generator must be a torch.Generator, but is {generator!r}. "
+            "Make one with testtime._core.seeds.generator(seed, 'corruptions')."
+        )
+    if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.numel() == 0:
+        given = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+        raise InputError(
+            "images must be a tensor (batch, channels, height, width) with at least one of each, "
+            f"but got {given}. Put a single image in a batch with image[None]."
+        )
+    if not images.is_floating_point():
+        raise InputError(
+            f"images must be float with values in [0, 1], but are {images.dtype}. "
+            "For bytes, pass images.float() / 255."
+        )
+    low, high = (float(v) for v in images.aminmax())
+    if not (low >= 0 and high <= 1):
+        raise InputError(
+            f"images must have finite values in [0, 1], but they go from {low:g} to {high:g}. "
+            "Corrupt images before they are normalised."
+        )
