@@ -4,9 +4,9 @@
 
 Draws 200 test images and 100 training images of every class, without replacement and with a fixed
 seed, and writes `src/testtime/streams/embedded/fashion_mnist_sample.npz`: images (n, 28, 28) uint8,
-labels (n,) uint8, and the positions (n,) that they have in the official files. A test image that also
-stands, byte for byte, among the 60,000 training images is never chosen. Running the script again
-gives the same file.
+labels (n,) uint8, and the positions (n,) that they have in the official files. A test image that
+also stands, byte for byte, among the 60,000 training images is never chosen. Running the script
+again gives the same file.
 """
 
 import argparse
@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "src/testtime/streams/embedded/fashion_mnist_sample.npz"
 
 
-def choose(labels: np.ndarray, allowed: np.ndarray, each: int, rng: np.random.Generator) -> np.ndarray:
+def choose(
+    labels: np.ndarray, allowed: np.ndarray, each: int, rng: np.random.Generator
+) -> np.ndarray:
     """Sorted positions of `each` allowed samples of every class."""
     picks = [
         rng.choice(np.flatnonzero((labels == c) & allowed), each, replace=False)
@@ -54,8 +56,10 @@ def main() -> None:
         train_labels=train_labels[train],
         train_indices=train.astype(np.int32),
     )
-    print(f"{args.out.name}: {len(test)} test and {len(train)} training images, "
-          f"{args.out.stat().st_size / 1e6:.2f} MB")
+    print(
+        f"{args.out.name}: {len(test)} test and {len(train)} training images, "
+        f"{args.out.stat().st_size / 1e6:.2f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def load_data(spec: str, *, split: str = "test") -> Dataset[Any]:
             `fashion-mnist` (whole; from $TESTTIME_DATA, the cache folder or the Debian package
             `dataset-fashion-mnist`, else downloaded), `digits` (scikit-learn, 8x8) or `digits:16`
             (the same, bilinear to 16x16), `folder:PATH` (one folder of images per class).
-        split: "test", or "train" for what may be learnt from (source statistics, Fisher information).
+        split: "test", or "train" for what may be learnt from (source statistics, Fisher
+            information).
 
     Raises:
         UnknownName: no data set has this name.
@@ -121,10 +122,10 @@ def image_folder(
 ) -> Dataset[Any]:
     """Images of any size in one folder per class, read from disk when they are asked for.
 
-    The shorter side is resized to `resize` (bilinear, antialiased) and the centre cropped to `crop`:
-    what torchvision's ImageNet models expect, without their normalisation, which belongs into the
-    model. If `path` has a folder named like the split, that one is read, else `path` itself. Labels
-    are the places of the class folders in sorted order.
+    The shorter side is resized to `resize` (bilinear, antialiased) and the centre cropped to
+    `crop`: what torchvision's ImageNet models expect, without their normalisation, which belongs
+    into the model. If `path` has a folder named like the split, that one is read, else `path`
+    itself. Labels are the places of the class folders in sorted order.
 
     Raises:
         InputError: `path` is no folder, or has no class folders with images.
@@ -147,8 +148,8 @@ def image_folder(
 def labels_of(dataset: Dataset[Any]) -> Int[Tensor, " n"]:
     """Labels (n,) of a whole data set, without reading its images where that can be.
 
-    Looks for `.targets`, `.labels` or `.y` (with `.target_transform` applied if there is one), at the
-    last tensor of a `TensorDataset` and through a `Subset`; else reads every item.
+    Looks for `.targets`, `.labels` or `.y` (with `.target_transform` applied if there is one), at
+    the last tensor of a `TensorDataset` and through a `Subset`; else reads every item.
 
     Raises:
         InputError: the set is empty, or its labels are not one whole number per item.
@@ -221,7 +222,8 @@ def _one_by_one(dataset: Dataset[Any], indices: Iterable[int]) -> tuple[Tensor, 
         if not isinstance(image, Tensor) or image.shape != images[0].shape:
             raise InputError(
                 f"the data set gave {_describe(images[0])} and {_describe(image)}; expected float "
-                "tensors (C, H, W) of one shape. Give it a transform that resizes and ends in ToTensor()."
+                "tensors (C, H, W) of one shape. Give it a transform that resizes and ends in "
+                "ToTensor()."
             )
     return torch.stack(images), [label for _, label in pairs]
 
@@ -239,8 +241,9 @@ def _pair(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
 
 def _describe(thing: object) -> str:
     """Type, and shape if there is one."""
-    shape = f" of shape {tuple(thing.shape)}" if isinstance(thing, Tensor) else ""
-    return f"{type(thing).__name__}{shape}"
+    if isinstance(thing, Tensor):
+        return f"a Tensor of shape {tuple(thing.shape)}"
+    return f"an object of type {type(thing).__name__}"
 
 
 def _as_float(images: Tensor) -> Tensor:
@@ -268,7 +271,9 @@ def _whole_numbers(labels: Any, size: int) -> Tensor:
     try:
         found = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"labels cannot be read as numbers: {error}. Expected integers.") from error
+        raise InputError(
+            f"labels cannot be read as numbers: {error}. Expected integers."
+        ) from error
     if found.is_floating_point() or found.is_complex() or found.shape != (size,):
         raise InputError(
             f"labels have shape {tuple(found.shape)} and type {found.dtype}; expected {size} whole "

@@ -96,8 +96,8 @@ def data_folder() -> Path:
 def locate(split: str, *, on_progress: Callable[[str, int, int], None] | None = None) -> Path:
     """A folder with both files of the split; they are downloaded when no folder has them.
 
-    Looks into `fashion-mnist` under $TESTTIME_DATA or the user's cache folder, then into that of the
-    Debian package.
+    Looks into `fashion-mnist` under $TESTTIME_DATA or the user's cache folder, then into that of
+    the Debian package.
     """
     own = data_folder() / "fashion-mnist"
     for folder in (own, DEBIAN):

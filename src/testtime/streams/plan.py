@@ -1,0 +1,82 @@
+"""From a scenario to its segments: which sample is sent when, in which domain, how severe."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from testtime._core.seeds import generator
+from testtime.streams.batches import Segment, visits
+from testtime.streams.order import arrange, choose
+
+if TYPE_CHECKING:
+    from testtime.streams.scenarios import Scenario
+
+
+def segments(scenario: "Scenario", labels: Int[Tensor, " n"], *, seed: int) -> list[Segment]:
+    """The segments of a stream, from the labels of the data set alone.
+
+    The samples are chosen once, so that all domains send the same images; their order is drawn anew
+    for every visit.
+    """
+    chosen = choose(
+        labels,
+        distribution=scenario.distribution,
+        ratio=scenario.ratio,
+        samples=scenario.samples,
+        generator=generator(seed, "choice"),
+    )
+    if scenario.pattern == "mixed":
+        return [
+            _mixture(scenario, labels, chosen, visit=visit, seed=seed)
+            for visit in range(scenario.rounds)
+        ]
+    names = scenario.domains * scenario.rounds
+    return [
+        _visit(scenario, labels, chosen, name, visit=visit, seed=seed)
+        for name, visit in zip(names, visits(names), strict=True)
+    ]
+
+
+def severity_ramp(samples: int, *, peak: int) -> Int[Tensor, " samples"]:
+    """Severities 1, 2, …, peak, …, 2, 1 along a domain, in 2 peak − 1 runs of nearly equal length.
+
+    Example:
+        >>> severity_ramp(10, peak=3).tolist()
+        [1, 1, 2, 2, 3, 3, 2, 2, 1, 1]
+    """
+    step = torch.arange(samples) * (2 * peak - 1) // samples
+    return peak - (step - (peak - 1)).abs()
+
+
+def _visit(
+    scenario: "Scenario", labels: Tensor, chosen: Tensor, name: str, *, visit: int, seed: int
+) -> Segment:
+    """One stay in one domain."""
+    chance = generator(seed, "order", name, visit)
+    order = arrange(labels[chosen], order=scenario.labels, delta=scenario.delta, generator=chance)
+    severities = torch.full_like(chosen, scenario.severity)
+    if scenario.pattern == "gradual":
+        severities = severity_ramp(len(chosen), peak=scenario.severity)
+    if name == "clean":
+        severities = torch.zeros_like(chosen)
+    return Segment((name,), visit, chosen[order], torch.zeros_like(chosen), severities)
+
+
+def _mixture(
+    scenario: "Scenario", labels: Tensor, chosen: Tensor, *, visit: int, seed: int
+) -> Segment:
+    """All domains at once: their samples are pooled, then ordered as one domain's would be."""
+    count = len(scenario.domains)
+    indices = chosen.repeat(count)
+    domains = torch.arange(count).repeat_interleave(len(chosen))
+    levels = [0 if name == "clean" else scenario.severity for name in scenario.domains]
+    order = arrange(
+        labels[indices],
+        order=scenario.labels,
+        delta=scenario.delta,
+        generator=generator(seed, "order", "mixed", visit),
+    )
+    severities = torch.tensor(levels)[domains]
+    return Segment(scenario.domains, visit, indices[order], domains[order], severities[order])

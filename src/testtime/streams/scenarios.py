@@ -1,0 +1,276 @@
+"""Scenarios: how the world sends its samples, as a small record that repeats exactly."""
+
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, final
+
+from torch.utils.data import Dataset
+
+from testtime._core.errors import OptionError, unknown
+from testtime.streams.batches import Batch, Sample, Stream
+from testtime.streams.corruptions import (
+    CORRUPTIONS,
+    EXTRA_CORRUPTIONS,
+    GEOMETRIC,
+    ILLUMINATION,
+)
+from testtime.streams.data import labels_of
+from testtime.streams.order import DISTRIBUTIONS, ORDERS
+from testtime.streams.plan import segments
+
+__all__ = ["PATTERNS", "PRESETS", "Batch", "Sample", "Scenario", "Stream", "known_domains"]
+
+PATTERNS = ("stationary", "reset", "continual", "gradual", "recurring", "mixed")
+"""How domains follow one another."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    **{name: {"pattern": name} for name in PATTERNS},
+    "recurring": {"pattern": "recurring", "rounds": 3},
+    **{name: {"labels": name} for name in ORDERS},
+    **{name: {"distribution": name} for name in DISTRIBUTIONS},
+    "single": {"batch_size": 1},
+}
+"""Name -> what it sets. Names of different kinds combine: "recurring,dirichlet,long-tailed"."""
+
+SMALLEST_DELTA, LARGEST_DELTA = 1e-6, 1e6
+
+
+def known_domains() -> tuple[str, ...]:
+    """Names that a domain can have: "clean" and every corruption."""
+    return ("clean", *CORRUPTIONS, *EXTRA_CORRUPTIONS, *GEOMETRIC, *ILLUMINATION)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """The order in which a shifting world sends samples: four independent choices, and sizes.
+
+    Any product of the choices works. The same record, data set and seed give the same batches, bit
+    for bit; `to_toml` and `from_toml` are inverse to each other.
+
+    Args:
+        pattern: how domains follow one another. "stationary": one domain for ever. "continual": one
+            after another, and nobody says when. "reset": the same, and the first batch of each
+            domain says `reset=True`. "gradual": continual, with severity 1, 2, …, `severity`, …,
+            2, 1 inside each domain. "recurring": continual, again and again (`rounds` >= 2).
+            "mixed": samples of all domains in every batch.
+        labels: order of labels inside a domain (inside the whole of a mixture). "shuffled";
+            "dirichlet", temporally correlated as in RoTTA; "sorted", one class after another.
+        delta: concentration of "dirichlet", 1e-6 to 1e6; small is more correlated. RoTTA: 0.1.
+        distribution: how many samples of each class. "natural": all that the data set has;
+            "balanced"; "long-tailed", n_c = n_max ratio^(−c/(C−1)); "inverse", the same from the
+            last class on.
+        ratio: most frequent over least frequent class, for the last two.
+        domains: names in order. Default: the fifteen corruptions of ImageNet-C; of "stationary" the
+            first of these.
+        severity: 1 to 5; the peak in a gradual stream.
+        batch_size: samples that arrive at once. Batches do not cross from one domain to the next,
+            but for "mixed"; the last one of a domain may be smaller.
+        samples: upper limit per domain and visit; None for all. The same samples are sent in all.
+        rounds: how often the domains are gone through.
+
+    Raises:
+        UnknownName: a pattern, order, distribution or domain that does not exist.
+        OptionError: a value out of range, or values that contradict each other.
+
+    Example:
+        >>> Scenario(labels="dirichlet", domains=("fog", "snow"), batch_size=16).domains
+        ('fog', 'snow')
+
+    Reference: Wang et al. (CoTTA), CVPR 2022: continual, gradual; Yuan et al. (RoTTA), CVPR 2023:
+    dirichlet; Niu et al. (SAR), ICLR 2023: mixed, single; Zhang et al. (SADE), NeurIPS 2022:
+    long-tailed, inverse; Hoang et al. (PeTTA), NeurIPS 2024: recurring.
+    """
+
+    pattern: str = "continual"
+    labels: str = "shuffled"
+    delta: float = 0.1
+    distribution: str = "natural"
+    ratio: float = 50.0
+    domains: tuple[str, ...] = ()
+    severity: int = 5
+    batch_size: int = 64
+    samples: int | None = None
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of("pattern", self.pattern, PATTERNS)
+        _one_of("label order", self.labels, ORDERS)
+        _one_of("label distribution", self.distribution, DISTRIBUTIONS)
+        object.__setattr__(self, "domains", _domains(self.domains, self.pattern))
+        object.__setattr__(self, "delta", _real("delta", self.delta, SMALLEST_DELTA, LARGEST_DELTA))
+        object.__setattr__(self, "ratio", _real("ratio", self.ratio, 1.0, 1e9))
+        _whole("severity", self.severity, 1, 5)
+        _whole("batch_size", self.batch_size, 1)
+        _whole("rounds", self.rounds, 1)
+        if self.samples is not None:
+            _whole("samples", self.samples, 1)
+        if self.pattern == "stationary" and len(self.domains) > 1:
+            raise OptionError(
+                f"a stationary stream has one domain, got {', '.join(self.domains)}. "
+                'Give one, or pattern="continual".'
+            )
+        if self.pattern == "recurring" and self.rounds < 2:
+            raise OptionError(
+                f"a recurring stream comes back, so rounds is 2 or more, got {self.rounds}. "
+                'Give rounds=3, or pattern="continual".'
+            )
+
+    def stream(self, dataset: Dataset[Any], *, seed: int = 0) -> Stream:
+        """The batches of this scenario on a data set, made when they are asked for.
+
+        Args:
+            dataset: items (image (C, H, W) float in [0, 1], label); a user's own will do.
+            seed: of the choice of samples, of their order and of the noise in corruptions.
+
+        Raises:
+            InputError: the set is empty, or its items or labels are not of that kind.
+
+        Example:
+            >>> from testtime.streams.data import load_data
+            >>> scenario = Scenario(domains=("clean",), samples=100)
+            >>> stream = scenario.stream(load_data("fashion-mnist:sample"), seed=1)
+            >>> [tuple(batch.inputs.shape) for batch in stream]
+            [(64, 1, 28, 28), (36, 1, 28, 28)]
+        """
+        return Stream(
+            dataset,
+            segments(self, labels_of(dataset), seed=seed),
+            batch_size=self.batch_size,
+            seed=seed,
+            resets=self.pattern == "reset",
+        )
+
+    def to_toml(self) -> str:
+        """This record as TOML, a line per value; `samples` is left out when there is no limit.
+
+        Example:
+            >>> print(Scenario(pattern="stationary", domains=("fog",)).to_toml(), end="")
+            pattern = "stationary"
+            labels = "shuffled"
+            delta = 0.1
+            distribution = "natural"
+            ratio = 50.0
+            domains = ["fog"]
+            severity = 5
+            batch_size = 64
+            rounds = 1
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        # JSON's numbers, ASCII strings and lists of strings are TOML's too.
+        lines = [f"{name} = {json.dumps(v)}\n" for name, v in values.items() if v is not None]
+        return "".join(lines)
+
+    @classmethod
+    def from_toml(cls, text: str) -> "Scenario":
+        """The record that `to_toml` wrote; what is left out has its default.
+
+        Raises:
+            OptionError: not TOML, or a key that a scenario does not have.
+
+        Example:
+            >>> scenario = Scenario.parse("gradual,dirichlet,delta=0.01")
+            >>> Scenario.from_toml(scenario.to_toml()) == scenario
+            True
+        """
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise OptionError(f"a scenario is written in TOML: {error}.") from error
+        return cls(**_known(values))
+
+    @classmethod
+    def parse(cls, text: str) -> "Scenario":
+        """A scenario from names of presets and `option=value`, with commas between.
+
+        Several domains are joined by a plus sign. What is not said has its default.
+
+        Raises:
+            UnknownName: no preset has this name.
+            OptionError: an option that does not exist or is set twice, or a value out of place.
+
+        Example:
+            >>> Scenario.parse("sorted,batch_size=16,severity=3,domains=fog+snow").labels
+            'sorted'
+            >>> Scenario.parse("recuring")
+            Traceback (most recent call last):
+            testtime._core.errors.UnknownName: no scenario is called 'recuring'; did you mean
+            recurring? ...
+        """
+        values: dict[str, Any] = {}
+        for word in filter(None, (part.strip() for part in text.split(","))):
+            name, equals, value = (part.strip() for part in word.partition("="))
+            if not equals and name not in PRESETS:
+                raise unknown("scenario", name, PRESETS)
+            for key, setting in ({name: _read(name, value)} if equals else PRESETS[name]).items():
+                if key in values and key != "rounds":
+                    raise OptionError(
+                        f"{text!r} sets {key} twice, to {values[key]!r} and {setting!r}. Keep one."
+                    )
+                values[key] = setting
+        _refuse_idle(text, values)
+        return cls(**values)
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values; a name that no field has is an `OptionError` with the nearest."""
+    names = [f.name for f in fields(Scenario)]
+    for name in values:
+        if name not in names:
+            raise OptionError(f"scenario: {unknown('option', name, names)}")
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def _read(name: str, value: str) -> Any:
+    """The value of one option from its text."""
+    _known({name: value})
+    if name == "domains":
+        return tuple(part.strip() for part in value.split("+"))
+    if name in ("pattern", "labels", "distribution"):
+        return value
+    try:
+        return float(value) if name in ("delta", "ratio") else int(value)
+    except ValueError:
+        raise OptionError(f"{name}={value}: expected a number.") from None
+
+
+def _refuse_idle(text: str, values: Mapping[str, Any]) -> None:
+    """An option that was asked for and would do nothing is a mistake worth telling."""
+    if "delta" in values and values.get("labels") != "dirichlet":
+        raise OptionError(f"{text!r} gives delta, which only labels=dirichlet uses. Add dirichlet.")
+    if "ratio" in values and values.get("distribution") not in ("long-tailed", "inverse"):
+        raise OptionError(
+            f"{text!r} gives ratio, which only distribution=long-tailed and inverse use. Add one."
+        )
+
+
+def _one_of(kind: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise unknown(kind, str(value), known)
+
+
+def _domains(given: Any, pattern: str) -> tuple[str, ...]:
+    """Checked names, or the default ones of the pattern."""
+    if not isinstance(given, tuple | list):
+        raise OptionError(f"domains is {given!r}; expected a tuple of names, as ({given!r},).")
+    known = known_domains()
+    for name in given:
+        _one_of("domain", name, known)
+    return tuple(given) or (CORRUPTIONS[:1] if pattern == "stationary" else CORRUPTIONS)
+
+
+def _real(name: str, value: Any, low: float, high: float) -> float:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not fits or not low <= value <= high:
+        raise OptionError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}.")
+    return float(value)
+
+
+def _whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    if not fits or (high is not None and value > high):
+        limits = f"{low} or more" if high is None else f"from {low} to {high}"
+        raise OptionError(f"{name} is {value!r}; expected a whole number, {limits}.")
