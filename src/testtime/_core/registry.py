@@ -35,9 +35,7 @@ class Entry:
     @property
     def options(self) -> dict[str, Any]:
         """Keyword-only options and their defaults."""
-        return {
-            p.name: p.default for p in inspect.signature(self.factory).parameters.values()
-        }
+        return {p.name: p.default for p in inspect.signature(self.factory).parameters.values()}
 
     def build(self, **options: Any) -> Any:
         """Calls the factory; an option that it does not have is an `OptionError`."""
@@ -47,7 +45,9 @@ class Entry:
         return self.factory(**options)
 
 
-def register(kind: str, *, paper: str, name: str = "", needs: tuple[str, ...] = ()) -> Callable[[F], F]:
+def register(
+    kind: str, *, paper: str, name: str = "", needs: tuple[str, ...] = ()
+) -> Callable[[F], F]:
     """Decorator: enters a factory under its own name (underscores become hyphens) or `name`."""
 
     def enter(factory: F) -> F:

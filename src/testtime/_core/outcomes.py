@@ -1,0 +1,14 @@
+"""What became of a step: a hard stream is a result, not an error."""
+
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """How a step ended, as a sentence."""
+
+    ANSWERED = "answered; the method learns nothing from a batch"
+    ADAPTED = "adapted"
+    STORED = "stored in memory; no update was due"
+    NOTHING_RELIABLE = "no sample was fit to teach; nothing changed"
+    NON_FINITE = "loss or gradient was not finite; nothing changed"
+    RECOVERED = "the loss had collapsed; the source was restored"

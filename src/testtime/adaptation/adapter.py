@@ -1,0 +1,385 @@
+"""The adapter: a model that learns from the batches it answers."""
+
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from testtime._core.errors import (
+    InputError,
+    NeedsSource,
+    ScopeError,
+    StateError,
+    TesttimeError,
+    TesttimeWarning,
+)
+from testtime._core.outcomes import Outcome
+from testtime.adaptation.checks import check_input
+from testtime.adaptation.engine import Engine
+from testtime.adaptation.events import Counts, Event
+from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
+from testtime.adaptation.layers import norm_kind, norm_layers
+from testtime.adaptation.loan import Normaliser
+from testtime.adaptation.outputs import read_logits
+from testtime.adaptation.parts.prediction import from_teacher
+from testtime.adaptation.parts.statistics import (
+    BatchStatistics,
+    MixedStatistics,
+    RunningStatistics,
+    SourceStatistics,
+)
+from testtime.adaptation.ranks import Ranks
+from testtime.adaptation.recipe import Recipe, describe
+from testtime.adaptation.state import State, load_state, save_state
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter will change, and what each step costs.
+
+    Attributes:
+        tensors: names of the tensors that adapt.
+        values: numbers in them.
+        share: of the model's parameters.
+        layers: normalisation layers by kind.
+        statistics: what layers with stored statistics normalise with.
+        ordered: whether layers are known in order of execution, or only as registered.
+    """
+
+    tensors: tuple[str, ...]
+    values: int
+    share: float
+    layers: dict[str, int]
+    statistics: str
+    ordered: bool
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.layers.items()) or "none"
+        return (
+            f"adapts {len(self.tensors)} tensors, {self.values} values, {self.share:.3%} of the "
+            f"model; normalisation layers: {kinds}; statistics: {self.statistics}"
+        )
+
+
+class Adapter:
+    """A model that learns from the batches it answers; made by `tt.adapt`.
+
+    The model is borrowed: whatever is learnt lives beside it, and between calls its parameters,
+    buffers, flags, gradients and hooks, and the global random state, are what they were.
+
+    Attributes:
+        recipe: the method.
+        events: the latest steps, oldest first; a thousand are kept.
+        counts: what the adapter has done since it was built.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        *,
+        seed: int = 0,
+        source: SourceKnowledge | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        self.model, self.recipe = model, recipe
+        self.events: deque[Event] = deque(maxlen=1000)
+        self.counts = Counts()
+        self._on_event, self._seed, self._source = on_event, seed, source
+        self._ranks = Ranks(process_group)
+        self._lock = threading.RLock()
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ScopeError("a scripted model cannot be lent; give the nn.Module it was made from")
+        if any(tensor.is_inference() for tensor in model.parameters()):
+            raise ScopeError(
+                "the model was built under torch.inference_mode(), so nothing can learn through "
+                "it. Build or load it outside."
+            )
+        self._check_source()
+        self._engine = self._build(order=[])
+        self._state = self._engine.fresh()
+        self._shape: torch.Size | None = None
+
+    # --- answers ------------------------------------------------------------------------------
+
+    def __call__(self, x: Tensor) -> Any:
+        """Predicts, and learns from x.
+
+        Args:
+            x: a batch, as the model takes it.
+
+        Returns:
+            What the model returns, with the method's logits in it, detached.
+
+        Raises:
+            InputError: when the batch is empty, not finite, or of the wrong rank, type or device;
+                nothing has changed then.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            x = self._admit(x)
+            before = self._engine.forwards, self._engine.backwards
+            state = self._due(self._state)
+            step = self._guard(x, lambda: self._engine.step(x, state))
+            self._state = step.state
+            self._count(len(x), before, step.outcome, restored=state is not self._state_was)
+            event = Event(self.counts.steps, step.outcome, len(x), step.measured)
+            self.events.append(event)
+            answer = _detached(step.output)
+        if self._on_event is not None:
+            self._on_event(event)
+        return answer
+
+    def predict(self, x: Tensor) -> Any:
+        """Predicts only; changes nothing. What a call would answer, where the answer comes first.
+
+        Raises:
+            InputError: as a call.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            x = self._admit(x)
+            output, _ = self._guard(x, lambda: self._engine.predict(x, self._state))
+            return _detached(output)
+
+    # --- state --------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Back to the source model: tensors, optimizer, statistics, memories and random state."""
+        with self._lock:
+            self._state = self._engine.fresh()
+            self.counts = self.counts._replace(resets=self.counts.resets + 1)
+
+    def snapshot(self) -> State:
+        """A mark to which `restore` returns. Costs nothing: steps never write to an old state."""
+        return self._state
+
+    def restore(self, mark: State) -> None:
+        """Back to a snapshot of this adapter, or of another of the same model and method.
+
+        Raises:
+            StateError: when the mark is of other tensors.
+        """
+        self._check_state(mark, "this snapshot")
+        self._state = mark
+
+    def save(self, path: str | Path) -> None:
+        """Writes the state as safetensors, wholly or not at all."""
+        save_state(self._state, path, owner=self._owner())
+
+    def load(self, path: str | Path) -> None:
+        """Goes on where `save` left off, bit for bit.
+
+        Raises:
+            StateError: when the file is truncated, or of another model or method. The adapter's
+                own state is unchanged then.
+        """
+        state = load_state(path, owner=self._owner(), device=self._engine.device)
+        self._check_state(state, str(path))
+        self._state = state
+
+    def export(self) -> nn.Module:
+        """A plain copy of the model with what was learned, in eval mode.
+
+        Layers that use batch statistics, or mix them, do so in the copy too. Corrections of the
+        answer (LAME) are not part of a model and are left out.
+        """
+        with self._lock, torch.no_grad():
+            copy = deepcopy(self.model).eval()
+            teaches = self.recipe.prediction is from_teacher
+            tensors = (self._state.teacher if teaches else self._state.tensors) or {}
+            averages = self._state.teacher_averages if teaches else self._state.averages
+            own = dict(copy.named_parameters()) | dict(copy.named_buffers())
+            for name, value in tensors.items():
+                own[name].copy_(value)
+            for layer in norm_layers(copy):
+                if layer.has_statistics:
+                    self._settle(layer, averages)
+            return copy
+
+    def _settle(self, layer: Any, averages: dict[str, Tensor] | None) -> None:
+        module, statistics = layer.module, self.recipe.statistics
+        if isinstance(statistics, RunningStatistics) and averages:
+            module.running_mean.copy_(averages[f"{layer.name}.mean"])
+            module.running_var.copy_(averages[f"{layer.name}.var"])
+        elif isinstance(statistics, BatchStatistics) and hasattr(module, "track_running_stats"):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = None
+        elif isinstance(statistics, BatchStatistics | MixedStatistics):
+            source = self._engine.loan.source_moments(layer)
+            kept = type(source)(source.mean.clone(), source.var.clone())
+            module.register_forward_pre_hook(Normaliser(layer.name, layer.eps, kept, statistics))
+
+    # --- what it does -------------------------------------------------------------------------
+
+    def plan(self, x: Tensor | None = None) -> Plan:
+        """What will change. Layers are in order of execution once a batch, or `x`, was seen."""
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if x is not None:
+                self._admit(x)
+            tensors = self._state.tensors
+            norms = norm_layers(self.model)
+            kinds: dict[str, int] = {}
+            for layer in norms:
+                kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
+            values = sum(tensor.numel() for tensor in tensors.values())
+            total = sum(parameter.numel() for parameter in self.model.parameters())
+            return Plan(
+                tuple(tensors), values, values / max(total, 1), kinds,
+                describe(self.recipe.statistics), self._shape is not None,
+            )  # fmt: skip
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _check_source(self) -> None:
+        needs = self.recipe.needs
+        if needs and self._source is None:
+            raise NeedsSource(
+                f"this method needs {', '.join(needs)} of the source data. Give "
+                "source=tt.fit_source(model, loader), with a loader of about 2000 source samples."
+            )
+        if self._source is not None and self._source.model != fingerprint(self.model):
+            raise StateError(
+                "source= was computed for another model. Call tt.fit_source(model, loader) with "
+                "this one."
+            )
+
+    def _build(self, order: list[str]) -> Engine:
+        norms = norm_layers(self.model, order)
+        device = next(iter(self.model.parameters()), torch.zeros(())).device
+        fisher = None
+        if self._source is not None and "fisher" in self.recipe.needs:
+            fisher = {name: value.to(device) for name, value in self._source.fisher.items()}
+        engine = Engine(
+            self.model, self.recipe, norms, fisher=fisher, seed=self._seed, ranks=self._ranks
+        )
+        missing = set(engine.names) - set(fisher) if fisher is not None else ()
+        if missing:
+            raise NeedsSource(
+                f"source= holds no Fisher information of {min(missing)}. Call tt.fit_source with "
+                "the methods that you use."
+            )
+        return engine
+
+    def _admit(self, x: Tensor) -> Tensor:
+        """The batch, checked; the first one is also used to see the model run."""
+        complaint: TesttimeError | None = None
+        try:
+            check_input(x, self.model, self.recipe, self._engine.device)
+        except TesttimeError as error:
+            complaint = error
+        if not self._ranks.agree(complaint, self._engine.device):
+            raise complaint or InputError("another rank was given a batch that it refused")
+        if x.is_inference():
+            x = x.clone()
+        if self._shape is None:
+            self._guard(x, lambda: self._look(x))
+            self._shape = x.shape[1:]
+        if (
+            len(x) == 1
+            and self._ranks.alone
+            and isinstance(self.recipe.statistics, BatchStatistics)
+        ):
+            if self._engine.loan.norms:
+                warnings.warn(
+                    "a batch of one: its statistics are those of a single sample. Use larger "
+                    "batches, or statistics mixed with the source's: bn-adapt with prior=16, rotta.",
+                    TesttimeWarning,
+                    stacklevel=3,
+                )
+        return x
+
+    def _look(self, x: Tensor) -> None:
+        """Runs the source model once, on a sample or two, and notes what runs in which order."""
+        order: list[str] = []
+        last: list[nn.Module] = []
+        hooks = []
+        for name, module in self.model.named_modules():
+            if norm_kind(module) is not None:
+                hooks.append(module.register_forward_pre_hook(lambda *_, n=name: order.append(n)))
+            if isinstance(module, nn.Linear):
+                hooks.append(module.register_forward_pre_hook(lambda m, _: last.append(m)))
+        try:
+            output, _ = self._engine.loan.run(x[:2], {}, SourceStatistics(), ranks=Ranks())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        logits = read_logits(output)
+        if logits.dim() > 2 and not self.recipe.dense:
+            raise InputError(
+                f"the model returns dense logits {tuple(logits.shape)}; this method needs one "
+                "prediction for each sample. Use tent, eta, eata, sar, ostta or bn-adapt."
+            )
+        engine = self._build(list(dict.fromkeys(order)))
+        engine.feature_layer = last[-1] if last else None
+        if self.recipe.asks_for("features") and not last:
+            with engine.loan.recording(None, []):
+                pass
+        if engine.names != self._engine.names and not self._state.steps:
+            self._state = engine.fresh()
+        if set(engine.names) == set(self._state.tensors):
+            engine.names = list(self._state.tensors)
+        self._engine = engine
+
+    def _guard(self, x: Tensor, run: Callable[[], Any]) -> Any:
+        """Runs it; what a model says of a batch of a new shape becomes an `InputError`."""
+        try:
+            return run()
+        except TesttimeError:
+            raise
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if self._shape == x.shape[1:]:
+                raise
+            raise InputError(
+                f"the model could not take a batch of shape {tuple(x.shape)}: {error}"
+            ) from error
+
+    def _due(self, state: State) -> State:
+        """The state a step begins with: the source's where the recipe says so."""
+        recipe = self.recipe
+        every = recipe.reset_every
+        self._state_was = state
+        if state.steps and (recipe.episodic or (every and state.steps % every == 0)):
+            return replace(
+                self._engine.fresh(),
+                steps=state.steps, samples=state.samples, generator=state.generator,
+            )  # fmt: skip
+        return state
+
+    def _count(
+        self, samples: int, before: tuple[int, int], outcome: Outcome, *, restored: bool
+    ) -> None:
+        old, engine = self.counts, self._engine
+        self.counts = Counts(
+            steps=old.steps + 1,
+            samples=old.samples + samples,
+            forwards=old.forwards + engine.forwards - before[0],
+            backwards=old.backwards + engine.backwards - before[1],
+            updates=old.updates + (outcome in (Outcome.ADAPTED, Outcome.RECOVERED)),
+            skipped=old.skipped + (outcome in (Outcome.NOTHING_RELIABLE, Outcome.NON_FINITE)),
+            resets=old.resets + (restored or outcome is Outcome.RECOVERED),
+        )
+
+    def _owner(self) -> dict[str, str]:
+        return {"model": fingerprint(self.model), "method": describe(self.recipe)}
+
+    def _check_state(self, state: State, what: str) -> None:
+        if set(state.tensors) != set(self._state.tensors) or any(
+            state.tensors[name].shape != tensor.shape
+            for name, tensor in self._state.tensors.items()
+        ):
+            raise StateError(f"{what} adapts other tensors than this adapter does.")
+
+
+def _detached(output: Any) -> Any:
+    from testtime.adaptation.outputs import with_logits  # noqa: PLC0415
+
+    return with_logits(output, read_logits(output))

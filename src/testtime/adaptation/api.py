@@ -1,0 +1,97 @@
+"""The door: `adapt` and `methods`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from testtime._core.errors import NeedsSource, OptionError
+from testtime._core.registry import entries, find
+from testtime.adaptation.adapter import Adapter
+from testtime.adaptation.events import Event
+from testtime.adaptation.knowledge import SourceKnowledge
+from testtime.adaptation.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A method: its name, paper (slug of the catalogue), summary, options with defaults, needs."""
+
+    name: str
+    paper: str
+    summary: str
+    options: dict[str, Any]
+    needs: tuple[str, ...]
+
+
+def methods() -> dict[str, MethodInfo]:
+    """All methods by name.
+
+    Example:
+        >>> methods()["tent"].options["lr"]
+        0.001
+    """
+    return {
+        name: MethodInfo(name, entry.paper, entry.summary, entry.options, entry.needs)
+        for name, entry in entries("method").items()
+    }
+
+
+def adapt(
+    model: nn.Module,
+    method: str | Recipe,
+    *,
+    seed: int = 0,
+    source: SourceKnowledge | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    process_group: Any = None,
+    **options: Any,
+) -> Adapter:
+    """Puts an adapter around a model: it answers as the model does, and learns while it answers.
+
+    Args:
+        model: maps a batch to logits (B, C) or (B, C, H, W), a tuple that begins with them, or an
+            object with `.logits`. It is borrowed, and stays as it is.
+        method: name of a method, or a recipe.
+        seed: of the method's random parts.
+        source: what the method needs to know of the source data, from `fit_source`.
+        on_event: called after each step with what became of it.
+        process_group: ranks that adapt together, each with its own batch, as one process would
+            with the joined batch. None: this process adapts alone.
+        options: of the method, when it is named.
+
+    Raises:
+        UnknownName: no method has that name.
+        OptionError: the method has no such option, or it cannot take the value.
+        ScopeError: the model has nothing that the method could adapt.
+        NeedsSource: the method needs `source`.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        >>> adapter = adapt(model.eval(), "tent", lr=1e-2)
+        >>> adapter(torch.randn(16, 4)).shape
+        torch.Size([16, 3])
+        >>> adapter.counts.updates
+        1
+    """
+    if isinstance(method, Recipe):
+        if options:
+            raise OptionError(
+                f"options ({', '.join(options)}) go with the name of a method; for a recipe use "
+                "dataclasses.replace(recipe, ...)"
+            )
+        recipe = method
+    else:
+        entry = find("method", method)
+        recipe = entry.build(**options)
+        if entry.needs and source is None:
+            raise NeedsSource(
+                f"{method} needs {', '.join(entry.needs)} of the source data. Give "
+                f"source=tt.fit_source(model, loader, methods=[{method!r}]), with a loader of "
+                "about 2000 source samples."
+            )
+    return Adapter(
+        model, recipe, seed=seed, source=source, on_event=on_event, process_group=process_group
+    )

@@ -1,0 +1,60 @@
+"""Bad input is refused before anything changes."""
+
+import torch
+from torch import Tensor, nn
+
+from testtime._core.errors import InputError
+from testtime.adaptation.recipe import Recipe
+
+RANKS = (
+    (nn.Conv1d, 3, "(batch, channels, length)"),
+    (nn.Conv2d, 4, "(batch, channels, height, width)"),
+    (nn.Conv3d, 5, "(batch, channels, depth, height, width)"),
+)
+
+
+def expected_rank(model: nn.Module) -> tuple[int, str] | None:
+    """The rank of a model's input, told by its first convolution; None when it has none."""
+    for module in model.modules():
+        for kind, rank, shape in RANKS:
+            if isinstance(module, kind):
+                return rank, shape
+    return None
+
+
+def check_input(x: Tensor, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    """Raises an `InputError` unless x is a batch that the model and the method can take."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"a batch is a tensor; given {type(x).__name__}")
+    if not x.is_floating_point():
+        raise InputError(
+            f"the batch is of type {x.dtype}; expected floating point. For images of integers use "
+            "x.float() / 255, and the normalisation that the model was trained with."
+        )
+    expected = expected_rank(model)
+    if x.dim() < 2 or (expected and x.dim() != expected[0]):
+        shape = expected[1] if expected else "(batch, features)"
+        raise InputError(
+            f"the batch has shape {tuple(x.shape)}; the model takes {shape}. For a single sample "
+            "use x[None]."
+        )
+    if x.numel() == 0:
+        raise InputError(f"the batch is empty: its shape is {tuple(x.shape)}. Skip such batches.")
+    if x.device != device:
+        raise InputError(f"the batch is on {x.device} and the model on {device}. Use x.to(...).")
+    # one sum is cheaper than a test of each value; only a suspicious sum is looked into
+    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+        raise InputError(
+            f"{bad} of {len(x)} samples hold NaN or infinite values. Drop or mend them."
+        )
+    views = (recipe.views, recipe.memory)
+    if any(getattr(part, "pixels", False) for part in views):
+        low, high = (float(value) for value in torch.aminmax(x))
+        if x.dim() != 4 or low < -1e-3 or high > 1 + 1e-3:
+            raise InputError(
+                f"this method makes changed copies of images, so it needs images "
+                f"(batch, channels, height, width) in [0, 1]; given {tuple(x.shape)} in "
+                f"[{low:.3g}, {high:.3g}]. Put the normalisation inside the model: "
+                "nn.Sequential(Normalize(mean, std), model)."
+            )

@@ -1,0 +1,303 @@
+"""The one loop: forward, answer, loss, gradient, step. Every method of the library runs in it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from testtime._core.outcomes import Outcome
+from testtime._core.seeds import generator
+from testtime.adaptation.evidence import Evidence
+from testtime.adaptation.layers import NormLayer
+from testtime.adaptation.loan import Averages, Loan
+from testtime.adaptation.outputs import with_logits
+from testtime.adaptation.parts.optimizer import SharpnessAware
+from testtime.adaptation.parts.prediction import from_teacher, student
+from testtime.adaptation.parts.statistics import RunningStatistics
+from testtime.adaptation.ranks import Ranks
+from testtime.adaptation.recipe import Recipe
+from testtime.adaptation.state import State
+from testtime.measures.entropy import entropy
+
+
+class Step(NamedTuple):
+    """What a step gives: the answer, the state after it, and what became of it."""
+
+    output: Any
+    logits: Tensor
+    state: State
+    outcome: Outcome
+    measured: dict[str, Any]
+
+
+class Engine:
+    """Runs a recipe on a model. It holds no state of a stream but the random generator.
+
+    Args:
+        model: the caller's model; borrowed.
+        recipe: the method.
+        norms: the model's normalisation layers in order of execution.
+        fisher: Fisher information by name of tensor, where the recipe needs it.
+        seed: of the random parts.
+        ranks: the processes that adapt together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        norms: list[NormLayer],
+        *,
+        fisher: dict[str, Tensor] | None = None,
+        seed: int = 0,
+        ranks: Ranks,
+    ) -> None:
+        self.recipe, self.ranks, self.seed, self.fisher = recipe, ranks, seed, fisher
+        self.loan = Loan(model, norms)
+        self.names = recipe.scope(model, norms)
+        self.feature_layer: nn.Module | None = None
+        first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(()))
+        self.device = first.device
+        self.generator = generator(seed, "adapter", device=self.device)
+        self.forwards = self.backwards = 0
+
+    # --- states -------------------------------------------------------------------------------
+
+    def source_tensors(self) -> dict[str, Tensor]:
+        """The model's own values of what adapts; float32 where the model is in half precision."""
+        return {name: _at_least_single(self.loan.source(name)) for name in self.names}
+
+    def fresh(self) -> State:
+        """The state of a stream that begins: all at the source."""
+        tensors = self.source_tensors()
+        recipe = self.recipe
+        averages = self._source_averages()
+        return State(
+            tensors=tensors,
+            optimizer=recipe.optimizer.init(list(tensors.values())) if recipe.optimizer else {},
+            averages=averages,
+            teacher=dict(tensors) if recipe.teacher else None,
+            teacher_averages=averages if recipe.teacher else None,
+            selection=[p.init() if hasattr(p, "init") else None for p in recipe.selections],
+            generator=generator(self.seed, "adapter", device=self.device).get_state(),
+        )
+
+    def _source_averages(self) -> Averages | None:
+        if not isinstance(self.recipe.statistics, RunningStatistics):
+            return None
+        averages: Averages = {"seen": torch.zeros((), dtype=torch.long)}
+        for layer in self.loan.norms:
+            moments = self.loan.source_moments(layer)
+            averages[f"{layer.name}.mean"] = moments.mean.detach().clone()
+            averages[f"{layer.name}.var"] = moments.var.detach().clone()
+        return averages
+
+    # --- forwards -----------------------------------------------------------------------------
+
+    def run(
+        self,
+        x: Tensor,
+        tensors: dict[str, Tensor],
+        *,
+        averages: Averages | None,
+        learn: bool,
+        tap: Callable[[], Any] | None = None,
+    ) -> tuple[Any, Averages | None]:
+        """One forward of the model with other tensors in its places."""
+        self.forwards += len(x)
+        return self.loan.run(
+            x, tensors, self.recipe.statistics,
+            averages=averages, learn=learn, ranks=self.ranks, tap=tap,
+        )  # fmt: skip
+
+    def answer(self, evidence: Evidence) -> tuple[Any, Tensor]:
+        """The output to answer with, and its logits as rows."""
+        logits = evidence.ask(self.recipe.prediction)
+        if self.recipe.prediction is student:
+            return evidence.output, logits
+        if self.recipe.prediction is from_teacher:
+            return evidence.teacher_output, logits
+        return with_logits(evidence.output, logits), logits
+
+    def predict(self, x: Tensor, state: State) -> tuple[Any, Tensor]:
+        """What a step would answer, without learning."""
+        if state.generator is not None:
+            self.generator.set_state(state.generator)
+        with torch.no_grad():
+            views = self.recipe.views
+            if views is not None and self.recipe.teacher is None:
+                return views.predict(self, x, state)
+            answering = isinstance(self.recipe.statistics, RunningStatistics)
+            return self.answer(Evidence(self, state, state.tensors, x, learn=not answering))
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def step(self, x: Tensor, state: State) -> Step:
+        """Answers a batch and learns from it."""
+        recipe = self.recipe
+        if state.generator is not None:
+            self.generator.set_state(state.generator)
+        if recipe.memory is not None:
+            done = recipe.memory.step(self, x, state)
+        elif not recipe.learns:
+            done = self._only_answer(x, state)
+        elif recipe.views is not None and recipe.teacher is None:
+            done = recipe.views.step(self, x, state)
+        else:
+            done = self._learn_and_answer(x, state)
+        settled = replace(
+            done.state,
+            generator=self.generator.get_state(),
+            steps=state.steps + 1,
+            samples=state.samples + len(x),
+        )
+        return done._replace(state=settled)
+
+    def _only_answer(self, x: Tensor, state: State) -> Step:
+        with torch.no_grad():
+            if isinstance(self.recipe.statistics, RunningStatistics):
+                _, averages = self.run(x, state.tensors, averages=state.averages, learn=True)
+                state = replace(state, averages=averages)
+        output, logits = self.predict(x, state)
+        return Step(output, logits, state, Outcome.ANSWERED, {"entropy": entropy(logits).mean()})
+
+    def _learn_and_answer(self, x: Tensor, state: State) -> Step:
+        for _ in range(self.recipe.steps):
+            evidence = Evidence(self, state, self.leaves(state), x)
+            with torch.enable_grad():
+                _ = evidence.logits
+            output, logits = self.answer(evidence)
+            logits = logits.detach()
+            state, outcome, measured = self.learn(evidence)
+        measured["entropy"] = entropy(logits).mean()
+        return Step(output, logits, state, outcome, measured)
+
+    def leaves(self, state: State) -> dict[str, Tensor]:
+        """The adapted tensors as leaves of a new graph."""
+        return {name: t.detach().requires_grad_() for name, t in state.tensors.items()}
+
+    def learn(self, evidence: Evidence) -> tuple[State, Outcome, dict[str, Any]]:
+        """One step on what the evidence shows: loss, gradient, optimizer, teacher, restoration."""
+        recipe, state = self.recipe, evidence.state
+        optimizer = recipe.optimizer
+        assert optimizer is not None
+        with torch.enable_grad():
+            weights, selection = self._select(evidence, state.selection)
+            loss, used = self._loss(evidence, weights)
+        measured: dict[str, Any] = {"used": used, "loss": None if loss is None else loss.detach()}
+        kept = replace(state, selection=selection)
+        if loss is None:
+            return kept, Outcome.NOTHING_RELIABLE, measured
+        grads = self._gradient(loss, evidence)
+        if isinstance(optimizer, SharpnessAware) and _finite(loss, grads):
+            with torch.no_grad():
+                worst = optimizer.worst(list(evidence.tensors.values()), grads)
+            there = {n: t.requires_grad_() for n, t in zip(self.names, worst, strict=True)}
+            evidence = Evidence(self, state, there, evidence.inputs)
+            with torch.enable_grad():
+                again, _ = self._select(evidence, state.selection)
+                both = again if weights is None else (weights * (again != 0))
+                loss, measured["used"] = self._loss(evidence, both)
+            if loss is None:
+                return kept, Outcome.NOTHING_RELIABLE, measured
+            measured["loss"] = loss.detach()
+            grads = self._gradient(loss, evidence)
+        if not _finite(loss, grads):
+            return state, Outcome.NON_FINITE, measured
+        return self._move(
+            kept, evidence, grads, float(loss.detach()) if recipe.recovery else None, measured
+        )
+
+    def _move(
+        self,
+        state: State,
+        evidence: Evidence,
+        grads: list[Tensor],
+        loss: float | None,
+        measured: dict[str, Any],
+    ) -> tuple[State, Outcome, dict[str, Any]]:
+        recipe = self.recipe
+        assert recipe.optimizer is not None
+        with torch.no_grad():
+            now = list(state.tensors.values())
+            moved, optimizer = recipe.optimizer.step(state.optimizer, now, grads)
+            teacher = state.teacher
+            if teacher is not None:
+                followed = recipe.teacher.follow(list(teacher.values()), moved)
+                teacher = dict(zip(teacher, followed, strict=True))
+            if recipe.restoration is not None:
+                source = [self.loan.source(name) for name in self.names]
+                moved = recipe.restoration(moved, source, self.generator)
+        state = replace(
+            state,
+            tensors=dict(zip(self.names, moved, strict=True)),
+            optimizer=optimizer,
+            teacher=teacher,
+            averages=evidence.averages,
+            teacher_averages=evidence.teacher_averages,
+        )
+        if loss is not None:
+            average, recovered = recipe.recovery(state.loss_average, loss)
+            if recovered:
+                return replace(self.fresh(), loss_average=None), Outcome.RECOVERED, measured
+            state = replace(state, loss_average=average)
+        return state, Outcome.ADAPTED, measured
+
+    # --- losses -------------------------------------------------------------------------------
+
+    def _select(self, evidence: Evidence, state: Any) -> tuple[Tensor | None, Any]:
+        weights: Tensor | None = None
+        states: list[Any] = []
+        for part, old in zip(self.recipe.selections, state, strict=True):
+            if hasattr(part, "init"):
+                own, new = evidence.ask(part, state=old)
+            else:
+                own, new = evidence.ask(part), None
+            states.append(new)
+            weights = own if weights is None else weights * own
+        return weights, states
+
+    def _loss(self, evidence: Evidence, weights: Tensor | None) -> tuple[Tensor | None, Any]:
+        """The loss, or None when no sample may teach; and how many do."""
+        recipe = self.recipe
+        terms: list[Tensor] = []
+        used: Any = len(evidence.logits)
+        if recipe.objective is not None:
+            values = evidence.ask(recipe.objective)
+            if weights is None:
+                terms.append(self.ranks.mean(values))
+            else:
+                teaching = weights != 0
+                used = self.ranks.sum(teaching.sum().to(values.dtype))
+                if float(used):
+                    terms.append(
+                        self.ranks.sum(torch.where(teaching, weights * values, 0.0).sum()) / used
+                    )
+        if recipe.batch_objective is not None:
+            terms.append(evidence.ask(recipe.batch_objective))
+        if not terms:
+            return None, used
+        if recipe.penalty is not None:
+            terms.append(recipe.penalty(evidence.tensors, self.source_tensors(), self.fisher))
+        return torch.stack([term.float() for term in terms]).sum(), used
+
+    def _gradient(self, loss: Tensor, evidence: Evidence) -> list[Tensor]:
+        """Gradients of what adapts, and of nothing else; zero for tensors the loss never meets."""
+        self.backwards += len(evidence.student_inputs)
+        leaves = list(evidence.tensors.values())
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        if self.ranks.alone:
+            return list(grads)
+        share = 1.0 / torch.distributed.get_world_size(self.ranks.group)
+        return [self.ranks.sum(grad) * share for grad in grads]
+
+
+def _finite(loss: Tensor, grads: list[Tensor]) -> bool:
+    norms = torch.stack([loss.detach(), *torch._foreach_norm(grads)])
+    return bool(norms.isfinite().all())
+
+
+def _at_least_single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,60 @@
+"""What an adapter tells of its steps, and what it has cost."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from testtime._core.outcomes import Outcome
+
+
+class Counts(NamedTuple):
+    """What an adapter has done since it was built.
+
+    `forwards` and `backwards` count samples that went through the model, so that
+    `forwards / samples` is the number of forward passes for each sample.
+    """
+
+    steps: int = 0
+    samples: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    updates: int = 0
+    skipped: int = 0
+    resets: int = 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step: what became of it.
+
+    Attributes:
+        step: batches since the adapter was built, from 1.
+        outcome: how the step ended.
+        samples: samples in the batch.
+    """
+
+    step: int
+    outcome: Outcome
+    samples: int
+    measured: dict[str, Tensor | float | int | None]
+
+    @property
+    def loss(self) -> float | None:
+        """The loss that was minimised, or None."""
+        return self._number("loss")
+
+    @property
+    def entropy(self) -> float | None:
+        """Mean entropy of the answers, in nats."""
+        return self._number("entropy")
+
+    @property
+    def used(self) -> int:
+        """Samples that taught."""
+        return int(self._number("used") or 0)
+
+    def _number(self, name: str) -> float | None:
+        # numbers stay on their device until somebody looks, so that steps need not wait for them
+        value = self.measured.get(name)
+        return None if value is None else float(value)

@@ -1,0 +1,124 @@
+"""What parts may see of a batch; the costly pieces are made when somebody asks, once."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from testtime.adaptation.outputs import read_logits, rows
+from testtime.adaptation.recipe import reads
+
+if TYPE_CHECKING:
+    from testtime.adaptation.engine import Engine
+    from testtime.adaptation.state import State
+
+
+class Evidence:
+    """A batch, the adapted model's output for it, and whatever else the parts of a recipe read.
+
+    Args:
+        engine: runs the model.
+        state: of the stream, before the step.
+        tensors: that the model is run with; leaves when a gradient is wanted.
+        inputs: the batch.
+        student_inputs: what the student sees in its place, e.g. changed copies.
+        ages: how long the samples have been in memory, in units of its capacity.
+        learn: whether moving averages take the batch in.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        state: "State",
+        tensors: dict[str, Tensor],
+        inputs: Tensor,
+        *,
+        student_inputs: Tensor | None = None,
+        ages: Tensor | None = None,
+        learn: bool = True,
+    ) -> None:
+        self.engine, self.state, self.tensors, self.inputs = engine, state, tensors, inputs
+        self.ages, self.learn = ages, learn
+        self.generator, self.ranks = engine.generator, engine.ranks
+        self.student_inputs = inputs if student_inputs is None else student_inputs
+        self.averages = state.averages
+        self.teacher_averages = state.teacher_averages
+        self._features: list[Tensor] = []
+
+    @cached_property
+    def output(self) -> Any:
+        """The adapted model's output, as the model returns it."""
+        tap = self._record if self.engine.recipe.asks_for("features") else None
+        output, self.averages = self.engine.run(
+            self.student_inputs,
+            self.tensors,
+            averages=self.state.averages,
+            learn=self.learn,
+            tap=tap,
+        )
+        return output
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The adapted model's logits, one row a sample (or pixel)."""
+        return rows(read_logits(self.output))
+
+    @cached_property
+    def teacher_output(self) -> Any:
+        """The teacher's output for the batch; averaged over views where the recipe says so."""
+        with torch.no_grad():
+            views = self.engine.recipe.views
+            if views is not None and views.wanted(self):
+                return views.average(self, self._teach)
+            return self._teach(self.inputs)
+
+    def _teach(self, inputs: Tensor) -> Any:
+        output, self.teacher_averages = self.engine.run(
+            inputs, self.state.teacher or {}, averages=self.state.teacher_averages, learn=self.learn
+        )
+        return output
+
+    @cached_property
+    def teacher(self) -> Tensor:
+        """The teacher's logits."""
+        return rows(read_logits(self.teacher_output))
+
+    @cached_property
+    def source(self) -> Tensor:
+        """The source model's logits, under the same kind of statistics."""
+        with torch.no_grad():
+            output, _ = self.engine.run(self.inputs, {}, averages=None, learn=True)
+        return rows(read_logits(output))
+
+    @property
+    def forward(self) -> Callable[[Tensor], Tensor]:
+        """Runs the adapted model on other inputs, without a gradient, and gives logits."""
+
+        def run(inputs: Tensor) -> Tensor:
+            with torch.no_grad():
+                output, _ = self.engine.run(
+                    inputs, self.tensors, averages=self.state.averages, learn=self.learn
+                )
+            return rows(read_logits(output))
+
+        return run
+
+    @property
+    def features(self) -> Tensor:
+        """The input (B, d) of the model's last linear layer."""
+        _ = self.output
+        return self._features[-1].flatten(1)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.logits.shape[-1]
+
+    def _record(self) -> Any:
+        return self.engine.loan.recording(self.engine.feature_layer, self._features)
+
+    def ask(self, part: Callable[..., Any], **more: Any) -> Any:
+        """Calls a part with what its signature names."""
+        return part(**{name: getattr(self, name) for name in reads(part)}, **more)

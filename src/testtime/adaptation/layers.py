@@ -1,0 +1,117 @@
+"""What a model is made of, found by structure and order of execution, never by name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+Kind = Literal["batch", "instance", "group", "layer"]
+NORMS: tuple[tuple[type, Kind], ...] = (
+    (_BatchNorm, "batch"),
+    (_InstanceNorm, "instance"),
+    (nn.GroupNorm, "group"),
+    (nn.LayerNorm, "layer"),
+    (nn.RMSNorm, "layer"),
+)
+
+
+@dataclass(frozen=True)
+class NormLayer:
+    """A normalisation layer: where it is, what it normalises over, and its scale and shift."""
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    tensors: tuple[str, ...]
+
+    @property
+    def eps(self) -> float:
+        """What is added to the variance."""
+        return _eps(self.module) or 0.0
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether it normalises with statistics stored in training."""
+        return self.kind == "batch" and self.module._buffers.get("running_mean") is not None
+
+
+def _eps(module: nn.Module) -> float | None:
+    for name in ("eps", "epsilon", "variance_epsilon"):
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    return None
+
+
+def _affine(module: nn.Module) -> list[str]:
+    """Names of a layer's own scale and shift; a frozen layer keeps them among its buffers."""
+    own = [key for key, value in module.named_parameters(recurse=False) if value is not None]
+    held = [key for key, value in module.named_buffers(recurse=False) if key in ("weight", "bias")]
+    return own + held
+
+
+def norm_kind(module: nn.Module) -> Kind | None:
+    """The kind of a normalisation layer, or None when the module is something else.
+
+    Layers of torch and their subclasses are known by type. A layer of anybody else's is known by
+    structure: it adds an epsilon, and all that it owns are scales and shifts of one dimension
+    (and, for batch normalisation, running statistics).
+
+    Example:
+        >>> norm_kind(nn.SyncBatchNorm(3)), norm_kind(nn.Linear(2, 2))
+        ('batch', None)
+    """
+    for known, kind in NORMS:
+        if isinstance(module, known):
+            return kind
+    owned = dict(module.named_parameters(recurse=False))
+    buffers = dict(module.named_buffers(recurse=False))
+    if _eps(module) is None or not _affine(module):
+        return None
+    if any(value.dim() != 1 for value in owned.values()):
+        return None
+    if any(True for child in module.children() for _ in child.parameters()):
+        return None
+    return "batch" if {"running_mean", "running_var"} <= buffers.keys() else "layer"
+
+
+def norm_layers(model: nn.Module, order: Sequence[str] = ()) -> list[NormLayer]:
+    """All normalisation layers, in order of execution when `order` gives it, else as registered."""
+    found = [
+        NormLayer(name, module, kind, tuple(f"{name}.{key}".lstrip(".") for key in _affine(module)))
+        for name, module in model.named_modules()
+        if (kind := norm_kind(module)) is not None
+    ]
+    place = {name: i for i, name in enumerate(order)}
+    return sorted(found, key=lambda layer: place.get(layer.name, len(place)))
+
+
+def top_of(names: Sequence[str]) -> set[str]:
+    """The layers of a network's top: the last quarter of its blocks, and all that runs after them.
+
+    Blocks are the children of the first module that has at least four children with two or more
+    normalisation layers each: the four stages of a ResNet (top: the last stage), the twelve blocks
+    of a ViT-B (top: the last three, and the final normalisation). A network with fewer than four
+    blocks has no top.
+
+    Example:
+        >>> names = ["bn1", *[f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]]
+        >>> sorted(top_of(names))
+        ['layer4.0', 'layer4.1']
+    """
+    prefix, inside = "", list(names)
+    while True:
+        groups: dict[str, list[str]] = {}
+        for name in inside:
+            groups.setdefault(name.removeprefix(prefix).partition(".")[0], []).append(name)
+        blocks = [child for child, members in groups.items() if len(members) > 1]
+        if len(blocks) >= 4:
+            first = groups[blocks[-(len(blocks) // 4)]][0]
+            return set(names[list(names).index(first) :])
+        if len(blocks) != 1:
+            return set()
+        prefix += f"{blocks[0]}."
+        inside = groups[blocks[0]]

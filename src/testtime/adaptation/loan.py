@@ -1,0 +1,239 @@
+"""A model on loan: run with other tensors in its places, and given back bit for bit."""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from testtime._core.errors import ScopeError
+from testtime.adaptation.layers import NormLayer
+from testtime.adaptation.parts.statistics import (
+    BatchStatistics,
+    MixedStatistics,
+    Moments,
+    RunningStatistics,
+    SourceStatistics,
+    Statistics,
+)
+from testtime.adaptation.ranks import Ranks
+
+_locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+Averages = dict[str, Tensor]
+"""Moving averages: '<layer>.mean' and '<layer>.var' -> tensor, and 'seen' -> batches."""
+
+
+def moments(x: Tensor, ranks: Ranks) -> tuple[Moments, float]:
+    """Mean and biased variance of each channel (dimension 1), and values in each; over all ranks."""
+    over = [d for d in range(x.dim()) if d != 1]
+    values = float(x.numel() // x.shape[1])
+    if ranks.alone:
+        var, mean = torch.var_mean(x.float(), over, correction=0)
+        return Moments(mean, var), values
+    x = x.float()
+    total = ranks.sum(x.new_tensor(values))
+    mean = ranks.sum(x.sum(over)) / total
+    var = ranks.sum((x - _channels(mean, x)).square().sum(over)) / total
+    return Moments(mean, var), float(total)
+
+
+def _channels(value: Tensor, x: Tensor) -> Tensor:
+    return value.view(1, -1, *[1] * (x.dim() - 2))
+
+
+class Loan:
+    """The caller's model, its places for tensors, and the one way to run it.
+
+    After every run, also one that raised, the model's parameters, buffers, flags and hooks are
+    what they were. Runs of several adapters of one model take turns.
+    """
+
+    def __init__(self, model: nn.Module, norms: list[NormLayer]) -> None:
+        self.model = model
+        self.norms = [layer for layer in norms if layer.has_statistics]
+        self.tracked = [
+            layer.module
+            for layer in norms
+            if layer.kind == "instance" and getattr(layer.module, "track_running_stats", False)
+        ]
+        self.modules = list(model.modules())
+        self.places = places(model)
+        self.parameters = list(model.parameters())
+        self.lock = _locks.setdefault(model, threading.RLock())
+
+    def source(self, name: str) -> Tensor:
+        """The model's own tensor of that name, detached."""
+        holder, key = self.places[name][0]
+        return holder[key].detach()
+
+    def source_moments(self, layer: NormLayer) -> Moments:
+        """The statistics that a layer stored in training."""
+        buffers = layer.module._buffers
+        return Moments(buffers["running_mean"], buffers["running_var"])  # type: ignore[arg-type]
+
+    def run(
+        self,
+        x: Tensor,
+        tensors: Mapping[str, Tensor],
+        statistics: Statistics,
+        *,
+        averages: Averages | None = None,
+        learn: bool = True,
+        ranks: Ranks,
+        tap: Callable[[], Any] | None = None,
+    ) -> tuple[Any, Averages | None]:
+        """Runs the model on `x` and returns its output and the updated moving averages.
+
+        Args:
+            x: the batch.
+            tensors: name -> tensor to use in place of the model's own.
+            statistics: what layers with stored statistics normalise with.
+            averages: moving averages so far, for `RunningStatistics`.
+            learn: whether moving averages are updated by this batch, or only used.
+            ranks: over whom batch statistics are taken.
+            tap: context in which the model is run, e.g. one that records features.
+        """
+        fresh: Averages | None = {"seen": averages["seen"] + 1} if averages and learn else averages
+        with self.lock, self._lent(tensors, statistics, averages, fresh, learn, ranks, x):
+            if tap is None:
+                return self.model(x), fresh
+            with tap():
+                return self.model(x), fresh
+
+    @contextmanager
+    def recording(self, layer: nn.Module | None, into: list[Tensor]) -> Iterator[None]:
+        """While it lasts, the input of `layer` is appended to `into` at each forward."""
+        if layer is None:
+            raise ScopeError(
+                f"{type(self.model).__name__} has no linear layer whose input could serve as "
+                "features. Use a model that ends in one, or a method that reads no features."
+            )
+        hook = layer.register_forward_pre_hook(lambda _, args: into.append(args[0]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def _lent(
+        self,
+        tensors: Mapping[str, Tensor],
+        statistics: Statistics,
+        averages: Averages | None,
+        fresh: Averages | None,
+        learn: bool,
+        ranks: Ranks,
+        x: Tensor,
+    ) -> Iterator[None]:
+        swapped: list[tuple[dict[str, Any], str, Any]] = []
+        hooks: list[Any] = []
+        training = [module for module in self.modules if module.training]
+        wanting = [p for p in self.parameters if p.requires_grad] if torch.is_grad_enabled() else []
+
+        def put(holder: dict[str, Any], key: str, value: Any) -> None:
+            swapped.append((holder, key, holder[key]))
+            holder[key] = value
+
+        try:
+            for module in training:
+                module.training = False
+            for parameter in wanting:
+                parameter.requires_grad = False
+            for name, tensor in tensors.items():
+                for holder, key in self.places[name]:
+                    own = holder[key]
+                    put(holder, key, tensor if tensor.dtype == own.dtype else tensor.to(own.dtype))
+            if isinstance(statistics, BatchStatistics | RunningStatistics):
+                for module in self.tracked:
+                    put(module.__dict__, "track_running_stats", False)
+            plain = isinstance(statistics, BatchStatistics) and ranks.alone and len(x) > 1
+            for layer in () if isinstance(statistics, SourceStatistics) else self.norms:
+                buffers = layer.module._buffers
+                source = self.source_moments(layer)
+                put(buffers, "running_mean", source.mean)
+                put(buffers, "running_var", source.var)
+                if plain and isinstance(layer.module, nn.modules.batchnorm._NormBase):
+                    buffers["running_mean"] = buffers["running_var"] = None
+                elif isinstance(statistics, RunningStatistics) and averages and not learn:
+                    mean, var = averages[f"{layer.name}.mean"], averages[f"{layer.name}.var"]
+                    buffers["running_mean"], buffers["running_var"] = mean, var
+                else:
+                    normalise = Normaliser(
+                        layer.name, layer.eps, source, statistics, averages, fresh, len(x), ranks
+                    )
+                    hooks.append(layer.module.register_forward_pre_hook(normalise))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for holder, key, value in reversed(swapped):
+                holder[key] = value
+            for parameter in wanting:
+                parameter.requires_grad = True
+            for module in training:
+                module.training = True
+
+
+def places(model: nn.Module) -> dict[str, list[tuple[dict[str, Any], str]]]:
+    """Tensor name -> the dictionaries of modules that hold it; tied tensors have several."""
+    found: dict[str, list[tuple[dict[str, Any], str]]] = {}
+    names: dict[int, str] = {}
+    for prefix, module in model.named_modules():
+        for holder in (module._parameters, module._buffers):
+            for key, tensor in holder.items():
+                if tensor is not None:
+                    full = f"{prefix}.{key}".lstrip(".")
+                    name = names.setdefault(id(tensor), full)
+                    found.setdefault(name, []).append((holder, key))  # type: ignore[arg-type]
+    return found
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """A pre-hook: measures the batch and makes its layer normalise with the chosen moments.
+
+    Where a gradient must flow through the moments the hook normalises itself, and leaves only
+    scale and shift to the layer; else it hands the moments over as running statistics.
+    """
+
+    name: str
+    eps: float
+    source: Moments
+    statistics: Statistics
+    averages: Averages | None = None
+    fresh: Averages | None = None
+    samples: int | None = None
+    ranks: Ranks = Ranks()
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        used = self.choose(x)
+        buffers = module._buffers
+        if not (torch.is_grad_enabled() and used.mean.requires_grad):
+            buffers["running_mean"], buffers["running_var"] = used.mean.detach(), used.var.detach()
+            return args
+        mean, var = _channels(used.mean, x), _channels(used.var, x)
+        buffers["running_mean"] = torch.zeros_like(self.source.mean)
+        buffers["running_var"] = torch.ones_like(self.source.var) - self.eps
+        return (((x - mean) * torch.rsqrt(var + self.eps)).to(x.dtype), *args[1:])
+
+    def choose(self, x: Tensor) -> Moments:
+        """The moments to normalise with; moving averages are written to `fresh`."""
+        batch, values = moments(x, self.ranks)
+        statistics, averages = self.statistics, self.averages
+        if isinstance(statistics, MixedStatistics):
+            samples = len(x) if self.samples is None else self.samples
+            if not self.ranks.alone:
+                samples = int(self.ranks.sum(x.new_tensor(float(samples))))
+            return statistics.blend(self.source, batch, samples=samples, values=values)
+        if isinstance(statistics, RunningStatistics) and averages and self.fresh is not None:
+            old = Moments(averages[f"{self.name}.mean"], averages[f"{self.name}.var"])
+            new = statistics.update(old, batch, seen=int(averages["seen"]), values=values)
+            self.fresh[f"{self.name}.mean"] = new.mean.detach()
+            self.fresh[f"{self.name}.var"] = new.var.detach()
+            return new if statistics.robust else batch
+        return batch

@@ -1,0 +1,111 @@
+"""CoTTA: continual test-time domain adaptation.
+
+for each batch x:
+    s = student(x)
+    t = mean of N teacher(T(x))  if mean_i max softmax(source(x_i)) < p_th,  else teacher(x)
+    student <- student - lr * d/dstudent mean_i CE(softmax(t_i), s_i)
+    teacher <- m teacher + (1 - m) student
+    each weight of the student <- its source value, with probability p_r
+    return t
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from testtime._core.errors import OptionError
+from testtime._core.registry import register
+from testtime.adaptation.evidence import Evidence
+from testtime.adaptation.outputs import read_logits, with_logits
+from testtime.adaptation.parts.objective import teacher_cross_entropy
+from testtime.adaptation.parts.optimizer import Adam
+from testtime.adaptation.parts.prediction import from_teacher
+from testtime.adaptation.parts.preservation import StochasticRestoration
+from testtime.adaptation.parts.scope import weights_and_biases
+from testtime.adaptation.parts.statistics import BatchStatistics
+from testtime.adaptation.parts.teacher import MovingTeacher
+from testtime.adaptation.parts.views import Augment, cotta_view
+from testtime.adaptation.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragedViews:
+    """The teacher's logits, averaged over changed copies where the source model is not sure.
+
+    The copies are forwarded one batch at a time: batch statistics are those of one view.
+
+    Args:
+        count: copies.
+        threshold: mean confidence of the source model below which they are made.
+        augment: makes a copy.
+    """
+
+    count: int
+    threshold: float
+    augment: Augment
+    dense: ClassVar[bool] = False
+    pixels: ClassVar[bool] = True
+
+    def wanted(self, evidence: Evidence) -> bool:
+        """Whether the source model is unsure of this batch; it is asked only if that matters."""
+        if self.threshold <= 0 or self.threshold >= 1:
+            return self.threshold >= 1
+        confidence = evidence.source.float().softmax(-1).amax(-1)
+        return float(evidence.ranks.mean(confidence)) < self.threshold
+
+    def average(self, evidence: Evidence, teach: Callable[[Tensor], Any]) -> Any:
+        """Output whose logits are the mean over the copies."""
+        total, output = 0.0, None
+        for _ in range(self.count):
+            output = teach(self.augment(evidence.inputs, evidence.generator))
+            total = total + read_logits(output)
+        assert isinstance(total, Tensor)
+        return with_logits(output, total / self.count)
+
+
+@register("method", paper="cotta")
+def cotta(
+    *,
+    lr: float = 1e-3,
+    momentum: float = 0.999,
+    restore: float = 0.01,
+    threshold: float = 0.92,
+    views: int = 32,
+    augment: Augment = cotta_view,
+) -> Recipe:
+    """Adapts all weights to an averaged teacher, and returns single weights to the source.
+
+    Inputs are images in [0, 1]; normalisation belongs in the model.
+
+    Args:
+        lr: step size of Adam; 1e-3 for CIFAR (code; ImageNet: SGD 0.01).
+        momentum: m of the teacher; 0.999 (code).
+        restore: p_r; 0.01 for CIFAR, 0.001 for ImageNet (code).
+        threshold: p_th; 0.92 for CIFAR-10, 0.72 for CIFAR-100, 0.1 for ImageNet (code). 0 never
+            averages views, 1 always does.
+        views: N; 32 (code).
+        augment: makes one view.
+
+    Departure from the code: the views are made only when they are used, which changes no result
+    but the random draws.
+
+    Example:
+        >>> cotta(restore=0.0).restoration.rate
+        0.0
+
+    Reference: Wang et al., Continual Test-Time Domain Adaptation, CVPR 2022.
+    """
+    if views < 1:
+        raise OptionError(f"views is {views}; expected at least 1")
+    return Recipe(
+        scope=weights_and_biases,
+        statistics=BatchStatistics(),
+        objective=teacher_cross_entropy,
+        teacher=MovingTeacher(momentum=momentum),
+        views=AveragedViews(count=views, threshold=threshold, augment=augment),
+        restoration=StochasticRestoration(rate=restore),
+        prediction=from_teacher,
+        optimizer=Adam(lr=lr),
+    )

@@ -1,0 +1,41 @@
+"""EATA: efficient test-time adaptation without forgetting.
+
+F = mean over batches of source data of (d/dtheta mean_i CE(argmax z_i, z_i))^2
+for each batch x:
+    as ETA, with the loss  mean_S exp(E0 - H_i) H_i + beta sum_j F_j (theta_j - source_j)^2
+"""
+
+from dataclasses import replace
+
+from testtime._core.registry import register
+from testtime.adaptation.methods.eta import eta
+from testtime.adaptation.parts.preservation import FisherPenalty
+from testtime.adaptation.recipe import Recipe
+
+
+@register("method", paper="eata", needs=("fisher",))
+def eata(
+    *,
+    lr: float = 2.5e-4,
+    momentum: float = 0.9,
+    margin: float = 0.4,
+    redundancy: float | None = None,
+    beta: float = 2000.0,
+) -> Recipe:
+    """ETA with a Fisher penalty that keeps the accuracy on source data.
+
+    Args:
+        lr, momentum, margin, redundancy: as for `eta`.
+        beta: weight of the penalty; 2000 for ImageNet, 1 for CIFAR (code).
+
+    Needs `source=tt.fit_source(model, loader, methods=["eata"])`: the Fisher information of about
+    2000 source samples, without labels.
+
+    Example:
+        >>> eata().needs
+        ('fisher',)
+
+    Reference: Niu et al., Efficient Test-Time Model Adaptation without Forgetting, ICML 2022.
+    """
+    base = eta(lr=lr, momentum=momentum, margin=margin, redundancy=redundancy)
+    return replace(base, penalty=FisherPenalty(weight=beta))

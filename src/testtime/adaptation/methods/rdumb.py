@@ -1,0 +1,42 @@
+"""RDumb: ETA that goes back to the source every T batches.
+
+for s = 0, 1, 2, ... and batch x:
+    if s mod T = 0: restore the source, forget m and the optimizer
+    one step of ETA
+"""
+
+import math
+from dataclasses import replace
+
+from testtime._core.errors import OptionError
+from testtime._core.registry import register
+from testtime.adaptation.methods.eta import eta
+from testtime.adaptation.recipe import Recipe
+
+
+@register("method", paper="rdumb")
+def rdumb(
+    *,
+    lr: float = 2.5e-4,
+    momentum: float = 0.9,
+    margin: float = (math.log(1000) / 2 - 1) / math.log(1000),
+    redundancy: float | None = 0.05,
+    reset_every: int = 1000,
+) -> Recipe:
+    """ETA with a full reset to the source every `reset_every` batches: it cannot collapse for long.
+
+    Args:
+        lr, momentum, redundancy: as for `eta`; d is 0.05 (code), made for a thousand classes.
+        margin: E0 in units of ln C; (ln 1000 / 2 - 1) / ln 1000 = 0.355 (code).
+        reset_every: T; 1000 (paper).
+
+    Example:
+        >>> rdumb(reset_every=48).reset_every
+        48
+
+    Reference: Press et al., RDumb, NeurIPS 2023.
+    """
+    if reset_every < 1:
+        raise OptionError(f"reset_every is {reset_every}; expected a number of batches, at least 1")
+    base = eta(lr=lr, momentum=momentum, margin=margin, redundancy=redundancy)
+    return replace(base, reset_every=reset_every)

@@ -1,0 +1,188 @@
+"""RoTTA: robust test-time adaptation in dynamic scenarios.
+
+layers with statistics use moving averages  m <- (1 - a) m + a m_t,  v <- (1 - a) v + a v_t
+for each batch x:
+    o = teacher(x)
+    for each sample: offer it to the memory with its predicted class and uncertainty;
+        after every 64th sample, on the memory X with ages A:
+            t = teacher(X),  s = student(T(X)),  w_i = exp(-A_i) / (1 + exp(-A_i))
+            student <- student - lr * d/dstudent mean_i w_i CE(softmax(t_i), s_i)
+            teacher <- (1 - nu) teacher + nu student
+    return o
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from testtime._core.errors import OptionError
+from testtime._core.outcomes import Outcome
+from testtime._core.registry import register
+from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.evidence import Evidence
+from testtime.adaptation.parts.objective import teacher_cross_entropy
+from testtime.adaptation.parts.optimizer import Adam
+from testtime.adaptation.parts.prediction import from_teacher
+from testtime.adaptation.parts.scope import batchnorm_affine
+from testtime.adaptation.parts.statistics import RunningStatistics
+from testtime.adaptation.parts.teacher import MovingTeacher
+from testtime.adaptation.parts.views import Augment, cotta_view
+from testtime.adaptation.recipe import Recipe
+from testtime.adaptation.state import State
+from testtime.measures.entropy import entropy
+
+
+class Item(NamedTuple):
+    """A sample in memory: predicted class, uncertainty, when it came, and the image."""
+
+    label: int
+    uncertainty: float
+    born: int
+    image: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancedMemory:
+    """A bank of fresh and certain samples, balanced over predicted classes (CSTU).
+
+    Args:
+        capacity: samples in the bank; each class has a quota of capacity / C.
+        every: samples of the stream between two updates.
+        augment: what the student sees of the bank.
+    """
+
+    capacity: int
+    every: int
+    augment: Augment
+    dense: ClassVar[bool] = False
+    pixels: ClassVar[bool] = True
+
+    def badness(self, item: Item, clock: int, classes: int) -> float:
+        """1 / (1 + exp(-age / capacity)) + uncertainty / ln C: old and uncertain is bad."""
+        age = (clock - item.born) / self.capacity
+        return 1 / (1 + math.exp(-age)) + item.uncertainty / math.log(classes)
+
+    def offer(self, items: list[Item], new: Item, *, classes: int) -> list[Item]:
+        """The items after a new one was offered: appended, in place of a worse one, or dropped."""
+        held = Counter(item.label for item in items)
+        candidates = {new.label}
+        if held[new.label] < self.capacity / classes:
+            if len(items) < self.capacity:
+                return [*items, new]
+            most = max(held.values())
+            candidates = {label for label, count in held.items() if count == most}
+        worst, worst_badness = None, -math.inf
+        for item in sorted(items, key=lambda item: item.label):
+            if item.label in candidates:
+                badness = self.badness(item, new.born, classes)
+                if badness >= worst_badness:
+                    worst, worst_badness = item, badness
+        if worst is None:
+            return [*items, new]
+        if worst_badness > self.badness(new, new.born, classes):
+            return [item for item in items if item is not worst] + [new]
+        return items
+
+    def step(self, engine: Engine, x: Tensor, state: State) -> Step:
+        """Answers with the teacher, fills the memory, and learns from it when that is due."""
+        with torch.no_grad():
+            seen = Evidence(engine, state, state.tensors, x, learn=False)
+            output, logits = engine.answer(seen)
+            joined, images = engine.ranks.gather(logits.float()), engine.ranks.gather(x)
+            probs = joined.softmax(-1)
+            labels = probs.argmax(-1).tolist()
+            uncertainty = -(probs * (probs + 1e-6).log()).sum(-1)
+        items, clock = _unpack(state.memory)
+        outcome, told = Outcome.STORED, {"used": 0}
+        for image, label, doubt in zip(images, labels, uncertainty.tolist(), strict=True):
+            new = Item(label, doubt, clock, image)
+            items = self.offer(items, new, classes=logits.shape[-1])
+            clock += 1
+            if clock % self.every == 0:
+                state, outcome, told = self._learn(engine, state, items, clock)
+        told["entropy"] = entropy(logits).mean()
+        return Step(output, logits, replace(state, memory=_pack(items, clock)), outcome, told)
+
+    def _learn(
+        self, engine: Engine, state: State, items: list[Item], clock: int
+    ) -> tuple[State, Outcome, dict[str, Any]]:
+        items = sorted(items, key=lambda item: item.label)
+        bank = torch.stack([item.image for item in items])
+        ages = torch.tensor([(clock - item.born) / self.capacity for item in items])
+        changed = self.augment(bank, engine.generator)
+        evidence = Evidence(
+            engine, state, engine.leaves(state), bank,
+            student_inputs=changed, ages=ages.to(bank.device),
+        )  # fmt: skip
+        _ = evidence.teacher
+        return engine.learn(evidence)
+
+
+def _pack(items: list[Item], clock: int) -> dict[str, Any]:
+    return {
+        "labels": [item.label for item in items],
+        "uncertainty": [item.uncertainty for item in items],
+        "born": [item.born for item in items],
+        "images": torch.stack([item.image for item in items]) if items else None,
+        "clock": clock,
+    }
+
+
+def _unpack(memory: dict[str, Any] | None) -> tuple[list[Item], int]:
+    if memory is None:
+        return [], 0
+    images = memory["images"] if memory["labels"] else ()
+    columns = (memory["labels"], memory["uncertainty"], memory["born"], images)
+    return [Item(*row) for row in zip(*columns, strict=True)], memory["clock"]
+
+
+def timeliness(ages: Tensor) -> Tensor:
+    """exp(-A) / (1 + exp(-A)): fresh samples weigh 1/2, old ones less."""
+    return torch.sigmoid(-ages)
+
+
+@register("method", paper="rotta")
+def rotta(
+    *,
+    lr: float = 1e-3,
+    alpha: float = 0.05,
+    nu: float = 0.001,
+    capacity: int = 64,
+    every: int = 64,
+    augment: Augment = cotta_view,
+) -> Recipe:
+    """Slow robust statistics, a balanced memory and a teacher, for streams of correlated labels.
+
+    Inputs are images in [0, 1]; normalisation belongs in the model.
+
+    Args:
+        lr: step size of Adam; 1e-3 (code).
+        alpha: a, step of the normalisation statistics; 0.05 (code).
+        nu: step of the teacher; 0.001 (code).
+        capacity: N, samples in memory; 64 (code).
+        every: samples of the stream between two updates; 64 (code).
+        augment: T, what the student sees.
+
+    Example:
+        >>> rotta().memory.every
+        64
+
+    Reference: Yuan, Xie, Li, Robust Test-Time Adaptation in Dynamic Scenarios, CVPR 2023.
+    """
+    for name, value in (("capacity", capacity), ("every", every)):
+        if value < 1:
+            raise OptionError(f"{name} is {value}; expected at least 1")
+    return Recipe(
+        scope=batchnorm_affine,
+        statistics=RunningStatistics(momentum=alpha, unbiased=False, robust=True),
+        objective=teacher_cross_entropy,
+        selection=timeliness,
+        memory=BalancedMemory(capacity=capacity, every=every, augment=augment),
+        teacher=MovingTeacher(momentum=1 - nu),
+        prediction=from_teacher,
+        optimizer=Adam(lr=lr),
+    )

@@ -1,0 +1,33 @@
+"""What is minimised? One value for each sample; the engine alone reduces."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from testtime.adaptation.ranks import Ranks
+from testtime.measures import entropy as measure
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy of each prediction."""
+    return measure.entropy(logits)
+
+
+def teacher_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy of each prediction against the teacher's, which gets no gradient."""
+    return measure.cross_entropy(teacher.detach().float().softmax(-1), logits)
+
+
+def marginal_entropy(logits: Tensor, ranks: Ranks) -> Tensor:
+    """Entropy of the mean prediction of the batch."""
+    return measure.entropy_of_probs(ranks.mean(logits.float().softmax(-1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diversity:
+    """Minus the entropy of the batch's mean prediction, times a weight: rewards diverse batches."""
+
+    weight: float
+
+    def __call__(self, logits: Tensor, ranks: Ranks) -> Tensor:
+        return -self.weight * marginal_entropy(logits, ranks)

@@ -1,0 +1,126 @@
+"""How a step is taken: pure functions of lists of tensors, written with multi-tensor operations.
+
+They reproduce `torch.optim`; old tensors are never written to, so that a state once taken stays.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OptimizerState = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD:
+    """Stochastic gradient descent with momentum, as `torch.optim.SGD`.
+
+    Args:
+        lr: step size.
+        momentum: share of the last direction that is kept.
+    """
+
+    lr: float
+    momentum: float = 0.0
+
+    def init(self, tensors: list[Tensor]) -> OptimizerState:
+        """No direction yet."""
+        return {"direction": None}
+
+    def step(
+        self, state: OptimizerState, tensors: list[Tensor], grads: list[Tensor]
+    ) -> tuple[list[Tensor], OptimizerState]:
+        """Tensors and state after one step against the gradients."""
+        direction = grads
+        if state["direction"] is not None and self.momentum:
+            direction = torch._foreach_mul(state["direction"], self.momentum)
+            torch._foreach_add_(direction, grads)
+        kept = list(direction) if self.momentum else None
+        moved = torch._foreach_add(tensors, direction, alpha=-self.lr)
+        return list(moved), {"direction": kept}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam:
+    """Adam, as `torch.optim.Adam`, or AdamW when `weight_decay` is set (Kingma and Ba, ICLR 2015).
+
+    Args:
+        lr: step size.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay (Loshchilov and Hutter, ICLR 2019).
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def init(self, tensors: list[Tensor]) -> OptimizerState:
+        """Both moments at zero."""
+        zeros = [torch.zeros_like(tensor) for tensor in tensors]
+        return {"steps": 0, "first": zeros, "second": zeros}
+
+    def step(
+        self, state: OptimizerState, tensors: list[Tensor], grads: list[Tensor]
+    ) -> tuple[list[Tensor], OptimizerState]:
+        """Tensors and state after one step against the gradients."""
+        steps = state["steps"] + 1
+        one, two = self.betas
+        first = torch._foreach_lerp(state["first"], grads, 1 - one)
+        second = torch._foreach_mul(state["second"], two)
+        torch._foreach_addcmul_(second, grads, grads, 1 - two)
+        scale = torch._foreach_sqrt(second)
+        torch._foreach_div_(scale, (1 - two**steps) ** 0.5)
+        torch._foreach_add_(scale, self.eps)
+        if self.weight_decay:
+            tensors = list(torch._foreach_mul(tensors, 1 - self.lr * self.weight_decay))
+        moved = torch._foreach_addcdiv(tensors, first, scale, -self.lr / (1 - one**steps))
+        return list(moved), {"steps": steps, "first": list(first), "second": list(second)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharpnessAware:
+    """Steps `base` with the gradient at the worst point nearby (Foret et al., ICLR 2021).
+
+        worst = tensors + rho * g / ||g||
+
+    Args:
+        base: the optimizer that takes the step.
+        rho: radius of the neighbourhood; 0.05 in the paper and in SAR.
+    """
+
+    base: SGD | Adam
+    rho: float = 0.05
+
+    def init(self, tensors: list[Tensor]) -> OptimizerState:
+        """The base optimizer's."""
+        return self.base.init(tensors)
+
+    def worst(self, tensors: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """The point of the neighbourhood where the loss is highest, to first order."""
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        climb = torch._foreach_mul(grads, self.rho / (norm + 1e-12))
+        return list(torch._foreach_add(tensors, climb))
+
+    def step(
+        self, state: OptimizerState, tensors: list[Tensor], grads: list[Tensor]
+    ) -> tuple[list[Tensor], OptimizerState]:
+        """The base optimizer's step, with gradients taken at the worst point."""
+        return self.base.step(state, tensors, grads)
+
+
+Optimizer = SGD | Adam | SharpnessAware
+
+
+def rate_for_batch(lr: float, batch_size: int) -> float:
+    """The rate for small batches: full from 32 samples, in proportion below, doubled for one.
+
+    The rule of the code of SAR and DeYO for ResNets, (lr / 64) * B * 2 below 32 samples.
+
+    Example:
+        >>> rate_for_batch(0.32, 64), rate_for_batch(0.32, 8), rate_for_batch(0.32, 1)
+        (0.32, 0.08, 0.02)
+    """
+    return lr * min(1.0, batch_size / 32) * (2 if batch_size == 1 else 1)

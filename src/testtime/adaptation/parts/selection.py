@@ -1,0 +1,87 @@
+"""Which samples may teach, and how much? Weights, 0 for those that may not.
+
+A selection with a state has `init() -> state`, and its call gives the weights and the new
+state.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from testtime.adaptation.ranks import Ranks
+from testtime.measures.entropy import entropy
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliable:
+    """Samples whose entropy is below a margin, all alike.
+
+    Args:
+        margin: in units of ln C, the entropy of a uniform prediction.
+    """
+
+    margin: float
+
+    def __call__(self, logits: Tensor, classes: int) -> Tensor:
+        return (entropy(logits.detach()) < self.margin * math.log(classes)).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliableAndNew:
+    """Samples of low entropy that differ from what taught before, the surest counting most.
+
+        weight_i = exp(E0 - H_i) [H_i < E0] [|cos(m, p_i)| < d],    m <- 0.9 m + 0.1 mean p_selected
+
+    Args:
+        margin: E0 in units of ln C; 0.4 in EATA.
+        redundancy: d, or None for `redundancy_margin(C)`.
+    """
+
+    margin: float
+    redundancy: float | None
+
+    def init(self) -> State:
+        """No mean prediction yet: the first batch is asked for low entropy only."""
+        return {"mean": None}
+
+    def __call__(
+        self, logits: Tensor, classes: int, ranks: Ranks, state: State
+    ) -> tuple[Tensor, State]:
+        limit = self.margin * math.log(classes)
+        probs = logits.detach().float().softmax(-1)
+        uncertainty = entropy(logits.detach())
+        chosen = uncertainty < limit
+        mean = state["mean"]
+        if mean is not None:
+            similar = torch.nn.functional.cosine_similarity(mean[None], probs, dim=1).abs()
+            chosen = chosen & (similar < _or_default(self.redundancy, classes))
+        weights = torch.where(chosen, (limit - uncertainty).exp(), 0.0)
+        count = ranks.sum(chosen.sum().float())
+        batch_mean = ranks.sum((probs * chosen[:, None]).sum(0)) / count.clamp(min=1)
+        if mean is None:
+            fresh = batch_mean if float(count) else None
+        else:
+            fresh = torch.where(count > 0, 0.9 * mean + 0.1 * batch_mean, mean)
+        return weights, {"mean": fresh}
+
+
+def redundancy_margin(classes: int) -> float:
+    """EATA's d for a number of classes: through 0.4 for ten and 0.05 for a thousand, as published.
+
+    In between and beyond it falls as a power of the number of classes, as the cosine of two
+    unrelated predictions does.
+
+    Example:
+        >>> redundancy_margin(10), round(redundancy_margin(1000), 6)
+        (0.4, 0.05)
+    """
+    return min(1.0, 0.4 * (classes / 10) ** (math.log(0.05 / 0.4) / math.log(100)))
+
+
+def _or_default(redundancy: float | None, classes: int) -> float:
+    return redundancy_margin(classes) if redundancy is None else redundancy

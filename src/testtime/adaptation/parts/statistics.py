@@ -1,0 +1,79 @@
+"""What normalisation layers use: source statistics, this batch's, a mixture, or a moving average.
+
+Only layers that stored statistics in training (batch normalisation, frozen or synchronised too)
+are concerned; group, layer, instance and RMS normalisation know no batch.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Mean and variance of each channel."""
+
+    mean: Tensor
+    var: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceStatistics:
+    """The statistics stored in training, as `model.eval()` uses them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchStatistics:
+    """Mean and biased variance of the batch in front of the layer (Nado et al. 2020)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedStatistics:
+    """A mixture of source and batch: (1 - a) source + a batch, for mean and variance alike.
+
+    Args:
+        alpha: weight of the batch; 0 is the source, 1 the batch.
+        prior: instead, strength of the source in samples: a = n / (prior + n) for n samples
+            (Schneider et al., NeurIPS 2020).
+        unbiased: whether the batch's variance is the unbiased one, as in the published code that
+            reads it from running statistics.
+    """
+
+    alpha: float | None = None
+    prior: float | None = None
+    unbiased: bool = False
+
+    def blend(self, source: Moments, batch: Moments, *, samples: int, values: float) -> Moments:
+        """Mixes the moments of `samples` samples, `values` values a channel, into the source's."""
+        share = self.alpha if self.alpha is not None else samples / ((self.prior or 0.0) + samples)
+        var = batch.var * (values / max(values - 1, 1)) if self.unbiased else batch.var
+        return Moments(
+            (1 - share) * source.mean + share * batch.mean, (1 - share) * source.var + share * var
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningStatistics:
+    """A moving average that starts at the source: (1 - a) old + a batch, one step a batch.
+
+    Args:
+        momentum: the step a; None is the cumulative mean, 1 / (batches seen + 1).
+        unbiased: whether the batch's variance is the unbiased one (torch's running statistics).
+        robust: whether the forward that updates the average also normalises with it (RobustBN of
+            RoTTA, gradients flow through the batch's share), or with the batch's own statistics.
+    """
+
+    momentum: float | None = 0.1
+    unbiased: bool = True
+    robust: bool = False
+
+    def update(self, old: Moments, batch: Moments, *, seen: int, values: float) -> Moments:
+        """The average after one more batch; `seen` batches came before."""
+        share = self.momentum if self.momentum is not None else 1 / (seen + 1)
+        var = batch.var * (values / max(values - 1, 1)) if self.unbiased else batch.var
+        return Moments(
+            (1 - share) * old.mean + share * batch.mean, (1 - share) * old.var + share * var
+        )
+
+
+Statistics = SourceStatistics | BatchStatistics | MixedStatistics | RunningStatistics

@@ -1,0 +1,26 @@
+"""A teacher: a moving average of what has adapted."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovingTeacher:
+    """Exponential moving average of the adapted tensors: m teacher + (1 - m) student.
+
+    Tensors that do not adapt are the same for both and are shared with the model.
+
+    Args:
+        momentum: m; 0.999 in CoTTA and RoTTA (there written nu = 1 - m).
+    """
+
+    momentum: float
+    dense = True
+
+    def follow(self, teacher: list[Tensor], student: list[Tensor]) -> list[Tensor]:
+        """The teacher after the student's step."""
+        kept = torch._foreach_mul(teacher, self.momentum)
+        torch._foreach_add_(kept, student, alpha=1 - self.momentum)
+        return list(kept)

@@ -1,0 +1,152 @@
+"""Changed copies of a batch, drawn with a generator of one's own: CoTTA's and AugMix-like."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+"""Takes images (B, C, H, W) in [0, 1] and a generator, gives changed images of that shape."""
+
+
+def plain(x: Tensor, generator: torch.Generator) -> Tensor:
+    """The images as they are."""
+    return x
+
+
+def cotta_view(x: Tensor, generator: torch.Generator) -> Tensor:
+    """The transform of CoTTA, RoTTA and others: one draw of parameters for a whole batch.
+
+    Clip; brightness U[0.6, 1.4], contrast U[0.7, 1.3], saturation U[0.5, 1.5], hue U[-0.06, 0.06]
+    and gamma U[0.7, 1.3] in random order; edge padding, rotation within 15 degrees, translation
+    within 1/16 of the padded size, scale U[0.9, 1.1], bilinear; Gaussian blur of 5 taps, sigma
+    U[0.001, 0.5]; centre crop; mirrored half of the times; noise of deviation 0.005; clip.
+    Saturation and hue leave images alone that do not have three channels.
+
+    Reference: Wang et al., Continual Test-Time Domain Adaptation, CVPR 2022, and its code.
+    """
+    from torchvision.transforms.v2 import functional as T  # noqa: PLC0415
+
+    def draw(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator, device=x.device))
+
+    coloured = x.shape[1] == 3
+    x = x.clamp(0, 1)
+    for change in torch.randperm(5, generator=generator, device=x.device).tolist():
+        if change == 0:
+            x = T.adjust_brightness(x, draw(0.6, 1.4))
+        elif change == 1:
+            x = _contrast(x, draw(0.7, 1.3))
+        elif change == 2:
+            factor = draw(0.5, 1.5)
+            x = T.adjust_saturation(x, factor) if coloured else x
+        elif change == 3:
+            shift = draw(-0.06, 0.06)
+            x = T.adjust_hue(x, shift) if coloured else x
+        else:
+            x = x.clamp(1e-8, 1).pow(draw(0.7, 1.3))
+    height, width = x.shape[-2:]
+    x = F.pad(x, (width // 2, width // 2, height // 2, height // 2), mode="replicate")
+    limit = [side / 16 for side in (x.shape[-1], x.shape[-2])]
+    x = T.affine(
+        x,
+        angle=draw(-15, 15),
+        translate=[round(draw(-side, side)) for side in limit],
+        scale=draw(0.9, 1.1),
+        shear=[0.0, 0.0],
+        interpolation=T.InterpolationMode.BILINEAR,
+    )
+    x = T.gaussian_blur(x, [5, 5], [draw(0.001, 0.5)] * 2)
+    x = T.center_crop(x, [height, width])
+    if draw(0, 1) < 0.5:
+        x = x.flip(-1)
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return (x + 0.005 * noise).clamp(0, 1)
+
+
+def _contrast(x: Tensor, factor: float) -> Tensor:
+    """Moves each image away from, or towards, the mean of its grey version."""
+    grey = x
+    if x.shape[1] == 3:
+        grey = (x * x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    mean = grey.mean((1, 2, 3), keepdim=True)
+    return (factor * x + (1 - factor) * mean).clamp(0, 1)
+
+
+def augmix_view(x: Tensor, generator: torch.Generator) -> Tensor:
+    """AugMix-like copies as MEMO draws them, all images at once, each with draws of its own.
+
+    A random crop and mirror image; then a mixture, with Dirichlet(1, 1, 1) weights, of three chains
+    of one to three operations (equalising contrast stretch, rotation within 30 / 10 degrees,
+    solarising, shears within 0.03, translations within a thirtieth, posterising), and a Beta(1, 1)
+    mixture of that with the crop.
+
+    Reference: Hendrycks et al., AugMix, ICLR 2020; Zhang et al., MEMO, NeurIPS 2022, and its code.
+    """
+    x = _crop_and_mirror(x.clamp(0, 1), generator)
+    count = len(x)
+    weights = -_uniform(x, (3, count), generator).clamp(min=1e-12).log()
+    weights = weights / weights.sum(0)  # exponentials over their sum are Dirichlet(1, 1, 1)
+    keep = _uniform(x, (count,), generator).view(-1, 1, 1, 1)
+    mixture = torch.zeros_like(x)
+    for weight in weights:
+        chain = x
+        depth = torch.randint(1, 4, (count,), generator=generator, device=x.device)
+        for level in range(3):
+            changed = _random_operation(chain, generator)
+            chain = torch.where((depth > level).view(-1, 1, 1, 1), changed, chain)
+        mixture = mixture + weight.view(-1, 1, 1, 1) * chain
+    return keep * x + (1 - keep) * mixture
+
+
+def _uniform(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
+def _warp(x: Tensor, matrix: Tensor, fill: float | None = 0.5) -> Tensor:
+    """Resamples each image by its own affine matrix (B, 2, 3) in units of the image."""
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    if fill is None:
+        return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    return F.grid_sample(x - fill, grid, align_corners=False) + fill
+
+
+def _crop_and_mirror(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random crops of 8 to 100 % of the area, aspect 3/4 to 4/3, resized; half are mirrored."""
+    area = 0.08 + 0.92 * _uniform(x, (len(x),), generator)
+    aspect = torch.exp((2 * _uniform(x, (len(x),), generator) - 1) * math.log(4 / 3))
+    wide = (area * aspect).sqrt().clamp(max=1)
+    high = (area / aspect).sqrt().clamp(max=1)
+    place = 2 * _uniform(x, (2, len(x)), generator) - 1
+    mirror = torch.where(_uniform(x, (len(x),), generator) < 0.5, -1.0, 1.0)
+    zero = torch.zeros_like(wide)
+    rows = [wide * mirror, zero, place[0] * (1 - wide), zero, high, place[1] * (1 - high)]
+    return _warp(x, torch.stack(rows, 1).view(-1, 2, 3), fill=None)
+
+
+def _random_operation(x: Tensor, generator: torch.Generator) -> Tensor:
+    """One operation for each image, drawn alike out of eight."""
+    count = len(x)
+    which = torch.randint(0, 8, (count,), generator=generator, device=x.device)
+    level = 0.1 + 0.9 * _uniform(x, (count,), generator)
+    sign = torch.where(_uniform(x, (count,), generator) < 0.5, -1.0, 1.0)
+    size = sign * level
+    angle = torch.where(which == 1, size * math.radians(3), 0.0)
+    one, cos, sin = torch.ones_like(size), angle.cos(), angle.sin()
+    shear_x = torch.where(which == 3, size * 0.03, 0.0)
+    shear_y = torch.where(which == 4, size * 0.03, 0.0)
+    right = torch.where(which == 5, size * 2 / 30, 0.0)
+    down = torch.where(which == 6, size * 2 / 30, 0.0)
+    rows = [cos * one, sin + shear_x, right, -sin + shear_y, cos * one, down]
+    moved = _warp(x, torch.stack(rows, 1).view(-1, 2, 3))
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    stretched = (x - low) / (high - low).clamp(min=1 / 255)
+    inverted = torch.where(x >= 1 - level.view(-1, 1, 1, 1) / 10, 1 - x, x)
+    steps = 15.0  # four bits a channel
+    coarse = (x * steps).floor() / steps
+    kind = which.view(-1, 1, 1, 1)
+    out = torch.where(kind == 0, stretched, moved)
+    out = torch.where(kind == 2, inverted, out)
+    return torch.where(kind == 7, coarse, out)

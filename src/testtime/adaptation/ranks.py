@@ -1,0 +1,82 @@
+"""Sums over the ranks of a process group, so that many processes adapt as one would."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over ranks; its gradient is the sum over ranks of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = value.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class Ranks:
+    """The ranks that adapt together; without a process group, this process alone.
+
+    Args:
+        group: a `torch.distributed` process group, or None.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to agree with."""
+        return self.group is None or dist.get_world_size(self.group) == 1
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over ranks; gradients flow to all of them."""
+        return value if self.alone else _Sum.apply(value, self.group)  # type: ignore[no-any-return]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over the first dimension of the joined batch of all ranks."""
+        if self.alone:
+            return values.mean(0)
+        return self.sum(values.sum(0)) / self.sum(values.new_tensor(float(len(values))))
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The joined batch of all ranks, in order of rank; batches may differ in size."""
+        if self.alone:
+            return values
+        sizes = [torch.zeros((), dtype=torch.long) for _ in range(dist.get_world_size(self.group))]
+        sizes = [size.to(values.device) for size in sizes]
+        dist.all_gather(sizes, torch.tensor(len(values), device=values.device), group=self.group)
+        longest = int(max(sizes))
+        padded = values.new_zeros((longest, *values.shape[1:]))
+        padded[: len(values)] = values.detach()
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+    def own(self, joined: Tensor, count: int) -> Tensor:
+        """This rank's part, `count` samples, of a batch that `gather` joined."""
+        if self.alone:
+            return joined
+        counts = [torch.zeros((), dtype=torch.long) for _ in range(dist.get_world_size(self.group))]
+        counts = [size.to(joined.device) for size in counts]
+        dist.all_gather(counts, torch.tensor(count, device=joined.device), group=self.group)
+        start = sum(int(size) for size in counts[: dist.get_rank(self.group)])
+        return joined[start : start + count]
+
+    def agree(self, complaint: Exception | None, device: torch.device) -> bool:
+        """Whether no rank complains. All ranks must ask; a batch is refused by all or by none."""
+        if self.alone:
+            return complaint is None
+        bad = torch.tensor(float(complaint is not None), device=device)
+        dist.all_reduce(bad, group=self.group)
+        return float(bad) == 0

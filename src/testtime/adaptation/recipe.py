@@ -1,0 +1,154 @@
+"""A method as a value: a recipe of named parts, each of which answers one question."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from testtime._core.errors import OptionError
+from testtime.adaptation.parts.optimizer import Optimizer
+from testtime.adaptation.parts.prediction import student
+from testtime.adaptation.parts.scope import Scope, nothing
+from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
+
+EVIDENCE = (
+    "inputs", "logits", "teacher", "source", "features", "forward", "classes", "generator",
+    "ranks", "ages",
+)  # fmt: skip
+"""What a part may ask to see, by naming it in its signature."""
+CALLED = ("objective", "batch_objective", "prediction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A method: which tensors may change, what is minimised, who may teach, what is answered.
+
+    Functions and `__call__` methods of parts name in their signature what they read, out of
+    `EVIDENCE`; the engine provides just that, and runs a teacher, the source model or a further
+    forward only for parts that ask.
+
+    Args:
+        scope: which tensors may change.
+        statistics: what layers with stored statistics normalise with.
+        objective: what is minimised, one value for each sample (dense logits: for each pixel).
+        batch_objective: what is minimised besides, one value for the batch; all samples count.
+        penalty: what is minimised besides, a function of the adapted tensors.
+        selection: which samples may teach, and how much: weights, 0 for those that may not. The
+            objective is averaged over those that may. Of several selections (a tuple) the weights
+            multiply.
+        memory: what is remembered and learnt from in place of the batch.
+        teacher: a moving average of the adapted model, which answers for the objective.
+        views: changed copies that are learnt from or averaged.
+        restoration: returns adapted tensors towards the source after each step.
+        recovery: when to give up and go back to the source.
+        prediction: what is answered, as logits.
+        optimizer: how a step is taken.
+        steps: steps on each batch.
+        episodic: whether every batch begins at the source.
+        reset_every: batches after which the source is restored.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from testtime.adaptation.methods.tent import tent
+        >>> from testtime.adaptation.parts.scope import all_parameters
+        >>> everything = replace(tent(lr=1e-4), scope=all_parameters)  # a new method
+    """
+
+    scope: Scope = nothing
+    statistics: Statistics = SourceStatistics()
+    objective: Callable[..., Any] | None = None
+    batch_objective: Callable[..., Any] | None = None
+    penalty: Any = None
+    selection: Any = None
+    memory: Any = None
+    teacher: Any = None
+    views: Any = None
+    restoration: Any = None
+    recovery: Any = None
+    prediction: Callable[..., Any] = student
+    optimizer: Optimizer | None = None
+    steps: int = 1
+    episodic: bool = False
+    reset_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise OptionError(f"steps is {self.steps}; expected at least 1")
+        if self.learns and self.optimizer is None:
+            raise OptionError("a recipe with an objective needs an optimizer; add optimizer=...")
+        for question, part in self._callables():
+            for name in reads(part):
+                if name not in EVIDENCE:
+                    raise OptionError(
+                        f"the {question} {describe(part)} reads {name!r}, which nothing provides. "
+                        f"A part may read: {', '.join(EVIDENCE)}"
+                    )
+                if name == "teacher" and self.teacher is None:
+                    raise OptionError(
+                        f"the {question} {describe(part)} reads the teacher's logits, but the "
+                        "recipe has no teacher; add teacher=MovingTeacher(...)"
+                    )
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to minimise."""
+        return self.objective is not None or self.batch_objective is not None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What must be known of the source data."""
+        return tuple(need for part in self._parts() for need in getattr(part, "needs", ()))
+
+    @property
+    def selections(self) -> tuple[Any, ...]:
+        """The selections, none, one or several."""
+        if self.selection is None:
+            return ()
+        return self.selection if isinstance(self.selection, tuple) else (self.selection,)
+
+    def _parts(self) -> list[Any]:
+        own = [getattr(self, field.name) for field in fields(self) if field.name != "selection"]
+        return [*own, *self.selections]
+
+    def _callables(self) -> list[tuple[str, Callable[..., Any]]]:
+        named = [(name, getattr(self, name)) for name in CALLED]
+        named += [("selection", part) for part in self.selections]
+        return [(name, part) for name, part in named if part is not None]
+
+    def asks_for(self, name: str) -> bool:
+        """Whether any part reads `name`."""
+        return any(name in reads(part) for _, part in self._callables())
+
+    @property
+    def dense(self) -> bool:
+        """Whether every part can work on dense logits, where each pixel is a sample."""
+        return all(getattr(part, "dense", True) for part in self._parts())
+
+
+def reads(part: Callable[..., Any]) -> tuple[str, ...]:
+    """The names in a part's signature, `state` left out."""
+    call = part if inspect.isfunction(part) else type(part).__call__
+    return _names(call)
+
+
+@cache
+def _names(call: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(n for n in inspect.signature(call).parameters if n not in ("self", "state"))
+
+
+def describe(part: Any) -> str:
+    """A part as text that is the same in every process: names of functions, values of options.
+
+    Example:
+        >>> describe(student)
+        'student'
+    """
+    if inspect.isfunction(part):
+        return part.__name__
+    if is_dataclass(part) and not isinstance(part, type):
+        options = ", ".join(f"{f.name}={describe(getattr(part, f.name))}" for f in fields(part))
+        return f"{type(part).__name__}({options})"
+    if isinstance(part, tuple):
+        return f"({', '.join(map(describe, part))})"
+    return repr(part)

@@ -1,0 +1,115 @@
+"""All that an adapter knows beside the model: one small tree of tensors and numbers."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from testtime._core.errors import StateError
+from testtime._core.files import atomic
+
+FORMAT = "testtime-state-1"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where one stream stands. Steps make a new state; no tensor of an old one is written to.
+
+    Attributes:
+        tensors: what adapts, in float32 where the model is in half precision.
+        optimizer: state of the optimizer.
+        averages: moving averages of normalisation statistics, with `RunningStatistics`.
+        teacher, teacher_averages: the same of the teacher.
+        selection: state of each selection.
+        memory: state of the memory.
+        loss_average: moving average of the loss, with a recovery.
+        generator: state of the random generator.
+        steps: batches since the source.
+        samples: samples since the source.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    averages: dict[str, Tensor] | None = None
+    teacher: dict[str, Tensor] | None = None
+    teacher_averages: dict[str, Tensor] | None = None
+    selection: list[Any] = field(default_factory=list)
+    memory: dict[str, Any] | None = None
+    loss_average: float | None = None
+    generator: Tensor | None = None
+    steps: int = 0
+    samples: int = 0
+
+
+def save_state(state: State, path: str | Path, *, owner: dict[str, str]) -> None:
+    """Writes a state and whose it is (method, model) as safetensors, wholly or not at all."""
+    tensors: dict[str, Tensor] = {}
+    plain = {name: _flatten(value, name, tensors) for name, value in vars(state).items()}
+    stored = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    with atomic(path) as part:
+        save_file(stored, part, {"format": FORMAT, "plain": json.dumps(plain), **owner})
+
+
+def load_state(path: str | Path, *, owner: dict[str, str], device: torch.device) -> State:
+    """Reads a state that `save_state` wrote for the same owner.
+
+    Raises:
+        StateError: when the file is truncated, no state, or belongs to another model or method.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise StateError(f"{path} is not a state that adapter.save() wrote.")
+            for what, mine in owner.items():
+                if about.get(what) != mine:
+                    raise StateError(
+                        f"{path} belongs to another {what}: it was saved for {about.get(what)}, "
+                        f"and this adapter has {mine}. Build the adapter with the same model and "
+                        "method that saved it."
+                    )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise StateError(f"there is no file {path}; expected what adapter.save() wrote.") from error
+    except (SafetensorError, OSError) as error:
+        raise StateError(
+            f"{path} cannot be read: {error}. It is truncated or not a safetensors file; "
+            "use an earlier copy."
+        ) from error
+    plain = json.loads(about["plain"])
+    loaded = {
+        key: _unflatten(value, tensors, device if key != "generator" else torch.device("cpu"))
+        for key, value in plain.items()
+    }
+    return replace(State(), **loaded)
+
+
+def _flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        tensors[prefix] = tree
+        return {"tensor": prefix}
+    if isinstance(tree, dict):
+        return {"dict": {k: _flatten(v, f"{prefix}/{k}", tensors) for k, v in tree.items()}}
+    if isinstance(tree, list | tuple):
+        return {"list": [_flatten(v, f"{prefix}/{i}", tensors) for i, v in enumerate(tree)]}
+    if isinstance(tree, float):
+        return {"float": tree.hex()}
+    return tree
+
+
+def _unflatten(tree: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, value),) = tree.items()
+    if kind == "tensor":
+        return tensors[value].to(device)
+    if kind == "dict":
+        return {key: _unflatten(item, tensors, device) for key, item in value.items()}
+    if kind == "list":
+        return [_unflatten(item, tensors, device) for item in value]
+    return float.fromhex(value)
