@@ -1,0 +1,157 @@
+"""Entropies of predictions, in nats: Shannon, Renyi, Tsallis, marginal; mutual information.
+
+All take logits `(*batch, classes)`, of any scale, masked entries (-inf) included. Half precision is
+computed, and answered, in float32.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from testtime._core.errors import OptionError
+
+
+def log_softmax(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch classes"]:
+    """Log-probabilities of logits, in float32 at least; rows that are infinite stay defined."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.log_softmax(logits, dim=-1, dtype=dtype)
+
+
+def entropy(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
+    """Shannon entropy of softmax(logits), in nats.
+
+        H = -sum_c p_c ln p_c
+
+    Example:
+        >>> entropy(torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+        tensor([0.6656, 1.0986])
+        >>> entropy(torch.tensor([0.0, 0.0, -math.inf]))
+        tensor(0.6931)
+
+    Reference: Shannon, A Mathematical Theory of Communication, 1948.
+    """
+    log_p = log_softmax(logits)
+    # 0 ln 0 = 0: the clamp stops -inf * 0 and has a zero gradient there
+    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+
+
+def entropy_of_probs(probs: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
+    """Shannon entropy of probabilities, in nats; entries of zero count nothing.
+
+    The gradient at zero is finite: that of the smallest normal number.
+
+    Example:
+        >>> entropy_of_probs(torch.tensor([0.5, 0.5, 0.0]))
+        tensor(0.6931)
+    """
+    probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
+    return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
+
+
+def cross_entropy(
+    target_probs: Float[Tensor, "*batch classes"], logits: Float[Tensor, "*batch classes"]
+) -> Float[Tensor, "*batch"]:
+    """Cross-entropy of softmax(logits) against target probabilities, in nats.
+
+        CE = -sum_c t_c ln p_c
+
+    A class that the target excludes counts nothing, also where the logits mask it.
+
+    Example:
+        >>> cross_entropy(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
+        tensor(0.6931)
+    """
+    log_p = log_softmax(logits)
+    terms = target_probs.to(log_p.dtype) * log_p.clamp(min=torch.finfo(log_p.dtype).min)
+    return -terms.sum(-1)
+
+
+def marginal_entropy(logits: Float[Tensor, "samples *batch classes"]) -> Float[Tensor, "*batch"]:
+    """Entropy of the mean prediction over the first dimension, in nats.
+
+        H( mean_i softmax(z_i) )
+
+    Example:
+        >>> marginal_entropy(torch.tensor([[50.0, 0.0], [0.0, 50.0]]))
+        tensor(0.6931)
+
+    Reference: Zhang, Levine, Finn, MEMO, NeurIPS 2022.
+    """
+    log_mean = torch.logsumexp(log_softmax(logits), dim=0) - math.log(len(logits))
+    return -(log_mean.exp() * log_mean.clamp(min=torch.finfo(log_mean.dtype).min)).sum(-1)
+
+
+def mutual_information(logits: Float[Tensor, "samples *batch classes"]) -> Float[Tensor, "*batch"]:
+    """Mutual information between the sample and its prediction, in nats.
+
+        I = H( mean_i p_i ) - mean_i H(p_i)        0 <= I <= ln C
+
+    Over an ensemble in the first dimension this is the part of the uncertainty that its members
+    disagree on (BALD); over a batch it is what SHOT maximises.
+
+    Example:
+        >>> mutual_information(torch.tensor([[50.0, 0.0], [0.0, 50.0]]))
+        tensor(0.6931)
+
+    Reference: Houlsby et al., Bayesian Active Learning, 2011.
+    """
+    return marginal_entropy(logits) - entropy(logits).mean(0)
+
+
+def renyi_entropy(
+    logits: Float[Tensor, "*batch classes"], *, order: float
+) -> Float[Tensor, "*batch"]:
+    """Renyi entropy of softmax(logits), in nats.
+
+        H_a = ln( sum_c p_c^a ) / (1 - a)
+
+    Order 1 is Shannon entropy, order 0 the logarithm of the number of classes that are possible,
+    infinity the min-entropy.
+
+    Raises:
+        OptionError: for a negative order.
+
+    Example:
+        >>> renyi_entropy(torch.tensor([0.0, 0.0]), order=2.0)
+        tensor(0.6931)
+
+    Reference: Renyi, On Measures of Entropy and Information, 1961.
+    """
+    if not order >= 0:
+        raise OptionError(f"order is {order}; the order of an entropy is at least 0.")
+    log_p = log_softmax(logits)
+    if order == 1:
+        return entropy(logits)
+    if order == math.inf:
+        return -log_p.amax(-1)
+    if order == 0:
+        return (log_p > -math.inf).sum(-1).to(log_p.dtype).log()
+    return torch.logsumexp(order * log_p, dim=-1) / (1 - order)
+
+
+def tsallis_entropy(
+    logits: Float[Tensor, "*batch classes"], *, order: float
+) -> Float[Tensor, "*batch"]:
+    """Tsallis entropy of softmax(logits).
+
+        S_q = ( 1 - sum_c p_c^q ) / (q - 1)
+
+    Order 1 is Shannon entropy in nats; order 2 is the Gini impurity.
+
+    Raises:
+        OptionError: for an order that is not positive.
+
+    Example:
+        >>> tsallis_entropy(torch.tensor([0.0, 0.0]), order=2.0)
+        tensor(0.5000)
+
+    Reference: Tsallis, Possible generalization of Boltzmann-Gibbs statistics, 1988.
+    """
+    if not 0 < order < math.inf:
+        raise OptionError(f"order is {order}; expected a positive number.")
+    if order == 1:
+        return entropy(logits)
+    log_p = log_softmax(logits)
+    return -torch.expm1(torch.logsumexp(order * log_p, dim=-1)) / (order - 1)
