@@ -21,10 +21,12 @@ from collections.abc import Callable
 import torch
 
 from testtime._core.errors import InputError, unknown
-from testtime.streams import blur, noise
+from testtime.streams import blur, digital, geometry, light, noise, spatter, weather
 from testtime.streams.severity import Images
 
-_FUNCTIONS: dict[str, Callable[[Images, int, torch.Generator], Images]] = {
+Corruption = Callable[[Images, int, torch.Generator], Images]
+
+_STANDARD: dict[str, Corruption] = {
     "gaussian_noise": noise.gaussian_noise,
     "shot_noise": noise.shot_noise,
     "impulse_noise": noise.impulse_noise,
@@ -32,37 +34,44 @@ _FUNCTIONS: dict[str, Callable[[Images, int, torch.Generator], Images]] = {
     "glass_blur": blur.glass_blur,
     "motion_blur": blur.motion_blur,
     "zoom_blur": blur.zoom_blur,
+    "snow": weather.snow,
+    "frost": weather.frost,
+    "fog": weather.fog,
+    "brightness": light.brightness,
+    "contrast": light.contrast,
+    "elastic_transform": geometry.elastic_transform,
+    "pixelate": digital.pixelate,
+    "jpeg_compression": digital.jpeg_compression,
+}
+_EXTRA: dict[str, Corruption] = {
     "speckle_noise": noise.speckle_noise,
     "gaussian_blur": blur.gaussian_blur,
+    "spatter": spatter.spatter,
+    "saturate": light.saturate,
 }
+_GEOMETRIC: dict[str, Corruption] = {
+    "rotation": geometry.rotation,
+    "translation": geometry.translation,
+    "scale": geometry.scale,
+    "shear": geometry.shear,
+}
+_ILLUMINATION: dict[str, Corruption] = {
+    "gamma": light.gamma,
+    "illumination": light.illumination,
+}
+_FUNCTIONS = {**_STANDARD, **_EXTRA, **_GEOMETRIC, **_ILLUMINATION}
 
-CORRUPTIONS = (
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic_transform",
-    "pixelate",
-    "jpeg_compression",
-)
+CORRUPTIONS = tuple(_STANDARD)
 """The fifteen of ImageNet-C, in its order."""
 
-EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+EXTRA_CORRUPTIONS = tuple(_EXTRA)
 """The four extra ones of ImageNet-C, meant for choosing hyper-parameters."""
 
-GEOMETRIC = ("rotation", "translation", "scale", "shear")
+GEOMETRIC = tuple(_GEOMETRIC)
 """Affine changes of position, with the severities of MNIST-C."""
 
-ILLUMINATION = ("gamma", "illumination")
-"""Changes of light."""
+ILLUMINATION = tuple(_ILLUMINATION)
+"""Changes of light, which begin where CoTTA's augmentation ends."""
 
 SEVERITIES = (1, 2, 3, 4, 5)
 """From hardly visible to strong."""
