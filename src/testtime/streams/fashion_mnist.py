@@ -104,7 +104,7 @@ def locate(split: str, *, on_progress: Callable[[str, int, int], None] | None = 
         if all((folder / name).is_file() for name in split_files(split)):
             return folder
     for name in split_files(split):
-        download(name, own, on_progress=on_progress)
+        download(name, own, address=ADDRESS, on_progress=on_progress)
     return own
 
 

@@ -17,7 +17,7 @@ from testtime.streams.corruptions import (
     GEOMETRIC,
     ILLUMINATION,
 )
-from testtime.streams.data import labels_of
+from testtime.streams.data import labels_of, stack
 from testtime.streams.order import DISTRIBUTIONS, ORDERS
 from testtime.streams.plan import segments
 
@@ -28,12 +28,14 @@ PATTERNS = ("stationary", "reset", "continual", "gradual", "recurring", "mixed")
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     **{name: {"pattern": name} for name in PATTERNS},
-    "recurring": {"pattern": "recurring", "rounds": 3},
     **{name: {"labels": name} for name in ORDERS},
     **{name: {"distribution": name} for name in DISTRIBUTIONS},
     "single": {"batch_size": 1},
 }
 """Name -> what it sets. Names of different kinds combine: "recurring,dirichlet,long-tailed"."""
+
+RECURRING_ROUNDS = 3
+"""What "recurring" means where the number of rounds is not said; papers take up to 50."""
 
 SMALLEST_DELTA, LARGEST_DELTA = 1e-6, 1e6
 
@@ -136,9 +138,11 @@ class Scenario:
             >>> [tuple(batch.inputs.shape) for batch in stream]
             [(64, 1, 28, 28), (36, 1, 28, 28)]
         """
+        labels = labels_of(dataset)
+        stack(dataset, [0])  # what cannot be stacked is told now, not at the first batch
         return Stream(
             dataset,
-            segments(self, labels_of(dataset), seed=seed),
+            segments(self, labels, seed=seed),
             batch_size=self.batch_size,
             seed=seed,
             resets=self.pattern == "reset",
@@ -206,11 +210,13 @@ class Scenario:
             if not equals and name not in PRESETS:
                 raise unknown("scenario", name, PRESETS)
             for key, setting in ({name: _read(name, value)} if equals else PRESETS[name]).items():
-                if key in values and key != "rounds":
+                if key in values:
                     raise OptionError(
                         f"{text!r} sets {key} twice, to {values[key]!r} and {setting!r}. Keep one."
                     )
                 values[key] = setting
+        if values.get("pattern") == "recurring":
+            values.setdefault("rounds", RECURRING_ROUNDS)
         _refuse_idle(text, values)
         return cls(**values)
 
