@@ -59,7 +59,7 @@ def frost(images: Images, severity: int, generator: torch.Generator) -> Images:
     return kept * images + added * crystals(images, generator) * paint(images, FROST_TINT)
 
 
-def crystals(images: Images, generator: torch.Generator, *, directions: int = 4) -> Tensor:
+def crystals(images: Images, generator: torch.Generator, *, directions: int = 3) -> Tensor:
     """A grey texture of needles (batch, 1, height, width), for each image another.
 
     White noise is smeared along a few directions per image (in the frequency domain), ridges of it
@@ -76,13 +76,16 @@ def crystals(images: Images, generator: torch.Generator, *, directions: int = 4)
     fy = torch.fft.fftfreq(height, device=images.device, dtype=images.dtype)[:, None]
     fx = torch.fft.rfftfreq(width, device=images.device, dtype=images.dtype)
     along, across = fx * turn.cos() + fy * turn.sin(), fy * turn.cos() - fx * turn.sin()
-    spread = (2 * torch.pi * unit) ** 2 / 2 * ((12 * along).square() + across.square())
+    spread = (2 * torch.pi * unit) ** 2 / 2 * ((12 * along).square() + (1.5 * across).square())
     smeared = torch.fft.irfft2(noise * torch.exp(-spread), s=(height, width))
-    needles = -(smeared / smeared.std(dim=(2, 3), keepdim=True, correction=0).add(1e-6)).abs()
-    place = gaussian_filter(normal(shape, like=images, generator=generator), 12 * unit)
+    smeared = smeared / smeared.std(dim=(2, 3), keepdim=True, correction=0).add(1e-6)
+    needles = torch.exp(-3 * smeared.abs())
+    place = gaussian_filter(
+        normal(shape, like=images, generator=generator), 12 * unit, border="reflect"
+    )
     place = place / place.std(dim=(2, 3), keepdim=True, correction=0).add(1e-6)
     texture = (needles * (3 * place).softmax(dim=1)).sum(dim=1, keepdim=True)
-    texture = texture + 0.3 * place[:, :1]
+    texture = texture + 0.1 * place[:, :1]
     texture = texture - texture.mean(dim=(2, 3), keepdim=True)
     texture = texture / texture.std(dim=(2, 3), keepdim=True, correction=0).add(1e-6)
     mean = uniform((batch, 1, 1, 1), 0.47, 0.82, like=images, generator=generator)
