@@ -90,8 +90,8 @@ class Engine:
         averages: Averages = {"seen": torch.zeros((), dtype=torch.long)}
         for layer in self.loan.norms:
             moments = self.loan.source_moments(layer)
-            averages[f"{layer.name}.mean"] = moments.mean.detach().clone()
-            averages[f"{layer.name}.var"] = moments.var.detach().clone()
+            averages[f"{layer.name}.mean"] = moments.mean.detach().float().clone()
+            averages[f"{layer.name}.var"] = moments.var.detach().float().clone()
         return averages
 
     # --- forwards -----------------------------------------------------------------------------

@@ -159,8 +159,9 @@ class Loan:
                 if plain and isinstance(layer.module, nn.modules.batchnorm._NormBase):
                     buffers["running_mean"] = buffers["running_var"] = None
                 elif isinstance(statistics, RunningStatistics) and averages and not learn:
-                    mean, var = averages[f"{layer.name}.mean"], averages[f"{layer.name}.var"]
-                    buffers["running_mean"], buffers["running_var"] = mean, var
+                    for key, moment in (("running_mean", "mean"), ("running_var", "var")):
+                        stored = averages[f"{layer.name}.{moment}"]
+                        buffers[key] = stored.to(source.mean.dtype)
                 else:
                     normalise = Normaliser(
                         layer.name, layer.eps, source, statistics, averages, fresh, len(x), ranks
@@ -214,7 +215,8 @@ class Normaliser:
         used = self.choose(x)
         buffers = module._buffers
         if not (torch.is_grad_enabled() and used.mean.requires_grad):
-            buffers["running_mean"], buffers["running_var"] = used.mean.detach(), used.var.detach()
+            for key, value in (("running_mean", used.mean), ("running_var", used.var)):
+                buffers[key] = value.detach().to(self.source.mean.dtype)
             return args
         mean, var = _channels(used.mean, x), _channels(used.var, x)
         buffers["running_mean"] = torch.zeros_like(self.source.mean)

@@ -1,0 +1,370 @@
+"""What every method owes its user, whichever it is; the battery runs over all that are registered."""
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from models import batches, tiny
+from torch import nn
+
+import testtime as tt
+from testtime._core.errors import (
+    InputError,
+    NeedsSource,
+    OptionError,
+    ScopeError,
+    StateError,
+    TesttimeWarning,
+    UnknownName,
+)
+from testtime._core.outcomes import Outcome
+
+SMALL = {"memo": {"views": 2}, "cotta": {"views": 2}, "rotta": {"capacity": 16, "every": 16}}
+ALL = sorted(tt.methods())
+LEARNING = [name for name in ALL if name not in ("source", "bn-adapt", "lame")]
+each = pytest.mark.parametrize("name", ALL)
+
+
+def adapter_of(name: str, model: nn.Module | None = None, **more):
+    model = tiny() if model is None else model
+    dtype = next(model.parameters()).dtype
+    loader = [x.to(dtype) for x in batches(2)]
+    source = tt.fit_source(model, loader) if tt.methods()[name].needs else None
+    return tt.adapt(model, name, source=source, **{**SMALL.get(name, {}), **more})
+
+
+def test_all_methods_are_here():
+    expected = "source bn-adapt tent eta eata sar deyo ostta lame cotta rotta memo rdumb"
+    assert set(expected.split()) <= set(ALL)
+
+
+@each
+def test_the_model_is_borrowed(name):
+    model = tiny()
+    model.head.bias.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    flags = [(p.requires_grad, p.grad) for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+    chance = torch.get_rng_state()
+    adapter = adapter_of(name, model)
+    for x in batches(4):
+        given = x.clone()
+        adapter(x)
+        assert torch.equal(x, given)
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert [(p.requires_grad, p.grad) for p in model.parameters()] == flags
+    assert [m.training for m in model.modules()] == modes
+    assert [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()] == hooks
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@each
+def test_a_failing_model_is_given_back(name):
+    model = tiny()
+    adapter = adapter_of(name, model)
+    for x in batches(2):
+        adapter(x)
+    before = copy.deepcopy(model.state_dict())
+    mark = adapter.snapshot()
+    with pytest.raises(InputError, match="could not take"):
+        adapter(torch.rand(4, 7, 8, 8))
+    assert adapter.snapshot() is mark
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@each
+def test_state_goes_to_disk_and_back(name, tmp_path):
+    first, second = adapter_of(name), adapter_of(name)
+    xs = batches(8)
+    for x in xs[:4]:
+        first(x)
+    first.save(tmp_path / "state.safetensors")
+    second.load(tmp_path / "state.safetensors")
+    for x in xs[4:]:
+        assert torch.equal(first(x), second(x))
+
+
+@each
+def test_reset_and_restore_are_exact(name):
+    adapter = adapter_of(name)
+    xs = batches(6)
+    begin = [adapter(x) for x in xs[:3]]
+    mark = adapter.snapshot()
+    later = [adapter(x) for x in xs[3:]]
+    adapter.restore(mark)
+    assert all(torch.equal(adapter(x), y) for x, y in zip(xs[3:], later, strict=True))
+    adapter.reset()
+    assert all(torch.equal(adapter(x), y) for x, y in zip(xs[:3], begin, strict=True))
+
+
+@each
+def test_predict_changes_nothing(name):
+    adapter = adapter_of(name)
+    xs = batches(4)
+    adapter(xs[0])
+    mark = adapter.snapshot()
+    told = adapter.predict(xs[1])
+    assert adapter.snapshot() is mark
+    assert torch.equal(told, adapter.predict(xs[1]))
+    if name != "memo":  # answers after its step
+        torch.testing.assert_close(adapter(xs[1]), told)
+
+
+@each
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_works_where_inference_is_written(name, mode):
+    outside, inside = adapter_of(name), adapter_of(name)
+    for x in batches(3):
+        expected = outside(x)
+        with mode():
+            answer = inside(x + 0)
+        assert torch.equal(answer, expected)
+        assert not answer.requires_grad
+
+
+@each
+def test_two_streams_share_a_model(name):
+    model = tiny()
+    one, two, alone = adapter_of(name, model), adapter_of(name, model), adapter_of(name)
+    xs, ys = batches(4), batches(4, seed=9)
+    for x, y in zip(xs, ys, strict=True):
+        two(y)
+        assert torch.equal(one(x), alone(x))
+
+
+@each
+@pytest.mark.parametrize("kind", ["batch", "sync", "group", "layer", "instance", "frozen", "rms"])
+def test_every_normalisation(name, kind):
+    model = tiny(kind)
+    adapter = adapter_of(name, model)
+    for x in batches(3):
+        answer = adapter(x)
+        assert answer.shape == (16, 5)
+        assert answer.isfinite().all()
+    if name == "tent":
+        assert adapter.counts.updates == 3
+        assert len(adapter.plan().tensors) == (2 if kind == "rms" else 4)
+
+
+@each
+def test_a_batch_of_one(name):
+    adapter = adapter_of(name)
+    x = batches(1, 1)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TesttimeWarning)
+        assert adapter(x).isfinite().all()
+        assert adapter(x).shape == (1, 5)
+
+
+def test_a_batch_of_one_with_batch_statistics_is_warned_of():
+    with pytest.warns(TesttimeWarning, match="batch of one"):
+        tt.adapt(tiny(), "tent")(batches(1, 1)[0])
+
+
+@each
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (torch.rand(0, 3, 8, 8), "empty"),
+        (torch.full((2, 3, 8, 8), math.nan), "NaN"),
+        (torch.full((2, 3, 8, 8), math.inf), "NaN or infinite"),
+        (torch.rand(3, 8, 8), "takes"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "floating point"),
+        ([1, 2], "tensor"),
+    ],
+)
+def test_bad_input_changes_nothing(name, bad, says):
+    adapter = adapter_of(name)
+    x = batches(1)[0]
+    adapter(x)
+    mark, counts = adapter.snapshot(), adapter.counts
+    for call in (adapter, adapter.predict):
+        with pytest.raises(InputError, match=says):
+            call(bad)
+    assert adapter.snapshot() is mark
+    assert adapter.counts == counts
+
+
+@pytest.mark.parametrize("name", [n for n in LEARNING if n not in ("cotta", "memo")])
+def test_a_step_that_is_not_finite_changes_nothing(name):
+    model = tiny()
+    adapter = adapter_of(name, model)
+    xs = batches(3)
+    adapter(xs[0])
+    mark = adapter.snapshot()
+    with torch.no_grad():
+        kept = model.head.weight.clone()
+        model.head.weight.fill_(math.nan)
+    answer = adapter(xs[1])
+    with torch.no_grad():
+        model.head.weight.copy_(kept)
+    assert answer.shape == (16, 5)
+    for key, value in adapter.snapshot().tensors.items():
+        if key != "head.weight":
+            assert torch.equal(value, mark.tensors[key])
+    assert adapter(xs[2]).isfinite().all()
+
+
+def test_non_finite_steps_are_counted():
+    model = tiny()
+    adapter = tt.adapt(model, "tent")
+    with torch.no_grad():
+        model.head.weight.fill_(math.nan)
+    adapter(batches(1)[0])
+    assert adapter.events[-1].outcome is Outcome.NON_FINITE
+    assert adapter.counts.skipped == 1
+
+
+@each
+def test_export_is_a_plain_model(name):
+    adapter = adapter_of(name)
+    xs = batches(4)
+    for x in xs[:3]:
+        adapter(x)
+    exported = adapter.export()
+    assert type(exported) is type(adapter.model)
+    if name not in ("lame", "cotta", "memo"):  # what these answer is not a model's own output
+        with torch.no_grad():
+            torch.testing.assert_close(exported(xs[3]), adapter.predict(xs[3]))
+
+
+class Wrapped(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.net, self.kind = tiny(), kind
+
+    def forward(self, x):
+        logits = self.net(x)
+        if self.kind == "tuple":
+            return logits, x.mean((1, 2, 3))
+        if self.kind == "dense":
+            return logits[..., None, None] + x.mean(1, keepdim=True)
+        output = type("Output", (), {})()
+        output.logits = logits
+        return output
+
+
+@each
+def test_outputs_keep_their_kind(name):
+    x = batches(1)[0]
+    expected = adapter_of(name)(x)
+    pair = adapter_of(name, Wrapped("tuple").eval())(x)
+    assert isinstance(pair, tuple)
+    torch.testing.assert_close(pair[0], expected)
+    if name != "memo":  # joins what single images return, which needs tensors or tuples
+        torch.testing.assert_close(adapter_of(name, Wrapped("object").eval())(x).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["source", "bn-adapt", "tent", "eta", "eata", "sar", "ostta"])
+def test_dense_logits(name):
+    adapter = adapter_of(name, Wrapped("dense").eval())
+    for x in batches(2):
+        assert adapter(x).shape == (16, 5, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["deyo", "lame", "cotta", "rotta", "memo"])
+def test_dense_logits_are_refused_where_a_sample_has_one_answer(name):
+    with pytest.raises(InputError, match="dense"):
+        adapter_of(name, Wrapped("dense").eval())(batches(1)[0])
+
+
+@each
+def test_half_precision(name):
+    model, x = tiny(), batches(1)[0]
+    adapter = adapter_of(name, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = adapter(x)
+    assert mixed.isfinite().all()
+    whole = adapter_of(name, tiny().bfloat16())
+    for _ in range(2):
+        assert whole(x.bfloat16()).isfinite().all()
+    assert all(v.dtype == torch.float32 for v in whole.snapshot().tensors.values())
+
+
+@each
+def test_channels_last_changes_no_answer(name):
+    plain, last = adapter_of(name), adapter_of(name, tiny().to(memory_format=torch.channels_last))
+    for x in batches(2):
+        answer = last(x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(plain(x), answer, rtol=1e-4, atol=1e-4)
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(UnknownName, match="did you mean tent"):
+        tt.adapt(tiny(), "tnet")
+    with pytest.raises(OptionError, match="did you mean lr"):
+        tt.adapt(tiny(), "tent", lrr=1)
+
+
+def test_a_method_that_needs_the_source_names_the_call():
+    with pytest.raises(NeedsSource, match=r"tt.fit_source\(model, loader"):
+        tt.adapt(tiny(), "eata")
+
+
+def test_a_model_without_normalisation_is_refused():
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    for name in ("tent", "sar", "rotta"):
+        with pytest.raises(ScopeError, match="has none"):
+            tt.adapt(bare, name)
+    assert tt.adapt(bare, "lame")(batches(1)[0]).shape == (16, 5)
+
+
+def test_states_of_others_are_refused(tmp_path):
+    adapter = tt.adapt(tiny(), "tent")
+    adapter(batches(1)[0])
+    path = tmp_path / "state.safetensors"
+    adapter.save(path)
+    other = tiny()
+    with torch.no_grad():
+        other.head.bias.add_(1)
+    with pytest.raises(StateError, match="another model"):
+        tt.adapt(other, "tent").load(path)
+    with pytest.raises(StateError, match="another method"):
+        tt.adapt(tiny(), "tent", lr=0.5).load(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    mark = adapter.snapshot()
+    with pytest.raises(StateError, match="truncated"):
+        adapter.load(path)
+    with pytest.raises(StateError, match="no file"):
+        adapter.load(tmp_path / "nothing")
+    assert adapter.snapshot() is mark
+
+
+def test_source_knowledge_of_another_model_is_refused(tmp_path):
+    known = tt.fit_source(tiny(), batches(1))
+    known.save(tmp_path / "source.safetensors")
+    again = tt.SourceKnowledge.load(tmp_path / "source.safetensors")
+    assert again.samples == 16
+    with pytest.raises(StateError, match="another model"):
+        tt.adapt(tiny("group"), "eata", source=again)
+
+
+def test_pixels_out_of_range_are_refused_where_copies_are_made():
+    for name in ("cotta", "rotta", "memo"):
+        with pytest.raises(InputError, match="normalisation inside the model"):
+            tt.adapt(tiny(), name)(batches(1)[0] * 4 - 2)
+
+
+def test_events_are_told():
+    told = []
+    adapter = tt.adapt(tiny(), "tent", on_event=told.append)
+    for x in batches(3):
+        adapter(x)
+    assert list(adapter.events) == told
+    assert told[0].loss == pytest.approx(told[0].entropy)
+    assert [event.step for event in told] == [1, 2, 3]
+    assert told[0].used == told[0].samples == 16
+
+
+def test_memory_is_bounded():
+    adapter = adapter_of("rotta")
+    for x in batches(200, 4):
+        adapter(x)
+    assert len(adapter.snapshot().memory["labels"]) <= 16
+    assert len(adapter.events) == 200

@@ -1,0 +1,260 @@
+"""Every method against its reference, step by step over ten batches."""
+
+import math
+
+import pytest
+import torch
+from models import batches, tiny
+from reference import methods as reference
+from torch import Tensor
+
+import testtime as tt
+from testtime.adaptation.methods.eata import eata
+from testtime.adaptation.methods.ostta import ostta
+from testtime.adaptation.methods.sar import sar
+from testtime.adaptation.methods.tent import tent
+from testtime.adaptation.parts.views import plain
+
+LN = math.log(5)
+
+
+def assert_follows(adapter, other, model, xs) -> None:
+    """Answers and adapted tensors agree over all batches, and something has moved."""
+    for x in xs:
+        torch.testing.assert_close(adapter(x), other(x), rtol=0, atol=1e-4)
+    learnt = dict(model.named_parameters())
+    source = dict(adapter.model.named_parameters())
+    moved = 0.0
+    for name, value in adapter.snapshot().tensors.items():
+        torch.testing.assert_close(value, learnt[name].detach(), rtol=0, atol=1e-4)
+        moved = max(moved, float((value - source[name].detach()).abs().max()))
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["batch", "group", "layer"])
+def test_tent(kind):
+    other = reference.Tent(tiny(kind), lr=1e-2)
+    assert_follows(tt.adapt(tiny(kind), "tent", lr=1e-2), other, other.model, batches())
+
+
+@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_eta(kind):
+    other = reference.Eata(tiny(kind), 1e-2, 0.4 * LN, 0.6, None, 0)
+    adapter = tt.adapt(tiny(kind), "eta", lr=1e-2, redundancy=0.6)
+    assert_follows(adapter, other, other.model, batches())
+    assert [event.used for event in adapter.events] == other.taught
+    assert 0 < sum(other.taught) < 160
+
+
+def test_eata_and_its_fisher_information():
+    model, loader = tiny(), batches(3, seed=5)
+    known = tt.fit_source(model, loader)
+    expected = reference.fisher(model, loader)
+    assert known.fisher.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(known.fisher[name], value)
+    other = reference.Eata(tiny(), 1e-2, 0.4 * LN, 0.6, expected, 50.0)
+    adapter = tt.adapt(model, "eata", lr=1e-2, redundancy=0.6, beta=50.0, source=known)
+    assert_follows(adapter, other, other.model, batches())
+
+
+def test_eata_without_penalty_is_eta():
+    known = tt.fit_source(tiny(), batches(1))
+    with_zero = tt.adapt(tiny(), "eata", beta=0.0, source=known)
+    eta = tt.adapt(tiny(), "eta")
+    for x in batches(4):
+        assert torch.equal(with_zero(x), eta(x))
+
+
+def test_eata_penalty_keeps_closer_to_the_source():
+    model = tiny()
+    known = tt.fit_source(model, batches(2))
+
+    def distance(beta: float) -> float:
+        adapter = tt.adapt(model, "eata", lr=1e-3, redundancy=1.0, beta=beta, source=known)
+        for x in batches():
+            adapter(x)
+        source = dict(model.named_parameters())
+        state = adapter.snapshot().tensors
+        return sum(
+            float((f * (state[n] - source[n].detach()).square()).sum())
+            for n, f in known.fisher.items()
+        )
+
+    assert distance(20.0) < distance(0.0)
+
+
+@pytest.mark.parametrize("kind", ["batch", "group"])
+@pytest.mark.parametrize("recover", [0.0, 0.75])
+def test_sar(kind, recover):
+    other = reference.Sar(tiny(kind), 1e-2, 0.6 * LN, 0.05, recover)
+    adapter = tt.adapt(tiny(kind), "sar", lr=1e-2, margin=0.6, recover_below=recover)
+    xs = batches()
+    if recover:
+        for x in xs:
+            torch.testing.assert_close(adapter(x), other(x), rtol=0, atol=1e-4)
+        assert adapter.counts.resets == other.resets > 0
+    else:
+        assert_follows(adapter, other, other.model, xs)
+
+
+@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_deyo(kind):
+    adapter = tt.adapt(tiny(kind), "deyo", lr=1e-2, entropy_margin=0.8, drop_margin=0.01)
+    draws = torch.Generator().set_state(adapter.snapshot().generator.clone())
+    other = reference.Deyo(tiny(kind), 1e-2, 0.8 * LN, 0.01, 0.4 * LN, draws)
+    assert_follows(adapter, other, other.model, batches())
+
+
+def test_ostta():
+    other = reference.Ostta(tiny(), 1e-2, 0.5)
+    adapter = tt.adapt(tiny(), "ostta", lr=1e-2)
+    assert_follows(adapter, other, other.model, batches())
+    used = [event.used for event in adapter.events]
+    assert used[0] == 16
+    assert 0 < sum(used[1:]) < 9 * 16
+
+
+def test_ostta_filters_any_entropy_method():
+    known = tt.fit_source(tiny(), batches(1))
+    for base in (tent(), sar(margin=0.9), eata(redundancy=1.0)):
+        adapter = tt.adapt(tiny(), ostta(base=base), source=known)
+        alone = tt.adapt(tiny(), base, source=known)
+        for x in batches(5):
+            adapter(x)
+            alone(x)
+        assert sum(e.used for e in adapter.events) <= sum(e.used for e in alone.events)
+        assert adapter.counts.updates > 0
+
+
+def darker(x: Tensor, generator: torch.Generator) -> Tensor:
+    return 0.8 * x
+
+
+def test_cotta_without_chance():
+    # views differ from the batch: else teacher and student agree, and Adam steps on rounding noise
+    other = reference.Cotta(tiny(), 1e-3, 0.999, view=lambda x: 0.8 * x)
+    adapter = tt.adapt(tiny(), "cotta", threshold=1.0, restore=0.0, views=2, augment=darker)
+    xs = batches()
+    for x in xs:
+        torch.testing.assert_close(adapter(x), other(x), rtol=0, atol=1e-4)
+    state = adapter.snapshot()
+    for name, value in other.model.named_parameters():
+        if name == "conv2.bias":  # normalisation removes it: its gradient is rounding noise
+            continue
+        torch.testing.assert_close(state.tensors[name], value.detach(), rtol=0, atol=1e-4)
+    for name, value in other.teacher.named_parameters():
+        torch.testing.assert_close(state.teacher[name], value, rtol=0, atol=1e-4)
+
+
+def test_cotta_restores_about_the_share_it_says():
+    model = tiny()
+    adapter = tt.adapt(model, "cotta", threshold=0.0, restore=0.3)
+    adapter(batches(1)[0])
+    source = dict(model.named_parameters())
+    same = [value == source[name] for name, value in adapter.snapshot().tensors.items()]
+    assert 0.2 < torch.cat([s.flatten() for s in same]).float().mean() < 0.45
+
+
+def test_cotta_makes_views_only_when_its_anchor_is_unsure():
+    x = batches(1)[0]
+    for threshold, views in ((0.0, 1), (1.0, 3)):
+        adapter = tt.adapt(tiny(), "cotta", threshold=threshold, views=3, augment=plain)
+        adapter(x)
+        assert adapter.counts.forwards == (1 + views) * len(x)
+
+
+def test_rotta():
+    other = reference.Rotta(tiny(), 5, 1e-2, 0.05, 0.01, 24)
+    adapter = tt.adapt(tiny(), "rotta", lr=1e-2, nu=0.01, capacity=24, every=24, augment=darker)
+    assert_follows(adapter, other, other.student, batches(12, 13))
+    kept = sorted(item[1] for own in other.memory for item in own)
+    torch.testing.assert_close(
+        torch.tensor(sorted(adapter.snapshot().memory["uncertainty"])), torch.tensor(kept)
+    )
+    assert adapter.counts.updates > 0
+    assert other.count // 24 == 12 * 13 // 24
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 130])
+def test_rotta_steps_do_not_depend_on_the_batch_size(size):
+    x = torch.cat(batches(20, 13))[:256]
+    adapter = tt.adapt(tiny(), "rotta", augment=plain)
+    backwards = 0
+    for part in x.split(size):
+        adapter(part)
+        backwards = adapter.counts.backwards
+    assert backwards > 0
+    assert int(adapter.snapshot().optimizer["steps"]) == 256 // 64
+
+
+def test_lame():
+    model = tiny("group")
+    kept: list[Tensor] = []
+    for x in batches(3):
+        hook = model.head.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+        with torch.no_grad():
+            logits = model(x)
+        hook.remove()
+        got = tt.adapt(model, "lame")(x).softmax(1)
+        torch.testing.assert_close(
+            got, reference.lame(logits, kept[-1], 5).float(), rtol=0, atol=1e-4
+        )
+
+
+def test_memo_without_augmentation():
+    x = batches(1, 6)[0]
+    adapter = tt.adapt(tiny(), "memo", lr=1e-2, views=1, augment=plain)
+    expected = reference.memo_without_augmentation(tiny(), x, 1e-2, 1 / 17)
+    torch.testing.assert_close(adapter(x), expected, rtol=0, atol=1e-4)
+
+
+def test_memo_does_not_remember_order():
+    x = batches(1, 6)[0]
+    adapter = tt.adapt(tiny(), "memo", lr=1e-2, views=2, augment=plain)
+    torch.testing.assert_close(adapter(x).flip(0), adapter(x.flip(0)))
+
+
+def test_rdumb_goes_back_to_the_source():
+    x = batches(12)
+    adapter = tt.adapt(tiny(), "rdumb", lr=1e-2, margin=0.6, redundancy=1.0, reset_every=4)
+    eta = tt.adapt(tiny(), "eta", lr=1e-2, margin=0.6, redundancy=1.0)
+    for step, batch in enumerate(x):
+        if step % 4 == 0:
+            eta.reset()
+        assert torch.equal(adapter(batch), eta(batch))
+    assert adapter.counts.resets == 2
+
+
+def test_bn_adapt_between_source_and_batch():
+    model, x = tiny(), batches(1)[0]
+    with torch.no_grad():
+        plain_answer = model(x)
+    batch_answer = reference.configured(model)[0](x).detach()
+    assert torch.equal(tt.adapt(model, "bn-adapt", alpha=0.0)(x), plain_answer)
+    torch.testing.assert_close(tt.adapt(model, "bn-adapt")(x), batch_answer)
+    torch.testing.assert_close(tt.adapt(model, "bn-adapt", prior=0.0)(x), batch_answer)
+    half = tt.adapt(model, "bn-adapt", prior=16.0)(x)
+    torch.testing.assert_close(half, tt.adapt(model, "bn-adapt", alpha=0.5)(x))
+    assert not torch.allclose(half, batch_answer, atol=1e-3)
+
+
+def test_bn_adapt_moving_average_is_torch_running_statistics():
+    model = tiny()
+    other = tiny()
+    adapter = tt.adapt(model, "bn-adapt", momentum=0.1)
+    for x in batches(4):
+        for name in ("norm1", "norm2"):
+            getattr(other, name).train()
+        with torch.no_grad():
+            other(x)
+            other.eval()
+            torch.testing.assert_close(adapter(x), other(x))
+
+
+def test_episodic_tent_forgets():
+    first, second = batches(2)
+    adapter = tt.adapt(tiny(), "tent", lr=0.1, episodic=True)
+    alone = tt.adapt(tiny(), "tent", lr=0.1)(second)
+    adapter(first)
+    assert torch.equal(adapter(second), alone)

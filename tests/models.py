@@ -1,0 +1,101 @@
+"""Small networks that tests adapt."""
+
+import torch
+from torch import Tensor, nn
+
+
+def norm_layer(kind: str, channels: int) -> nn.Module:
+    return {
+        "batch": lambda: nn.BatchNorm2d(channels),
+        "sync": lambda: nn.SyncBatchNorm(channels),
+        "group": lambda: nn.GroupNorm(2, channels),
+        "instance": lambda: nn.InstanceNorm2d(channels, affine=True, track_running_stats=True),
+        "layer": lambda: ChannelsLayerNorm(channels),
+        "frozen": lambda: FrozenNorm(channels),
+        "rms": lambda: ChannelsRMSNorm(channels),
+    }[kind]()
+
+
+class ChannelsLayerNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of images, as third parties subclass it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class ChannelsRMSNorm(nn.Module):
+    """A normalisation layer of nobody's: known by its structure alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.square().mean(1, keepdim=True) + self.variance_epsilon)
+        return x * scale * self.weight.view(1, -1, 1, 1)
+
+
+class FrozenNorm(nn.Module):
+    """Batch normalisation whose scale and shift are buffers, as detection libraries freeze it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.eps = 1e-5
+        for name, value in (
+            ("weight", 1.0),
+            ("bias", 0.0),
+            ("running_mean", 0.0),
+            ("running_var", 1.0),
+        ):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+class TinyNet(nn.Module):
+    """Two convolutions with normalisation, dropout that must stay off, and a linear head."""
+
+    def __init__(self, kind: str = "batch", classes: int = 5, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 6, 3, padding=1, bias=False)
+        self.norm1 = norm_layer(kind, 6)
+        self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.norm2 = norm_layer(kind, 8)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        x = self.norm2(self.conv2(x)).relu()
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+def tiny(
+    kind: str = "batch", *, classes: int = 5, channels: int = 3, sharp: float = 6.0
+) -> TinyNet:
+    """A tiny network in eval mode, with statistics that fit its inputs and confident answers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TinyNet(kind, classes, channels)
+        model.drop.eval()
+        with torch.no_grad():
+            for _ in range(20):
+                model(torch.rand(64, channels, 8, 8))
+            model.head.weight.mul_(sharp)
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
+                    module.weight.uniform_(0.5, 1.5)
+                    module.bias.uniform_(-0.5, 0.5)
+    return model.eval()
+
+
+def batches(count: int = 10, size: int = 16, *, channels: int = 3, seed: int = 1) -> list[Tensor]:
+    """Batches of blobs in [0, 1], some bright, some dark, so that answers differ."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(count, size, channels, 8, 8, generator=generator)
+    level = torch.rand(count, size, channels, 1, 1, generator=generator)
+    return list((0.5 * x + 0.5 * level).unbind(0))
