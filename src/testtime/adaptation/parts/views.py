@@ -85,7 +85,8 @@ def augmix_view(x: Tensor, generator: torch.Generator) -> Tensor:
 
     Reference: Hendrycks et al., AugMix, ICLR 2020; Zhang et al., MEMO, NeurIPS 2022, and its code.
     """
-    x = _crop_and_mirror(x.clamp(0, 1), generator)
+    dtype = x.dtype
+    x = _crop_and_mirror(x.float().clamp(0, 1), generator)
     count = len(x)
     weights = -_uniform(x, (3, count), generator).clamp(min=1e-12).log()
     weights = weights / weights.sum(0)  # exponentials over their sum are Dirichlet(1, 1, 1)
@@ -98,7 +99,7 @@ def augmix_view(x: Tensor, generator: torch.Generator) -> Tensor:
             changed = _random_operation(chain, generator)
             chain = torch.where((depth > level).view(-1, 1, 1, 1), changed, chain)
         mixture = mixture + weight.view(-1, 1, 1, 1) * chain
-    return keep * x + (1 - keep) * mixture
+    return (keep * x + (1 - keep) * mixture).to(dtype)
 
 
 def _uniform(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
