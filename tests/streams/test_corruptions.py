@@ -548,6 +548,20 @@ def test_distance_is_euclidean_and_cut():
     assert np.allclose(out[:, 0].numpy(), np.minimum(np.stack(expected), 20))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (12, 7)])
+def test_dilation_reaches_the_eight_neighbours(shape):
+    marked = torch.rand(5, 1, *shape, generator=generator(0, shape)) > 0.8
+    square = np.ones((3, 3), dtype=bool)
+    expected = [ndimage.binary_dilation(mark, square) for mark in marked[:, 0].numpy()]
+    assert np.array_equal(spatter.dilate(marked)[:, 0].numpy(), np.stack(expected))
+
+
+def test_distance_without_a_mark_is_the_furthest():
+    nothing = torch.zeros(2, 1, 5, 60, dtype=torch.bool)
+    out = spatter.distance_to(nothing, furthest=20, dtype=torch.float32)
+    assert (out == 20).all()
+
+
 def test_edges_run_around_a_drop():
     y, x = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
     inside = (y - 20).square() + (x - 19).square() < 90

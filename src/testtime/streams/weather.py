@@ -71,26 +71,27 @@ def crystals(images: Images, generator: torch.Generator, *, directions: int = 3)
     batch, _, height, width = images.shape
     unit = 0.2 * stretch(images) if is_small(images) else 1.0
     shape = (batch, directions, height, width)
-    noise = torch.fft.rfft2(normal(shape, like=images, generator=generator))
+    noise = torch.fft.rfft2(normal((batch, 1, height, width), like=images, generator=generator))
     turn = uniform((batch, directions, 1, 1), 0, torch.pi, like=images, generator=generator)
     fy = torch.fft.fftfreq(height, device=images.device, dtype=images.dtype)[:, None]
     fx = torch.fft.rfftfreq(width, device=images.device, dtype=images.dtype)
     along, across = fx * turn.cos() + fy * turn.sin(), fy * turn.cos() - fx * turn.sin()
     spread = (2 * torch.pi * unit) ** 2 / 2 * ((12 * along).square() + (1.5 * across).square())
     smeared = torch.fft.irfft2(noise * torch.exp(-spread), s=(height, width))
-    smeared = smeared / smeared.std(dim=(2, 3), keepdim=True, correction=0).add(1e-6)
-    needles = torch.exp(-3 * smeared.abs())
-    place = gaussian_filter(
-        normal(shape, like=images, generator=generator), 12 * unit, border="reflect"
-    )
-    place = place / place.std(dim=(2, 3), keepdim=True, correction=0).add(1e-6)
+    needles = torch.exp(-3 * standardised(smeared).abs())
+    place = normal(shape, like=images, generator=generator)
+    place = standardised(gaussian_filter(place, 12 * unit, border="reflect"))
     texture = (needles * (3 * place).softmax(dim=1)).sum(dim=1, keepdim=True)
-    texture = texture + 0.1 * place[:, :1]
-    texture = texture - texture.mean(dim=(2, 3), keepdim=True)
-    texture = texture / texture.std(dim=(2, 3), keepdim=True, correction=0).add(1e-6)
+    texture = standardised(texture + 0.1 * place[:, :1])
     mean = uniform((batch, 1, 1, 1), 0.47, 0.82, like=images, generator=generator)
     std = uniform((batch, 1, 1, 1), 0.06, 0.17, like=images, generator=generator)
     return (mean + std * texture).clamp_(0, 1)
+
+
+def standardised(maps: Tensor) -> Tensor:
+    """The same maps with mean 0 and deviation 1 each; constant ones become 0."""
+    maps = maps - maps.mean(dim=(2, 3), keepdim=True)
+    return maps / maps.square().mean(dim=(2, 3), keepdim=True).sqrt().add(1e-6)
 
 
 def fog(images: Images, severity: int, generator: torch.Generator) -> Images:
