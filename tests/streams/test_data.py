@@ -158,14 +158,20 @@ def test_stack_agrees_for_all_kinds_of_sets():
         TensorDataset(x, y),
         Pairs(x, y.tolist()),
         Pairs(x, y),
-        Subset(Subset(ImageSet(x, y), [4, 3, 2, 1, 0]), torch.tensor([4, 3, 2, 1, 0])),
+        Subset(Subset(ImageSet(x, y), [1, 2, 3, 4, 0]), torch.tensor([4, 0, 1, 2, 3])),
         ConcatDataset([TensorDataset(x[:2], y[:2]), Pairs(x[2:], y[2:])]),
     ]
     for kind in kinds:
         for where in ([4, 0, 0], torch.tensor([4, 0, 0]), np.array([4, 0, 0])):
             pixels, labels = stack(kind, where)
             assert torch.equal(pixels, x[[4, 0, 0]])
+            pixels.zero_()  # a copy
             assert labels.tolist() == [5, 3, 3]
+
+
+def test_stack_through_a_subset_reads_what_the_subset_holds():
+    part = Subset(ImageSet(images(), torch.arange(5)), [3, 1])
+    assert stack(part, [0, 1])[1].tolist() == [3, 1]
 
 
 @pytest.mark.parametrize(

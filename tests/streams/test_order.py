@@ -65,6 +65,12 @@ def test_a_single_class_has_no_tail():
     assert counts.tolist() == [7]
 
 
+def test_the_last_class_is_not_lost_to_rounding():
+    # 49 * 49 ** -1.0 is 0.9999999999999999
+    counts = class_counts(torch.tensor([49, 49]), distribution="long-tailed", ratio=49)
+    assert counts.tolist() == [49, 1]
+
+
 def test_too_few_samples_for_a_tail_are_refused():
     with pytest.raises(InputError, match="no sample to send: samples=1"):
         class_counts(torch.tensor([9, 9, 9]), distribution="long-tailed", ratio=2, samples=1)

@@ -104,10 +104,19 @@ def test_noise_of_a_domain_does_not_depend_on_the_domains_before_it():
     assert torch.equal(only.inputs, list(after.stream(toy(), seed=4))[1].inputs)
 
 
-def test_noise_is_fresh_at_every_visit():
-    scenario = Scenario.parse("recurring,sorted,domains=gaussian_noise,batch_size=30,rounds=2")
-    first, second = (b.inputs[b.indices.argsort()] for b in scenario.stream(toy()))
-    assert not torch.equal(first, second)
+def grey_noise(text, *, seed=0):
+    """What is sent when every image is the same grey one, so that only noise differs."""
+    grey = TensorDataset(torch.full((256, 1, 4, 4), 0.5), torch.arange(256) % 3)
+    return torch.cat([b.inputs for b in Scenario.parse(text).stream(grey, seed=seed)])
+
+
+def test_noise_is_fresh_at_every_position_visit_and_seed():
+    text = "recurring,domains=gaussian_noise,rounds=2,batch_size=100"
+    sent = grey_noise(text)
+    assert len(sent) == 512
+    assert len(sent.flatten(1).unique(dim=0)) == 512
+    both = torch.cat([sent, grey_noise(text, seed=1)])
+    assert len(both.flatten(1).unique(dim=0)) == 1024
 
 
 def test_clean_images_are_untouched():
@@ -209,9 +218,12 @@ def test_images_are_read_when_their_batch_comes():
 def test_the_data_set_and_the_global_generator_are_left_alone():
     data = toy()
     before, state = data.tensors[0].clone(), torch.random.get_rng_state()
-    for batch in Scenario(domains=NAMES, labels="dirichlet").stream(data):
+    stream = Scenario(domains=NAMES, labels="dirichlet").stream(data)
+    order = stream.order()
+    for batch in stream:
         batch.inputs.zero_()
         batch.indices.zero_()
+    assert stream.order() == order
     assert torch.equal(data.tensors[0], before)
     assert torch.equal(torch.random.get_rng_state(), state)
 

@@ -126,7 +126,6 @@ class Stream:
         cut = slice(block * BLOCK, (block + 1) * BLOCK)
         images, labels = stack(self._dataset, segment.indices[cut])
         kinds = torch.stack([segment.domains[cut], segment.severities[cut]])
-        sent = images.clone()
         for domain, severity in kinds.unique(dim=1).T.tolist():
             name = segment.names[domain]
             if name == "clean":
@@ -135,8 +134,8 @@ class Stream:
             mine = mine.to(images.device)
             key = (self._seed, "noise", name, severity, segment.visit, block)
             noise = generator(*key, device=images.device)
-            sent[mine] = corrupt(images[mine], name, severity, generator=noise)
-        return sent, labels
+            images[mine] = corrupt(images[mine], name, severity, generator=noise)
+        return images, labels
 
 
 def visits(names: Sequence[str]) -> list[int]:

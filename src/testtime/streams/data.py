@@ -190,8 +190,8 @@ def stack(
 ) -> tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
     """Images (B, C, H, W) in [0, 1] and labels (B,) of the items at `indices`.
 
-    Sets that hold tensors (`ImageSet`, `TensorDataset`, and a `Subset` of these) are indexed at
-    once; of others the items are read one by one.
+    The images are a copy. Sets that hold tensors (`ImageSet`, `TensorDataset`, and a `Subset` of
+    these) are indexed at once; of others the items are read one by one.
 
     Raises:
         InputError: images that are not float tensors (C, H, W) in [0, 1], or differ in shape.
