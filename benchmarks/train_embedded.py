@@ -46,7 +46,10 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of right answers in percent."""
     model.eval()
     with torch.no_grad():
-        hits = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500)))
+        hits = sum(
+            int((model(a).argmax(1) == b).sum())
+            for a, b in zip(x.split(500), y.split(500), strict=True)
+        )
     return 100 * hits / len(y)
 
 

@@ -5,14 +5,18 @@ adapter = tt.adapt(model, "tent")
 logits = adapter(x)
 """
 
-from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from testtime._core.errors import TesttimeError
-from testtime.adaptation.adapter import Adapter
-from testtime.adaptation.api import adapt, methods
-from testtime.adaptation.events import Event
-from testtime.adaptation.knowledge import SourceKnowledge, fit_source
-from testtime.adaptation.recipe import Recipe
+if TYPE_CHECKING:
+    from dataclasses import replace
+
+    from testtime._core.errors import TesttimeError
+    from testtime.adaptation.adapter import Adapter
+    from testtime.adaptation.api import adapt, methods
+    from testtime.adaptation.events import Event
+    from testtime.adaptation.knowledge import SourceKnowledge, fit_source
+    from testtime.adaptation.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,3 +30,22 @@ __all__ = [
     "methods",
     "replace",
 ]
+
+_HOMES = {
+    "Adapter": "testtime.adaptation.adapter",
+    "Event": "testtime.adaptation.events",
+    "Recipe": "testtime.adaptation.recipe",
+    "SourceKnowledge": "testtime.adaptation.knowledge",
+    "TesttimeError": "testtime._core.errors",
+    "adapt": "testtime.adaptation.api",
+    "fit_source": "testtime.adaptation.knowledge",
+    "methods": "testtime.adaptation.api",
+    "replace": "dataclasses",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # names are loaded when they are used, so that the command line's help need not load torch
+    if name not in _HOMES:
+        raise AttributeError(f"module 'testtime' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""What every method owes its user, whichever it is; the battery runs over all that are registered."""
+"""What every method owes its user; the battery runs over all that are registered."""
 
 import copy
 import math
@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
-from models import batches, tiny
 from torch import nn
 
 import testtime as tt
+from models import batches, tiny
 from testtime._core.errors import (
     InputError,
     NeedsSource,

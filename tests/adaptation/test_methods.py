@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from models import batches, tiny
-from reference import methods as reference
 from torch import Tensor
 
 import testtime as tt
+from models import batches, tiny
+from reference import methods as reference
 from testtime.adaptation.methods.eata import eata
 from testtime.adaptation.methods.ostta import ostta
 from testtime.adaptation.methods.sar import sar

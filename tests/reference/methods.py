@@ -112,7 +112,7 @@ class Sar:
         old = [p.detach().clone() for p in self.learnt]
         with torch.no_grad():
             for p, g in zip(self.learnt, grads, strict=True):
-                p += self.rho * g / (norm + 1e-12)
+                p.add_(self.rho * g / (norm + 1e-12))
         h = entropy(self.model(x))
         second = first & (h < self.e0)
         loss = h[second].mean()

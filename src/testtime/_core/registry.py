@@ -1,4 +1,4 @@
-"""One registry and one door: built-ins and outsiders enter alike, and are loaded when looked for."""
+"""One registry and one door: built-ins and outsiders enter alike, loaded when looked for."""
 
 import importlib
 import inspect
@@ -64,7 +64,7 @@ def register(
 
 
 def entries(kind: str) -> Mapping[str, Entry]:
-    """All entries of a kind by name: the files of its folder, then entry points `testtime.<kind>`."""
+    """All entries of a kind: the files of its folder, then entry points `testtime.<kind>`."""
     if kind not in _loaded:
         folder = importlib.import_module(ROOMS[kind])
         for module in pkgutil.iter_modules(folder.__path__, f"{ROOMS[kind]}."):

@@ -164,15 +164,18 @@ class Engine:
         return Step(output, logits, state, Outcome.ANSWERED, {"entropy": entropy(logits).mean()})
 
     def _learn_and_answer(self, x: Tensor, state: State) -> Step:
-        for _ in range(self.recipe.steps):
-            evidence = Evidence(self, state, self.leaves(state), x)
-            with torch.enable_grad():
-                _ = evidence.logits
-            output, logits = self.answer(evidence)
-            logits = logits.detach()
-            state, outcome, measured = self.learn(evidence)
-        measured["entropy"] = entropy(logits).mean()
-        return Step(output, logits, state, outcome, measured)
+        done = self._one_step(x, state)
+        for _ in range(self.recipe.steps - 1):
+            done = self._one_step(x, done.state)
+        done.measured["entropy"] = entropy(done.logits).mean()
+        return done
+
+    def _one_step(self, x: Tensor, state: State) -> Step:
+        evidence = Evidence(self, state, self.leaves(state), x)
+        with torch.enable_grad():
+            _ = evidence.logits
+        output, logits = self.answer(evidence)
+        return Step(output, logits.detach(), *self.learn(evidence))
 
     def leaves(self, state: State) -> dict[str, Tensor]:
         """The adapted tensors as leaves of a new graph."""

@@ -23,12 +23,13 @@ from testtime.adaptation.parts.statistics import (
 from testtime.adaptation.ranks import Ranks
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+ALONE = Ranks()
 Averages = dict[str, Tensor]
 """Moving averages: '<layer>.mean' and '<layer>.var' -> tensor, and 'seen' -> batches."""
 
 
 def moments(x: Tensor, ranks: Ranks) -> tuple[Moments, float]:
-    """Mean and biased variance of each channel (dimension 1), and values in each; over all ranks."""
+    """Mean and biased variance of each channel (dimension 1), and its count, over all ranks."""
     over = [d for d in range(x.dim()) if d != 1]
     values = float(x.numel() // x.shape[1])
     if ranks.alone:
@@ -119,7 +120,7 @@ class Loan:
             hook.remove()
 
     @contextmanager
-    def _lent(
+    def _lent(  # noqa: PLR0912  (one branch for each kind of thing that is lent)
         self,
         tensors: Mapping[str, Tensor],
         statistics: Statistics,
@@ -208,7 +209,7 @@ class Normaliser:
     averages: Averages | None = None
     fresh: Averages | None = None
     samples: int | None = None
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ALONE
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]

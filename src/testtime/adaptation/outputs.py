@@ -45,7 +45,7 @@ def with_logits(output: Any, logits: Tensor) -> Any:
             }
             return type(output)(**{**fields, "logits": logits.detach()})
         answer = copy.copy(output)
-        answer.logits = logits.detach()
+        setattr(answer, "logits", logits.detach())  # noqa: B010  (of a type nobody knows)
         return answer
     rest = [_detached(part) for part in output[1:]]
     if hasattr(output, "_fields"):

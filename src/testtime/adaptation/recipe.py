@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
@@ -56,7 +56,7 @@ class Recipe:
     """
 
     scope: Scope = nothing
-    statistics: Statistics = SourceStatistics()
+    statistics: Statistics = field(default_factory=SourceStatistics)
     objective: Callable[..., Any] | None = None
     batch_objective: Callable[..., Any] | None = None
     penalty: Any = None
@@ -108,7 +108,7 @@ class Recipe:
         return self.selection if isinstance(self.selection, tuple) else (self.selection,)
 
     def _parts(self) -> list[Any]:
-        own = [getattr(self, field.name) for field in fields(self) if field.name != "selection"]
+        own = [getattr(self, part.name) for part in fields(self) if part.name != "selection"]
         return [*own, *self.selections]
 
     def _callables(self) -> list[tuple[str, Callable[..., Any]]]:

@@ -38,7 +38,7 @@ def score(logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def reliability(confidence: Tensor, hit: Tensor) -> list[dict[str, Any]]:
-    """Count, mean confidence and accuracy in each of fifteen bins of equal width; empty ones left out."""
+    """Count, mean confidence and accuracy of fifteen bins of equal width, but for empty ones."""
     place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     count = torch.bincount(place, minlength=BINS)
     sure = torch.bincount(place, confidence, minlength=BINS)

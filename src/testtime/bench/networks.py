@@ -1,4 +1,4 @@
-"""The architecture of the embedded classifiers: a small residual network for 28 x 28 grey images."""
+"""The architecture of the embedded classifiers: a small residual network for grey images."""
 
 from collections.abc import Callable
 

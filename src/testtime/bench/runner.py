@@ -198,7 +198,9 @@ def _share_out(domains: dict[str, Domain], number: int, batch: Batch, logits: Te
         domain.logits.append(logits[mine].cpu())
         domain.labels.append(batch.labels[mine])
         wrong = (domain.logits[-1].argmax(1) != domain.labels[-1]).double().mean()
-        domain.trace.append({"batch": number, "samples": int(mine.sum()), "error": 100 * float(wrong)})
+        domain.trace.append(
+            {"batch": number, "samples": int(mine.sum()), "error": 100 * float(wrong)}
+        )
 
 
 def _name(scenario: Scenario) -> str:

@@ -69,14 +69,14 @@ def read_run(out: str | Path, *, partial: bool = False) -> list[dict[str, Any]]:
     out = Path(out)
     if not (out / PLAN).exists():
         raise RunError(
-            f"{out} holds no run: there is no {PLAN} in it. Make one with: testtime bench --out {out}"
+            f"{out} holds no run: it has no {PLAN}. Make one: testtime bench --out {out}"
         )
     plan = json.loads((out / PLAN).read_text())
     found = {key: read_cell(out, key) for key in plan}
     missing = [key for key, rows in found.items() if rows is None]
     if missing and (not partial or len(missing) == len(plan)):
         raise RunError(
-            f"{out} is half-written: {len(missing)} of {len(plan)} cells are missing. Give the same "
-            f"testtime bench command with --out {out} again; it goes on where it stopped."
+            f"{out} is half-written: {len(missing)} of {len(plan)} cells are missing. Give the "
+            f"same testtime bench command with --out {out} again; it goes on where it stopped."
         )
     return [row for key in plan for row in found[key] or ()]

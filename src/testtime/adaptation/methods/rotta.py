@@ -97,7 +97,8 @@ class BalancedMemory:
             labels = probs.argmax(-1).tolist()
             uncertainty = -(probs * (probs + 1e-6).log()).sum(-1)
         items, clock = _unpack(state.memory)
-        outcome, told = Outcome.STORED, {"used": 0}
+        outcome = Outcome.STORED
+        told: dict[str, Any] = {"used": 0}
         for image, label, doubt in zip(images, labels, uncertainty.tolist(), strict=True):
             new = Item(label, doubt, clock, image)
             items = self.offer(items, new, classes=logits.shape[-1])

@@ -1,0 +1,37 @@
+"""The command line: `testtime COMMAND`."""
+
+import typer
+
+from testtime.cli import bench, demo, methods, papers, report, reproduce
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Makes trained models better while they are in use, without labels. "
+    "Begin with: testtime demo",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version  # noqa: PLC0415
+
+        typer.echo(version("testtime"))
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Exit codes: 0 done, 1 the work failed or a claim did not hold, 2 the call was wrong."""
+
+
+app.command("demo")(demo.demo)
+app.command("methods")(methods.methods)
+app.command("bench")(bench.bench)
+app.command("report")(report.report)
+app.command("papers")(papers.papers)
+app.command("reproduce")(reproduce.reproduce)
