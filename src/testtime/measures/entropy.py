@@ -11,12 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from testtime._core.errors import OptionError
+from testtime.measures.log_space import alpha_divergence_of_log_probs, log_mean_prob, log_probs
 
-
-def log_softmax(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch classes"]:
-    """Log-probabilities of logits, in float32 at least; rows that are infinite stay defined."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return torch.log_softmax(logits, dim=-1, dtype=dtype)
+NEAR_ONE = 0.1
+"""Orders closer to 1 than this are computed from p^order - p, not from p^order."""
 
 
 def entropy(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
@@ -32,12 +30,11 @@ def entropy(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
 
     Reference: Shannon, A Mathematical Theory of Communication, 1948.
     """
-    log_p = log_softmax(logits)
-    # 0 ln 0 = 0: the clamp stops -inf * 0 and has a zero gradient there. Written as a product of
-    # softmax and log-softmax so that gradients equal those of the published codes to the last bit:
-    # Adam turns a difference in the last bit of a tiny gradient into a different step.
-    probs = torch.softmax(logits, dim=-1, dtype=log_p.dtype)
-    return -(probs * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+    log_p = log_probs(logits)  # finite, so that 0 ln 0 = 0
+    # Written as a product of softmax and log-softmax so that gradients equal those of the published
+    # codes to the last bit: Adam turns a difference in the last bit of a tiny gradient into a
+    # different step.
+    return -(torch.softmax(logits, dim=-1, dtype=log_p.dtype) * log_p).sum(-1)
 
 
 def entropy_of_probs(probs: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
@@ -60,15 +57,16 @@ def cross_entropy(
 
         CE = -sum_c t_c ln p_c
 
-    A class that the target excludes counts nothing, also where the logits mask it.
+    A class that the target excludes counts nothing, also where the logits mask it. A class that the
+    logits mask and the target does not costs its share of the largest finite number, where the
+    cross-entropy is infinite: huge, but never NaN, and neither is its gradient.
 
     Example:
         >>> cross_entropy(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
         tensor(0.6931)
     """
-    log_p = log_softmax(logits)
-    terms = target_probs.to(log_p.dtype) * log_p.clamp(min=torch.finfo(log_p.dtype).min)
-    return -terms.sum(-1)
+    log_p = log_probs(logits)
+    return -(target_probs.to(log_p.dtype) * log_p).sum(-1)
 
 
 def marginal_entropy(logits: Float[Tensor, "samples *batch classes"]) -> Float[Tensor, "*batch"]:
@@ -76,14 +74,17 @@ def marginal_entropy(logits: Float[Tensor, "samples *batch classes"]) -> Float[T
 
         H( mean_i softmax(z_i) )
 
+    Raises:
+        InputError: without samples, or without a dimension to average over.
+
     Example:
         >>> marginal_entropy(torch.tensor([[50.0, 0.0], [0.0, 50.0]]))
         tensor(0.6931)
 
     Reference: Zhang, Levine, Finn, MEMO, NeurIPS 2022.
     """
-    log_mean = torch.logsumexp(log_softmax(logits), dim=0) - math.log(len(logits))
-    return -(log_mean.exp() * log_mean.clamp(min=torch.finfo(log_mean.dtype).min)).sum(-1)
+    log_mean = log_mean_prob(log_probs(logits))
+    return -(log_mean.exp() * log_mean).sum(-1)
 
 
 def mutual_information(logits: Float[Tensor, "samples *batch classes"]) -> Float[Tensor, "*batch"]:
@@ -92,7 +93,11 @@ def mutual_information(logits: Float[Tensor, "samples *batch classes"]) -> Float
         I = H( mean_i p_i ) - mean_i H(p_i)        0 <= I <= ln C
 
     Over an ensemble in the first dimension this is the part of the uncertainty that its members
-    disagree on (BALD); over a batch it is what SHOT maximises.
+    disagree on (BALD); over a batch it is what SHOT maximises. It is computed as the mean of
+    KL(p_i || mean p), the same number, which keeps its digits where all predictions agree.
+
+    Raises:
+        InputError: without samples, or without a dimension to average over.
 
     Example:
         >>> mutual_information(torch.tensor([[50.0, 0.0], [0.0, 50.0]]))
@@ -100,7 +105,9 @@ def mutual_information(logits: Float[Tensor, "samples *batch classes"]) -> Float
 
     Reference: Houlsby et al., Bayesian Active Learning, 2011.
     """
-    return marginal_entropy(logits) - entropy(logits).mean(0)
+    log_p = log_probs(logits)
+    log_mean = log_mean_prob(log_p).expand_as(log_p)
+    return alpha_divergence_of_log_probs(log_p, log_mean, alpha=1).mean(0)
 
 
 def renyi_entropy(
@@ -124,14 +131,14 @@ def renyi_entropy(
     """
     if not order >= 0:
         raise OptionError(f"order is {order}; the order of an entropy is at least 0.")
-    log_p = log_softmax(logits)
+    log_p = log_probs(logits)
     if order == 1:
         return entropy(logits)
     if order == math.inf:
         return -log_p.amax(-1)
-    if order == 0:
-        return (log_p > -math.inf).sum(-1).to(log_p.dtype).log()
-    return torch.logsumexp(order * log_p, dim=-1) / (1 - order)
+    if abs(order - 1) < NEAR_ONE:
+        return _power_excess(log_p, order).log1p() / (1 - order)
+    return _log_power_sum(log_p, order) / (1 - order)
 
 
 def tsallis_entropy(
@@ -156,5 +163,19 @@ def tsallis_entropy(
         raise OptionError(f"order is {order}; expected a positive number.")
     if order == 1:
         return entropy(logits)
-    log_p = log_softmax(logits)
-    return -torch.expm1(torch.logsumexp(order * log_p, dim=-1)) / (order - 1)
+    log_p = log_probs(logits)
+    if abs(order - 1) < NEAR_ONE:
+        return _power_excess(log_p, order) / (1 - order)
+    return _log_power_sum(log_p, order).expm1() / (1 - order)
+
+
+def _log_power_sum(log_p: Tensor, order: float) -> Tensor:
+    """ln sum_c p_c^order over the classes that are possible."""
+    possible = log_p > torch.finfo(log_p.dtype).min
+    return (order * log_p).masked_fill(~possible, -math.inf).logsumexp(-1)
+
+
+def _power_excess(log_p: Tensor, order: float) -> Tensor:
+    """sum_c p_c^order - 1 without the loss of digits of that difference, for an order near 1."""
+    log_p = log_p.clamp(min=math.log(torch.finfo(log_p.dtype).tiny))
+    return (log_p.exp() * torch.expm1((order - 1) * log_p)).sum(-1)

@@ -1,0 +1,279 @@
+"""How far stated probabilities stand from what happens: calibration errors, Brier score, NLL.
+
+Each reduces its samples to one number, computed in float64 and answered in the type of the input
+(float32 for half precision), with gradients to the probabilities; the choice of the bin has none.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from testtime._core.errors import InputError, OptionError
+
+SLACK = 1e-5
+"""How far outside of [0, 1] rounding may bring a probability."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """What a reliability diagram shows, one entry for each bin; 0 in an empty bin."""
+
+    count: Int[Tensor, "bins"]
+    confidence: Float[Tensor, "bins"]
+    accuracy: Float[Tensor, "bins"]
+
+
+def reliability(
+    confidence: Float[Tensor, "n"], hit: Bool[Tensor, "n"], *, bins: int = 15
+) -> Reliability:
+    """Count, mean confidence and accuracy in bins of equal width.
+
+    Bin b of M holds the confidences in ((b - 1) / M, b / M], and the first one 0 as well.
+
+    Args:
+        confidence: (n,) in [0, 1].
+        hit: (n,) bool, whether the prediction was right.
+        bins: number of bins; 15 as in Guo et al.
+
+    Raises:
+        InputError: for other shapes or types, no samples, or a confidence outside of [0, 1].
+        OptionError: if bins is not a positive whole number.
+
+    Example:
+        >>> reliability(torch.tensor([0.9, 0.6]), torch.tensor([True, False]), bins=2)
+        Reliability(count=tensor([0, 2]), confidence=tensor([0.0000, 0.7500]),
+                    accuracy=tensor([0.0000, 0.5000]))
+
+    Reference: DeGroot, Fienberg, The Comparison and Evaluation of Forecasters, 1983.
+    """
+    _check(confidence, hit, bins)
+    place = _equal_width(confidence, bins)
+    count = torch.bincount(place, minlength=bins)
+    sure = _totals(place, confidence, bins) / count.clamp(min=1)
+    right = _totals(place, hit, bins) / count.clamp(min=1)
+    return Reliability(
+        count=count, confidence=_answer(sure, confidence), accuracy=_answer(right, confidence)
+    )
+
+
+def calibration_error(
+    confidence: Float[Tensor, "n"], hit: Bool[Tensor, "n"], *, bins: int = 15
+) -> Float[Tensor, ""]:
+    """Expected calibration error: how far confidence stands from accuracy, over equal-width bins.
+
+        ECE = sum_b (n_b / n) |acc_b - conf_b|        bins ((b - 1) / M, b / M]
+
+    Args:
+        confidence: (n,) in [0, 1].
+        hit: (n,) bool, whether the prediction was right.
+        bins: number of bins M; 15 as in Guo et al.
+
+    Raises:
+        InputError: for other shapes or types, no samples, or a confidence outside of [0, 1].
+        OptionError: if bins is not a positive whole number.
+
+    Example:
+        >>> calibration_error(torch.tensor([0.9, 0.6]), torch.tensor([True, False]), bins=2)
+        tensor(0.2500)
+
+    References: Naeini, Cooper, Hauskrecht, AAAI 2015. Guo, Pleiss, Sun, Weinberger, ICML 2017.
+    """
+    _check(confidence, hit, bins)
+    gaps = _totals(_equal_width(confidence, bins), confidence.double() - hit.double(), bins)
+    return _answer(gaps.abs().sum() / len(hit), confidence)
+
+
+def adaptive_calibration_error(
+    confidence: Float[Tensor, "n"], hit: Bool[Tensor, "n"], *, bins: int = 15
+) -> Float[Tensor, ""]:
+    """Adaptive calibration error: ECE over bins that hold the same number of samples.
+
+        ACE = sum_b (n_b / n) |acc_b - conf_b|        bin b: ranks b n / M to (b + 1) n / M
+
+    Ranks are those of the confidence; the numbers of samples differ by one at most. Samples of
+    equal confidence share their hits evenly, so that the order of the samples does not matter
+    where such a group lies across two bins.
+
+    Args:
+        confidence: (n,) in [0, 1].
+        hit: (n,) bool, whether the prediction was right.
+        bins: number of bins M; 15 as for the equal-width error.
+
+    Raises:
+        InputError: for other shapes or types, no samples, or a confidence outside of [0, 1].
+        OptionError: if bins is not a positive whole number.
+
+    Example:
+        >>> hit = torch.tensor([True, False, False, True])
+        >>> adaptive_calibration_error(torch.tensor([0.9, 0.8, 0.6, 0.7]), hit, bins=2)
+        tensor(0.2500)
+
+    References: Nguyen, O'Connor, EMNLP 2015. Nixon et al., Measuring Calibration in Deep Learning,
+    2019 (whose ACE is over all classes; this one is of the answer only).
+    """
+    _check(confidence, hit, bins)
+    ranked, order = confidence.double().sort()
+    tie = torch.nn.functional.pad((ranked[1:] != ranked[:-1]).cumsum(0), (1, 0))
+    size = tie.bincount()
+    shared = (_totals(tie, hit[order], len(size)) / size)[tie]
+    place = torch.arange(len(hit), device=hit.device) * bins // len(hit)
+    return _answer(_totals(place, ranked - shared, bins).abs().sum() / len(hit), confidence)
+
+
+def classwise_calibration_error(
+    probs: Float[Tensor, "n classes"], labels: Int[Tensor, "n"], *, bins: int = 15
+) -> Float[Tensor, ""]:
+    """Classwise calibration error: the ECE of each class's own probability, averaged over classes.
+
+        cwECE = (1 / C) sum_c sum_b (n_bc / n) |freq_bc - prob_bc|
+
+    Args:
+        probs: (n, classes), rows that sum to 1.
+        labels: (n,) whole numbers below the number of classes.
+        bins: number of equal-width bins M; 15 as for the equal-width error.
+
+    Raises:
+        InputError: for other shapes or types, no samples, or rows that are not probabilities.
+        OptionError: if bins is not a positive whole number.
+
+    Example:
+        >>> probs = torch.tensor([[0.9, 0.1], [0.6, 0.4]])
+        >>> classwise_calibration_error(probs, torch.tensor([0, 1]))
+        tensor(0.3500)
+
+    Reference: Kull et al., Beyond Temperature Scaling, NeurIPS 2019.
+    """
+    _check_bins(bins)
+    _check_probs(probs, labels)
+    samples, classes = probs.shape
+    first = bins * torch.arange(classes, device=probs.device)
+    place = (_equal_width(probs, bins) + first).flatten()
+    gaps = _totals(place, (probs.double() - _one_hot(labels, classes)).flatten(), bins * classes)
+    return _answer(gaps.abs().sum() / (samples * classes), probs)
+
+
+def brier_score(probs: Float[Tensor, "n classes"], labels: Int[Tensor, "n"]) -> Float[Tensor, ""]:
+    """Brier score of all classes: mean squared distance from the label, in [0, 2].
+
+        BS = (1 / n) sum_i sum_c ( p_ic - [c = y_i] )^2
+
+    This is Brier's own form; for two classes it is twice the one that looks at one class only.
+
+    Args:
+        probs: (n, classes), rows that sum to 1.
+        labels: (n,) whole numbers below the number of classes.
+
+    Raises:
+        InputError: for other shapes or types, no samples, or rows that are not probabilities.
+
+    Example:
+        >>> brier_score(torch.tensor([[0.8, 0.2]]), torch.tensor([0]))
+        tensor(0.0800)
+
+    Reference: Brier, Verification of Forecasts Expressed in Terms of Probability, 1950.
+    """
+    _check_probs(probs, labels)
+    wrong = (probs.double() - _one_hot(labels, probs.shape[1])).square().sum(1)
+    return _answer(wrong.mean(), probs)
+
+
+def negative_log_likelihood(
+    logits: Float[Tensor, "n classes"], labels: Int[Tensor, "n"]
+) -> Float[Tensor, ""]:
+    """Negative log-likelihood of the labels under softmax(logits), the mean in nats.
+
+        NLL = -(1 / n) sum_i ln p_i,y_i
+
+    It is infinite if the logits mask (-inf) the class of a label; its gradient is finite then too.
+
+    Args:
+        logits: (n, classes).
+        labels: (n,) whole numbers below the number of classes.
+
+    Raises:
+        InputError: for other shapes or types, or no samples.
+
+    Example:
+        >>> negative_log_likelihood(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+        tensor(0.6931)
+    """
+    _check_labels(logits, labels, "logits")
+    chosen = logits.double().log_softmax(1).gather(1, labels.long()[:, None])
+    return _answer(-chosen.mean(), logits)
+
+
+def _equal_width(values: Tensor, bins: int) -> Tensor:
+    """Bin of each value; edges are rounded as the values were, so that 0.6 is at most 0.6."""
+    edges = (torch.arange(1, bins, device=values.device).double() / bins).to(values.dtype)
+    return torch.bucketize(values.detach().double(), edges.double())
+
+
+def _totals(place: Tensor, values: Tensor, groups: int) -> Tensor:
+    """Sum of the values in each group, in float64."""
+    empty = torch.zeros(groups, dtype=torch.float64, device=values.device)
+    return empty.index_add(0, place, values.double())
+
+
+def _one_hot(labels: Tensor, classes: int) -> Tensor:
+    return torch.nn.functional.one_hot(labels.long(), classes).double()
+
+
+def _answer(value: Tensor, given: Tensor) -> Tensor:
+    return value.to(torch.promote_types(given.dtype, torch.float32))
+
+
+def _check(confidence: Tensor, hit: Tensor, bins: int) -> None:
+    _check_bins(bins)
+    if confidence.ndim != 1 or confidence.shape != hit.shape or len(hit) == 0:
+        raise InputError(
+            f"confidence has the shape {tuple(confidence.shape)} and hit {tuple(hit.shape)}; "
+            "expected (n,) for both, with at least one sample."
+        )
+    if hit.dtype != torch.bool:
+        raise InputError(f"hit is {hit.dtype}; expected bool. Pass for instance answers == labels.")
+    _check_range(confidence, "confidence")
+
+
+def _check_bins(bins: int) -> None:
+    if not bins >= 1 or bins != int(bins):
+        raise OptionError(f"bins is {bins}; expected a whole number of at least 1.")
+
+
+def _check_range(values: Tensor, name: str) -> None:
+    if not values.is_floating_point():
+        raise InputError(f"{name}: {values.dtype} given, expected a floating point type.")
+    if not bool(((values >= -SLACK) & (values <= 1 + SLACK)).all()):
+        low, high = values.detach().aminmax()
+        raise InputError(
+            f"{name} lies between {low.item():.4g} and {high.item():.4g}; expected [0, 1] without "
+            "NaN. Pass probabilities (the softmax of logits), not logits or percent."
+        )
+
+
+def _check_probs(probs: Tensor, labels: Tensor) -> None:
+    _check_labels(probs, labels, "probs")
+    _check_range(probs, "probs")
+    worst = (probs.detach().double().sum(1) - 1).abs().amax().item()
+    if worst > 0.01:  # what half precision leaves of a softmax over many classes
+        raise InputError(
+            f"a row of probs misses a sum of 1 by {worst:.4g}; expected probabilities of exclusive "
+            "classes, as softmax gives them."
+        )
+
+
+def _check_labels(scores: Tensor, labels: Tensor, name: str) -> None:
+    if scores.ndim != 2 or labels.shape != scores.shape[:1] or scores.numel() == 0:
+        raise InputError(
+            f"{name} have the shape {tuple(scores.shape)} and labels {tuple(labels.shape)}; "
+            "expected (n, classes) and (n,), with at least one sample and one class."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise InputError(f"labels are {labels.dtype}; expected whole numbers, such as int64.")
+    low, high = labels.aminmax()
+    if int(low) < 0 or int(high) >= scores.shape[1]:
+        raise InputError(
+            f"labels lie between {int(low)} and {int(high)}; expected 0 to {scores.shape[1] - 1}, "
+            f"since {name} have {scores.shape[1]} classes."
+        )
