@@ -281,18 +281,14 @@ class Adapter:
         if self._shape is None:
             self._guard(x, lambda: self._look(x))
             self._shape = x.shape[1:]
-        if (
-            len(x) == 1
-            and self._ranks.alone
-            and isinstance(self.recipe.statistics, BatchStatistics)
-        ):
-            if self._engine.loan.norms:
-                warnings.warn(
-                    "a batch of one: its statistics are those of a single sample. Use larger "
-                    "batches, or statistics mixed with the source's: bn-adapt with prior=16, rotta.",
-                    TesttimeWarning,
-                    stacklevel=3,
-                )
+        alone = len(x) == 1 and self._ranks.alone and bool(self._engine.loan.norms)
+        if alone and isinstance(self.recipe.statistics, BatchStatistics):
+            warnings.warn(
+                "a batch of one: its statistics are those of a single sample. Use larger "
+                "batches, or statistics mixed with the source's: bn-adapt with prior=16, rotta.",
+                TesttimeWarning,
+                stacklevel=3,
+            )
         return x
 
     def _look(self, x: Tensor) -> None:

@@ -198,8 +198,9 @@ def places(model: nn.Module) -> dict[str, list[tuple[dict[str, Any], str]]]:
 class Normaliser:
     """A pre-hook: measures the batch and makes its layer normalise with the chosen moments.
 
-    Where a gradient must flow through the moments the hook normalises itself, and leaves only
-    scale and shift to the layer; else it hands the moments over as running statistics.
+    Where a gradient must flow through the moments, and for batch statistics, the hook normalises
+    itself and leaves only scale and shift to the layer; else it hands the moments over as running
+    statistics.
     """
 
     name: str
@@ -215,7 +216,10 @@ class Normaliser:
         x = args[0]
         used = self.choose(x)
         buffers = module._buffers
-        if not (torch.is_grad_enabled() and used.mean.requires_grad):
+        learnt_through = torch.is_grad_enabled() and used.mean.requires_grad
+        # batch statistics take one path with and without a gradient: methods that compare two
+        # forwards (OSTTA) must not see rounding in place of a difference
+        if not learnt_through and not isinstance(self.statistics, BatchStatistics):
             for key, value in (("running_mean", used.mean), ("running_var", used.var)):
                 buffers[key] = value.detach().to(self.source.mean.dtype)
             return args

@@ -136,7 +136,7 @@ def run_cell(
     with torch.no_grad():
         before = torch.cat([read_logits(model(part)) for part in parts])
     counts = adapter.counts
-    order = [(s.index, s.domain, s.severity) for s in stream.order()]
+    order = [tuple(s) for s in stream.order()]
     common = {
         **vars(cell),
         "cell": cell.key,

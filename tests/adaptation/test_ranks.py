@@ -1,0 +1,61 @@
+"""Two processes with half a batch each adapt as one process does with the whole."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import testtime as tt
+from models import batches, tiny
+from testtime._core.errors import InputError
+
+OPTIONS = {
+    "source": {},
+    "bn-adapt": {},
+    "tent": {"lr": 1e-2},
+    "eta": {"lr": 1e-2, "redundancy": 0.8},
+    "sar": {"lr": 1e-2, "margin": 0.6},
+    "ostta": {"lr": 1e-2},
+    "lame": {},
+    "rotta": {"capacity": 16, "every": 16},
+}
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    answers = {}
+    for name, options in OPTIONS.items():
+        adapter = tt.adapt(tiny(), name, process_group=dist.group.WORLD, **options)
+        given = [adapter(x[:10] if rank == 0 else x[10:]) for x in batches(4)]
+        answers[name] = given, adapter.snapshot().tensors
+    adapter = tt.adapt(tiny(), "tent", process_group=dist.group.WORLD)
+    x = batches(1)[0]
+    refused = False
+    try:
+        adapter(x if rank == 0 else x * torch.nan)
+    except InputError:
+        refused = True
+    answers["refused"] = refused
+    torch.save(answers, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one(tmp_path):
+    port = 29500 + os.getpid() % 2000
+    mp.spawn(work, (port, str(tmp_path)), nprocs=2)
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert halves[0]["refused"]
+    assert halves[1]["refused"]
+    for name, options in OPTIONS.items():
+        adapter = tt.adapt(tiny(), name, **options)
+        for step, x in enumerate(batches(4)):
+            joined = torch.cat([half[name][0][step] for half in halves])
+            torch.testing.assert_close(joined, adapter(x), rtol=0, atol=2e-3)
+        for key, value in adapter.snapshot().tensors.items():
+            assert torch.equal(halves[0][name][1][key], halves[1][name][1][key])
+            torch.testing.assert_close(halves[0][name][1][key], value, rtol=0, atol=2e-3)
