@@ -25,11 +25,14 @@ def atomic(path: str | Path) -> Generator[Path, None, None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
+    mask = os.umask(0)
+    os.umask(mask)
     part = Path(name)
     try:
         yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())
+        part.chmod(0o666 & ~mask)  # mkstemp keeps a file to its owner; what is published is as usual
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
