@@ -32,7 +32,7 @@ def atomic(path: str | Path) -> Generator[Path, None, None]:
         yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())
-        part.chmod(0o666 & ~mask)  # mkstemp keeps a file to its owner; what is published is as usual
+        part.chmod(0o666 & ~mask)  # mkstemp keeps a file to its owner
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
