@@ -193,7 +193,8 @@ def negative_log_likelihood(
         labels: (n,) whole numbers below the number of classes.
 
     Raises:
-        InputError: for other shapes or types, or no samples.
+        InputError: for other shapes or types, no samples, or a row without a softmax (NaN, +inf, or
+            nothing but -inf).
 
     Example:
         >>> negative_log_likelihood(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
@@ -201,6 +202,12 @@ def negative_log_likelihood(
     """
     _check_labels(logits, labels, "logits")
     chosen = logits.double().log_softmax(1).gather(1, labels.long()[:, None])
+    if bool(chosen.isnan().any()):
+        raise InputError(
+            f"{int(chosen.isnan().sum())} of {len(labels)} rows of logits hold NaN, +inf, or nothing "
+            "but -inf and have no softmax; expected at least one finite logit and no NaN or +inf. "
+            "Leave these samples out, and count them."
+        )
     return _answer(-chosen.mean(), logits)
 
 

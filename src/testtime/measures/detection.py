@@ -44,7 +44,7 @@ def auroc(scores: Real[Tensor, "n"], positive: Bool[Tensor, "n"]) -> Float[Tenso
     true, false = _thresholds(scores, positive)
     step = false.diff(prepend=false.new_zeros(1))
     twice = (step * (2 * true - true.diff(prepend=true.new_zeros(1)))).sum()
-    return _answer(twice.double() / (2.0 * true[-1] * false[-1]), scores)
+    return _answer(twice.double() / (2 * true[-1] * false[-1]), scores)
 
 
 def fpr_at_95_tpr(scores: Real[Tensor, "n"], positive: Bool[Tensor, "n"]) -> Float[Tensor, ""]:

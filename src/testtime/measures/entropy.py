@@ -10,8 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from testtime._core.errors import OptionError
-from testtime.measures.log_space import alpha_divergence_of_log_probs, log_mean_prob, log_probs
+from testtime._core.errors import InputError, OptionError
+from testtime.measures.log_space import (
+    LOWEST,
+    alpha_divergence_of_log_probs,
+    check_classes,
+    log_mean_prob,
+    log_probs,
+)
 
 NEAR_ONE = 0.1
 """Orders closer to 1 than this are computed from p^order - p, not from p^order."""
@@ -21,6 +27,9 @@ def entropy(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
     """Shannon entropy of softmax(logits), in nats.
 
         H = -sum_c p_c ln p_c
+
+    Raises:
+        InputError: for a tensor without classes.
 
     Example:
         >>> entropy(torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
@@ -42,10 +51,14 @@ def entropy_of_probs(probs: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*
 
     The gradient at zero is finite: that of the smallest normal number.
 
+    Raises:
+        InputError: for a tensor without classes.
+
     Example:
         >>> entropy_of_probs(torch.tensor([0.5, 0.5, 0.0]))
         tensor(0.6931)
     """
+    check_classes(probs, "probs")
     probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
     return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(-1)
 
@@ -58,13 +71,21 @@ def cross_entropy(
         CE = -sum_c t_c ln p_c
 
     A class that the target excludes counts nothing, also where the logits mask it. A class that the
-    logits mask and the target does not costs its share of the largest finite number, where the
-    cross-entropy is infinite: huge, but never NaN, and neither is its gradient.
+    logits mask and the target does not costs 1e20 nats times its share, where the cross-entropy is
+    infinite: huge, but never NaN, and neither is its gradient.
+
+    Raises:
+        InputError: if the two shapes differ, or for tensors without classes.
 
     Example:
         >>> cross_entropy(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
         tensor(0.6931)
     """
+    if target_probs.shape != logits.shape:
+        raise InputError(
+            f"target_probs have the shape {tuple(target_probs.shape)} and logits "
+            f"{tuple(logits.shape)}; expected one shape. Expand the smaller one first."
+        )
     log_p = log_probs(logits)
     return -(target_probs.to(log_p.dtype) * log_p).sum(-1)
 
@@ -171,8 +192,7 @@ def tsallis_entropy(
 
 def _log_power_sum(log_p: Tensor, order: float) -> Tensor:
     """ln sum_c p_c^order over the classes that are possible."""
-    possible = log_p > torch.finfo(log_p.dtype).min
-    return (order * log_p).masked_fill(~possible, -math.inf).logsumexp(-1)
+    return (order * log_p).masked_fill(log_p == LOWEST, -math.inf).logsumexp(-1)
 
 
 def _power_excess(log_p: Tensor, order: float) -> Tensor:

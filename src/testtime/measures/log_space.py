@@ -9,11 +9,15 @@ from torch.nn.functional import threshold
 
 from testtime._core.errors import InputError
 
+LOWEST = -1e20
+"""Log-probability of an impossible class: far below any other, and still finite after it has been
+summed over classes and a batch, and scaled by the gradient of a weighted or scaled loss."""
+
 
 def log_probs(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch classes"]:
-    """Log-probabilities of logits, at least in float32, with -inf raised to the lowest number.
+    """Log-probabilities of logits, at least in float32, with -inf raised to `LOWEST`.
 
-        ln p_c = max( z_c - ln sum_k exp(z_k), lowest finite number )
+        ln p_c = max( z_c - ln sum_k exp(z_k), -1e20 )
 
     A masked class (-inf) has probability exactly 0 and a gradient of exactly 0, so that products
     such as p ln p need no care. A row of nothing but -inf, +inf and NaN have no softmax: NaN.
@@ -25,15 +29,19 @@ def log_probs(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch 
         >>> log_probs(torch.tensor([0.0, 0.0, -math.inf])).exp()
         tensor([0.5000, 0.5000, 0.0000])
     """
-    if logits.ndim == 0 or logits.shape[-1] == 0:
+    check_classes(logits, "logits")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    # threshold is clamp with a backward of one kernel instead of two
+    return threshold(logits.log_softmax(-1, dtype=dtype), LOWEST, LOWEST)
+
+
+def check_classes(values: Tensor, name: str) -> None:
+    """An `InputError` for a tensor without a last dimension of at least one class."""
+    if values.ndim == 0 or values.shape[-1] == 0:
         raise InputError(
-            f"logits have the shape {tuple(logits.shape)}; expected (*batch, classes) with at "
+            f"{name} have the shape {tuple(values.shape)}; expected (*batch, classes) with at "
             "least one class. Pass the classes as the last dimension."
         )
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    lowest = torch.finfo(dtype).min
-    # threshold is clamp with a backward of one kernel instead of two
-    return threshold(logits.log_softmax(-1, dtype=dtype), lowest, lowest)
 
 
 def log_mean_prob(
@@ -88,6 +96,5 @@ def alpha_divergence_of_log_probs(
     total = (linear - power).sum(-1) / alpha
     if alpha < 1:
         return total
-    lowest = torch.finfo(p.dtype).min
-    outside = ((log_p > lowest) & (log_q == lowest)).any(-1)
+    outside = ((log_p > LOWEST) & (log_q == LOWEST)).any(-1)
     return total.masked_fill(outside, math.inf)

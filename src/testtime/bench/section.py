@@ -1,0 +1,173 @@
+"""One section of a report: what its tables say and what its plots draw."""
+
+import math
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from testtime.bench.metrics import BINS, summarise
+from testtime.bench.tables import derived, heat, label, number, summary, swatch
+from testtime.bench.traces import Visits, error_over_time, visits
+
+Rows = list[dict[str, Any]]
+METRICS = (
+    "error", "nll", "brier", "ece", "clean_error", "seconds_per_batch", "forwards_per_sample",
+    "backwards_per_sample", "peak_memory_mb",
+)  # fmt: skip
+
+STRONG = 4
+"""Methods besides the source that are drawn at full strength at first: the best ones."""
+
+FACTS = {
+    "Model": "model", "Weights (SHA-256)": "weights_sha256", "Data": "data",
+    "Samples, in order (SHA-256)": "samples_sha256", "Stream": "stream", "Severity": "severity",
+    "Batch size": "batch_size", "Seeds": "seed", "Version of testtime": "version",
+}  # fmt: skip
+
+
+class Section:
+    """One model on one stream: its records, the best first.
+
+    Args:
+        rows: of this model and stream.
+        look: colour and dash of each method, from `styles`.
+    """
+
+    def __init__(self, rows: Rows, look: dict[str, dict[str, int]]) -> None:
+        self.rows = rows
+        self.look = look
+        first = rows[0]
+        self.name = (
+            f"{first['model']} · {first['stream']}, severity {first['severity']}, "
+            f"batches of {first['batch_size']} · {first['data']}"
+        )
+        table = summarise(rows)
+        self.source = next((r for r in table if label(r) == "source"), None)
+        self.records = sorted(
+            (derived(r, self.source) for r in table),
+            key=lambda r: r["error"] if math.isfinite(r["error"]) else math.inf,
+        )
+        self.own: dict[str, Rows] = {}
+        for row in rows:
+            self.own.setdefault(label(row), []).append(row)
+        place = sorted(rows, key=lambda r: r["position"])
+        self.domains = list(dict.fromkeys(row["domain"] for row in place))
+
+    def html(self, place: int) -> str:
+        """The section as HTML; places for the plots are empty."""
+        template = (files("testtime.bench") / "assets" / "section.html").read_text("utf-8")
+        return Template(template).substitute(
+            place=place,
+            name=escape(self.name),
+            tiles=self._tiles(),
+            chips=self._chips(),
+            summary=summary(self.records, self.look),
+            heat=heat(self._errors(), self.domains, self.look),
+            panels=self._panels(place),
+            provenance=self._provenance(),
+        )
+
+    def data(self) -> dict[str, Any]:
+        """What the plots of the section draw."""
+        marks = visits(next(iter(self.own.values())))
+        pairs = zip(marks.starts, marks.names, strict=False)
+        return {
+            "methods": [self._method(r, marks) for r in self.records],
+            "visits": [{"batch": start, "name": name} for start, name in pairs],
+            "note": marks.note,
+            "relative": any(math.isfinite(r["time"]) for r in self.records),
+        }
+
+    def _method(self, record: dict[str, Any], marks: Visits) -> dict[str, Any]:
+        rows = self.own[label(record)]
+        keys = ("error", "error_std", "time", "seconds_per_batch", "ece")
+        return {
+            "name": label(record),
+            "time": error_over_time(rows, marks.starts),
+            "bins": pooled(rows),
+            "numbers": {k: record[k] if math.isfinite(record[k]) else None for k in keys},
+        }
+
+    def _errors(self) -> dict[str, dict[str, float]]:
+        """Method -> domain -> mean error over seeds, in order of the summary."""
+        errors: dict[str, dict[str, float]] = {}
+        for record in self.records:
+            found: dict[str, list[float]] = {}
+            for row in self.own[label(record)]:
+                found.setdefault(row["domain"], []).append(row["error"])
+            errors[label(record)] = {d: sum(e) / len(e) for d, e in found.items()}
+        return errors
+
+    def _tiles(self) -> str:
+        """The answer in four numbers."""
+        others = [r for r in self.records if label(r) != "source" and math.isfinite(r["error"])]
+        tiles: list[tuple[str, str, str]] = []
+        if self.source is not None:
+            own = number(self.source["error"], 1)
+            tiles.append(("Source model, not adapted", f"{own} %", "error"))
+        if others:
+            best = others[0]
+            tiles.append((f"Best: {label(best)}", f"{number(best['error'], 1)} %", "error"))
+            if math.isfinite(best["relative"]):
+                share = number(-100 * best["relative"], 0, sign=True)
+                better = sum(r["gain"] > 0 for r in others)
+                note = f"error; {better} of {len(others)} methods lower it"
+                tiles.append(("Best against source", f"{share} %", note))
+            if math.isfinite(best["time"]):
+                cost = f"{number(best['time'], 1)} ×"  # noqa: RUF001
+                tiles.append(("Cost of the best", cost, "time of source"))
+        return "".join(
+            f"<div><dt>{escape(name)}</dt><dd><b>{value}</b> <span>{note}</span></dd></div>"
+            for name, value, note in tiles
+        )
+
+    def _chips(self) -> str:
+        names = [label(r) for r in self.records]
+        strong = {"source", *[n for n in names if n != "source"][:STRONG]}
+        return "".join(
+            f'<button type="button" class="chip" data-method="{escape(n)}" '
+            f'aria-pressed="{str(n in strong).lower()}">{swatch(self.look[n])}{escape(n)}</button>'
+            for n in names
+        )
+
+    def _panels(self, place: int) -> str:
+        return "".join(
+            f"<figure><figcaption>{swatch(self.look[label(r)])}{escape(label(r))}"
+            f"<small>ECE {number(r['ece'], 3)}</small></figcaption>"
+            f'<div class="plot panel" id="panel-{place}-{i}" role="img" '
+            f'aria-label="Reliability of {escape(label(r))}"></div></figure>'
+            for i, r in enumerate(self.records)
+        )
+
+    def _provenance(self) -> str:
+        lines: list[str] = []
+        for name, key in FACTS.items():
+            values = dict.fromkeys(str(row[key]) for row in self.rows)
+            text = ("<br>" if "SHA" in name else ", ").join(map(escape, values))
+            lines.append(f"<dt>{name}</dt><dd>{text}</dd>")
+        if scenario := self.rows[0].get("scenario"):
+            lines.append(f"<dt>Scenario (TOML)</dt><dd><pre>{escape(scenario)}</pre></dd>")
+        return f"<dl>{''.join(lines)}</dl>"
+
+
+def pooled(rows: Rows) -> list[dict[str, float]]:
+    """Reliability bins of several rows as if their samples were one.
+
+    Example:
+        >>> bins = [{"count": 4, "confidence": 0.9, "accuracy": 0.5}]
+        >>> pooled([{"reliability": bins}, {"reliability": bins}])
+        [{'count': 8, 'confidence': 0.9, 'accuracy': 0.5}]
+    """
+    sums = [[0.0, 0.0, 0.0] for _ in range(BINS)]
+    for item in (b for row in rows for b in row["reliability"]):
+        if not item["count"] or not math.isfinite(item["confidence"] + item["accuracy"]):
+            continue
+        own = sums[min(max(math.ceil(item["confidence"] * BINS - 1e-9), 1), BINS) - 1]
+        for i, value in enumerate((1.0, item["confidence"], item["accuracy"])):
+            own[i] += item["count"] * value
+    return [
+        {"count": int(n), "confidence": round(c / n, 4), "accuracy": round(a / n, 4)}
+        for n, c, a in sums
+        if n
+    ]

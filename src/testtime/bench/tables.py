@@ -1,0 +1,170 @@
+"""The tables of a report as HTML: every name escaped, every number beside its exact value."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+SLOTS = 6
+"""Colours besides the grey of the source model; further methods repeat them with another dash."""
+
+COLUMNS = (
+    ("error", "Error", "%", "Mean error over domains, then seeds; ± standard deviation over seeds"),
+    ("gain", "Gain", "points", "Error of the source model minus own; in brackets as a share of it"),
+    ("nll", "NLL", "nats", "Negative log-likelihood"),
+    ("brier", "Brier", "", "Brier score, 0 to 2"),
+    ("ece", "ECE", "", "Expected calibration error, 15 bins"),
+    ("clean_error", "Clean error", "%", "On source data after the stream, adapting no more"),
+    ("time", "Time", "× source", "Median seconds per batch over the source model's"),  # noqa: RUF001
+    ("forwards_per_sample", "Forward", "per sample", "Forward passes per sample"),
+    ("backwards_per_sample", "Backward", "per sample", "Backward passes per sample"),
+    ("peak_memory_mb", "Memory", "MB", "Peak beyond what was held before; coarse on a CPU"),
+)
+"""Key, heading, unit and explanation of each column of the summary."""
+
+DIGITS = {"nll": 3, "brier": 3, "ece": 3, "peak_memory_mb": 1}
+
+
+def label(record: dict[str, Any]) -> str:
+    """A method's name, with its options where they are not the defaults.
+
+    Example:
+        >>> label({"method": "tent", "options": '{"lr": 0.01}'})
+        'tent {"lr": 0.01}'
+    """
+    return record["method"] + ("" if record["options"] == "{}" else f" {record['options']}")
+
+
+def styles(labels: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Colour slot and round of each method; 0 is the source's, and stays its own.
+
+    Example:
+        >>> styles(["source", "tent", "sar"])["sar"]
+        {'slot': 2, 'round': 0}
+    """
+    others = [name for name in dict.fromkeys(labels) if name != "source"]
+    own = {name: {"slot": i % SLOTS + 1, "round": i // SLOTS} for i, name in enumerate(others)}
+    return {"source": {"slot": 0, "round": 0}} | own
+
+
+def number(value: float, digits: int, *, sign: bool = False) -> str:
+    """A number for people; a dash for what is not finite.
+
+    Example:
+        >>> number(1.5, 2, sign=True), number(float("nan"), 2)
+        ('+1.50', '–')
+    """
+    if not math.isfinite(value):
+        return "–"  # noqa: RUF001
+    text = f"{value:{'+' if sign else ''}.{digits}f}"
+    return text.replace("-", "−")  # noqa: RUF001
+
+
+def swatch(style: dict[str, int]) -> str:
+    """The line of a method as it is drawn in the plots."""
+    dash = ("", ' stroke-dasharray="6 3"', ' stroke-dasharray="2 3"')[min(style["round"], 2)]
+    return (
+        '<svg class="swatch" width="22" height="10" aria-hidden="true"><path d="M0 5H22" '
+        f'style="stroke:var(--m{style["slot"]})"{dash}/></svg>'
+    )
+
+
+def derived(record: dict[str, Any], source: dict[str, Any] | None) -> dict[str, Any]:
+    """The record with `gain`, `relative` and `time` against the source; NaN where there is none."""
+    if source is None:
+        return record | {"gain": math.nan, "relative": math.nan, "time": math.nan}
+    gain = source["error"] - record["error"]
+    seconds = source["seconds_per_batch"]
+    return record | {
+        "gain": gain,
+        "relative": gain / source["error"] if source["error"] > 0 else math.nan,
+        "time": record["seconds_per_batch"] / seconds if seconds > 0 else math.nan,
+    }
+
+
+def summary(records: Sequence[dict[str, Any]], look: dict[str, dict[str, int]]) -> str:
+    """The summary table: a line for each method. Headings are buttons that sort it."""
+    heads = "".join(
+        f'<th scope="col" title="{tip}"><button type="button">{name}'
+        f"<small>{unit or '&nbsp;'}</small></button></th>"
+        for _, name, unit, tip in COLUMNS
+    )
+    lines = "".join(_line(record, look[label(record)]) for record in records)
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Summary table">'
+        '<table class="summary"><thead><tr><th scope="col">Method</th>'
+        f"{heads}</tr></thead><tbody>{lines}</tbody></table></div>"
+    )
+
+
+def _line(record: dict[str, Any], style: dict[str, int]) -> str:
+    cells = "".join(
+        f'<td data-key="{key}" data-value="{record[key]!r}">{_cell(key, record)}</td>'
+        for key, *_ in COLUMNS
+    )
+    kind = ' class="base"' if record["method"] == "source" else ""
+    return f'<tr{kind}><th scope="row">{swatch(style)}{escape(label(record))}</th>{cells}</tr>'
+
+
+def _cell(key: str, record: dict[str, Any]) -> str:
+    text = number(record[key], DIGITS.get(key, 2), sign=key == "gain")
+    if key == "error" and record["seeds"] > 1:
+        text += f"<small>±&nbsp;{number(record['error_std'], 2)}</small>"
+    if key == "gain":
+        if record["method"] == "source":
+            return ""
+        kind = "good" if record["gain"] > 0 else "bad" if record["gain"] < 0 else ""
+        if not math.isfinite(record["relative"]):
+            return text
+        share = number(100 * record["relative"], 0, sign=True)
+        text = f'<span class="{kind}">{text}</span><small>({share}&nbsp;%)</small>'
+    return text
+
+
+def heat(
+    errors: dict[str, dict[str, float]], domains: Sequence[str], look: dict[str, dict[str, int]]
+) -> str:
+    """Error of each method in each domain, the colour going with the number.
+
+    Args:
+        errors: method -> domain -> error in percent; a domain may be missing.
+        domains: the columns, in order.
+        look: from `styles`.
+    """
+    known = [e for own in errors.values() for e in own.values() if math.isfinite(e)]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    best = {
+        d: min((own.get(d, math.inf) for own in errors.values()), key=_nan_last) for d in domains
+    }
+    heads = "".join(f'<th scope="col"><span>{escape(_spaced(d))}</span></th>' for d in domains)
+    lines = []
+    for name, own in errors.items():
+        cells = "".join(
+            _heat_cell(own.get(d, math.nan), low, high, best[d], f"{name}, {_spaced(d)}")
+            for d in domains
+        )
+        lines.append(f'<tr><th scope="row">{swatch(look[name])}{escape(name)}</th>{cells}</tr>')
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Error per domain">'
+        f'<table class="heat"><thead><tr><th scope="col">Method</th>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _heat_cell(value: float, low: float, high: float, best: float, name: str) -> str:
+    if not math.isfinite(value):
+        return f'<td title="{escape(name)}: none">–</td>'  # noqa: RUF001
+    share = (value - low) / (high - low) if high > low else 0.0
+    kind = ("hot " if share > 0.55 else "") + ("best" if value == best else "")
+    return (
+        f'<td class="{kind.strip()}" style="--t:{100 * share:.0f}%" data-value="{value!r}" '
+        f'title="{escape(name)}: {number(value, 2)} %">{number(value, 1)}</td>'
+    )
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _nan_last(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
