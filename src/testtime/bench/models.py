@@ -64,7 +64,7 @@ def _embedded(name: str) -> nn.Module:
 
 def _timm(name: str, pretrained: bool) -> nn.Module:
     try:
-        import timm  # noqa: PLC0415
+        import timm  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingExtra("timm", "timm") from error
     if not timm.is_model(name.partition(".")[0]):
@@ -82,7 +82,10 @@ def _torchvision(name: str, pretrained: bool) -> nn.Module:
 
 def _hugging_face(name: str, pretrained: bool) -> nn.Module:
     try:
-        from transformers import AutoConfig, AutoModelForImageClassification  # noqa: PLC0415
+        from transformers import (  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+            AutoConfig,
+            AutoModelForImageClassification,
+        )
     except ImportError as error:
         raise MissingExtra("transformers", "hf") from error
     if pretrained:
