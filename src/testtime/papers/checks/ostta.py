@@ -1,4 +1,4 @@
-"""OSTTA's claim: samples whose confidence rose under adaptation are the right ones to learn from."""
+"""OSTTA's claim: the samples whose confidence rose are the right ones to learn from."""
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean
@@ -84,7 +84,7 @@ def open_stream(held: Images, name: str, *, seed: int, visit: int) -> list[Image
 
 
 def blobs(count: int, random: torch.Generator) -> Tensor:
-    """White shapes on black (count, 1, 16, 16): a smooth random field, cut at its 70th percentile."""
+    """White shapes on black (count, 1, 16, 16): smooth fields cut at their 70th percentile."""
     coarse = torch.randn(count, 1, 5, 5, generator=random)
     field = F.interpolate(coarse, (16, 16), mode="bicubic", align_corners=False)
     return (field > field.flatten(1).quantile(0.7, 1).view(-1, 1, 1, 1)).float()
