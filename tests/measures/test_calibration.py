@@ -220,3 +220,10 @@ def test_bad_labels_are_refused(measure):
             measure(scores, labels)
     with pytest.raises(InputError, match="at least one sample"):
         measure(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("row", [[math.nan, 0], [math.inf, 0], [-math.inf, -math.inf]])
+def test_logits_without_a_softmax_have_no_likelihood(row):
+    logits = torch.tensor([[0.0, 1.0], row])
+    with pytest.raises(InputError, match="1 of 2 rows of logits"):
+        negative_log_likelihood(logits, torch.tensor([0, 1]))

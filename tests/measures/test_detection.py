@@ -73,6 +73,13 @@ def test_exactly_19_of_20_positives_are_95_percent():
     assert fpr_at_95_tpr(scores, positive) == 1
 
 
+def test_auroc_of_many_pairs_keeps_the_digits_of_float64():
+    scores = torch.arange(20_001, dtype=torch.float64)
+    positive = torch.arange(20_001) % 3 == 0  # positive 3k beats 2k negatives
+    expected = sum(2 * k for k in range(6667)) / (6667 * 13334)
+    assert auroc(scores, positive).item() == pytest.approx(expected, abs=1e-14)
+
+
 @pytest.mark.parametrize("measure", DETECTIONS)
 def test_types_and_infinities(measure):
     scores, positive = as_tensors([math.inf, 1.0], [1.0, -math.inf])

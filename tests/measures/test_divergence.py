@@ -92,6 +92,20 @@ def test_hard_logits_are_never_nan_and_have_finite_gradients(divergence, dtype):
     assert all(slope.isfinite().all() for slope in gradients(divergence, p, q))
 
 
+@pytest.mark.parametrize("scale", [-3.0, 65536.0])
+@pytest.mark.parametrize("name", ["kl", "js", "alpha 0", "alpha 0.05", "alpha 0.5", "alpha 1"])
+def test_gradients_of_weighted_losses_stay_finite_on_hard_logits(name, scale):
+    slopes = gradients(lambda p, q: scale * DIVERGENCES[name](p, q), *hard_pairs(torch.float32))
+    assert all(slope.isfinite().all() for slope in slopes)
+
+
+@every_divergence
+def test_rows_without_a_softmax_are_nan(divergence):
+    good, bad = torch.tensor([0.0, 1.0]), torch.tensor([0.0, math.nan])
+    assert divergence(good, bad).isnan()
+    assert divergence(bad, good).isnan()
+
+
 @pytest.mark.parametrize("value", [0.05, 0.5, 0.95])
 def test_inside_the_unit_interval_no_alpha_divergence_is_infinite(value):
     got = alpha_divergence(*hard_pairs(torch.float32), alpha=value)
