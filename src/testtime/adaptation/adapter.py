@@ -21,7 +21,7 @@ from testtime._core.errors import (
     TesttimeWarning,
 )
 from testtime._core.outcomes import Outcome
-from testtime.adaptation.checks import check_input
+from testtime.adaptation.checks import check_input, expected_rank
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
@@ -107,6 +107,7 @@ class Adapter:
         self._engine = self._build(order=[])
         self._state = self._engine.fresh()
         self._shape: torch.Size | None = None
+        self._expected = expected_rank(model)
 
     # --- answers ------------------------------------------------------------------------------
 
@@ -271,7 +272,7 @@ class Adapter:
         """The batch, checked; the first one is also used to see the model run."""
         complaint: TesttimeError | None = None
         try:
-            check_input(x, self.model, self.recipe, self._engine.device)
+            check_input(x, self.recipe, expected=self._expected, device=self._engine.device)
         except TesttimeError as error:
             complaint = error
         if not self._ranks.agree(complaint, self._engine.device):

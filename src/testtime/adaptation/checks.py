@@ -22,8 +22,17 @@ def expected_rank(model: nn.Module) -> tuple[int, str] | None:
     return None
 
 
-def check_input(x: Tensor, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
-    """Raises an `InputError` unless x is a batch that the model and the method can take."""
+def check_input(
+    x: Tensor, recipe: Recipe, *, expected: tuple[int, str] | None, device: torch.device
+) -> None:
+    """Raises an `InputError` unless x is a batch that the model and the method can take.
+
+    Args:
+        x: the batch.
+        recipe: the method.
+        expected: rank of the model's input, from `expected_rank`.
+        device: of the model.
+    """
     if not isinstance(x, Tensor):
         raise InputError(f"a batch is a tensor; given {type(x).__name__}")
     if not x.is_floating_point():
@@ -31,7 +40,6 @@ def check_input(x: Tensor, model: nn.Module, recipe: Recipe, device: torch.devic
             f"the batch is of type {x.dtype}; expected floating point. For images of integers use "
             "x.float() / 255, and the normalisation that the model was trained with."
         )
-    expected = expected_rank(model)
     if x.dim() < 2 or (expected and x.dim() != expected[0]):
         shape = expected[1] if expected else "(batch, features)"
         raise InputError(

@@ -167,7 +167,6 @@ class Engine:
         done = self._one_step(x, state)
         for _ in range(self.recipe.steps - 1):
             done = self._one_step(x, done.state)
-        done.measured["entropy"] = entropy(done.logits).mean()
         return done
 
     def _one_step(self, x: Tensor, state: State) -> Step:
@@ -175,7 +174,11 @@ class Engine:
         with torch.enable_grad():
             _ = evidence.logits
         output, logits = self.answer(evidence)
-        return Step(output, logits.detach(), *self.learn(evidence))
+        state, outcome, measured = self.learn(evidence)
+        answered = self.recipe.prediction is student
+        uncertainty = evidence.entropies if answered else entropy(logits)
+        measured["entropy"] = uncertainty.detach().mean()
+        return Step(output, logits.detach(), state, outcome, measured)
 
     def leaves(self, state: State) -> dict[str, Tensor]:
         """The adapted tensors as leaves of a new graph."""
@@ -284,7 +287,7 @@ class Engine:
             return None, used
         if recipe.penalty is not None:
             terms.append(recipe.penalty(evidence.tensors, self.source_tensors(), self.fisher))
-        return torch.stack([term.float() for term in terms]).sum(), used
+        return sum(terms[1:], start=terms[0]), used
 
     def _gradient(self, loss: Tensor, evidence: Evidence) -> list[Tensor]:
         """Gradients of what adapts, and of nothing else; zero for tensors the loss never meets."""

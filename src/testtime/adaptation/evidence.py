@@ -9,6 +9,7 @@ from torch import Tensor
 
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.recipe import reads
+from testtime.measures.entropy import entropy
 
 if TYPE_CHECKING:
     from testtime.adaptation.engine import Engine
@@ -64,6 +65,11 @@ class Evidence:
     def logits(self) -> Tensor:
         """The adapted model's logits, one row a sample (or pixel)."""
         return rows(read_logits(self.output))
+
+    @cached_property
+    def entropies(self) -> Tensor:
+        """Entropy of each of the adapted model's predictions, in nats."""
+        return entropy(self.logits)
 
     @cached_property
     def teacher_output(self) -> Any:

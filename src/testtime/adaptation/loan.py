@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer
+from testtime.adaptation.moments import moments, normalise
 from testtime.adaptation.parts.statistics import (
     BatchStatistics,
     MixedStatistics,
@@ -26,24 +27,6 @@ _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKe
 ALONE = Ranks()
 Averages = dict[str, Tensor]
 """Moving averages: '<layer>.mean' and '<layer>.var' -> tensor, and 'seen' -> batches."""
-
-
-def moments(x: Tensor, ranks: Ranks) -> tuple[Moments, float]:
-    """Mean and biased variance of each channel (dimension 1), and its count, over all ranks."""
-    over = [d for d in range(x.dim()) if d != 1]
-    values = float(x.numel() // x.shape[1])
-    if ranks.alone:
-        var, mean = torch.var_mean(x.float(), over, correction=0)
-        return Moments(mean, var), values
-    x = x.float()
-    total = ranks.sum(x.new_tensor(values))
-    mean = ranks.sum(x.sum(over)) / total
-    var = ranks.sum((x - _channels(mean, x)).square().sum(over)) / total
-    return Moments(mean, var), float(total)
-
-
-def _channels(value: Tensor, x: Tensor) -> Tensor:
-    return value.view(1, -1, *[1] * (x.dim() - 2))
 
 
 class Loan:
@@ -223,10 +206,9 @@ class Normaliser:
             for key, value in (("running_mean", used.mean), ("running_var", used.var)):
                 buffers[key] = value.detach().to(self.source.mean.dtype)
             return args
-        mean, var = _channels(used.mean, x), _channels(used.var, x)
         buffers["running_mean"] = torch.zeros_like(self.source.mean)
         buffers["running_var"] = torch.ones_like(self.source.var) - self.eps
-        return (((x - mean) * torch.rsqrt(var + self.eps)).to(x.dtype), *args[1:])
+        return (normalise(x, used, self.eps), *args[1:])
 
     def choose(self, x: Tensor) -> Moments:
         """The moments to normalise with; moving averages are written to `fresh`."""

@@ -13,8 +13,8 @@ from testtime.adaptation.parts.scope import Scope, nothing
 from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
 
 EVIDENCE = (
-    "inputs", "logits", "teacher", "source", "features", "forward", "classes", "generator",
-    "ranks", "ages",
+    "inputs", "logits", "entropies", "teacher", "source", "features", "forward", "classes",
+    "generator", "ranks", "ages",
 )  # fmt: skip
 """What a part may ask to see, by naming it in its signature."""
 CALLED = ("objective", "batch_objective", "prediction")

@@ -25,7 +25,6 @@ from testtime.adaptation.parts.scope import Scope, norm_affine_below_top
 from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
-from testtime.measures import entropy as measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +48,13 @@ class ShapeMatters:
         self,
         inputs: Tensor,
         logits: Tensor,
+        entropies: Tensor,
         forward: Callable[[Tensor], Tensor],
         classes: int,
         generator: torch.Generator,
         ranks: Ranks,
     ) -> Tensor:
-        logits = logits.detach()
-        uncertainty = measure.entropy(logits)
+        logits, uncertainty = logits.detach(), entropies.detach()
         weights = torch.zeros_like(uncertainty)
         sure = uncertainty < self.entropy_margin * math.log(classes)
         if not float(ranks.sum(sure.sum().float())):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from testtime.adaptation.ranks import Ranks
-from testtime.measures.entropy import entropy
 
 State = dict[str, Any]
 
@@ -27,8 +26,8 @@ class Reliable:
 
     margin: float
 
-    def __call__(self, logits: Tensor, classes: int) -> Tensor:
-        return (entropy(logits.detach()) < self.margin * math.log(classes)).float()
+    def __call__(self, entropies: Tensor, classes: int) -> Tensor:
+        return (entropies.detach() < self.margin * math.log(classes)).float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +49,11 @@ class ReliableAndNew:
         return {"mean": None}
 
     def __call__(
-        self, logits: Tensor, classes: int, ranks: Ranks, state: State
+        self, logits: Tensor, entropies: Tensor, classes: int, ranks: Ranks, state: State
     ) -> tuple[Tensor, State]:
         limit = self.margin * math.log(classes)
         probs = logits.detach().float().softmax(-1)
-        uncertainty = entropy(logits.detach())
+        uncertainty = entropies.detach()
         chosen = uncertainty < limit
         mean = state["mean"]
         if mean is not None:

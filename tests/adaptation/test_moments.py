@@ -1,0 +1,70 @@
+"""Moments and normalisation with given moments, against the formulas and their gradients."""
+
+import pytest
+import torch
+
+from testtime.adaptation.moments import moments, normalise
+from testtime.adaptation.parts.statistics import Moments
+from testtime.adaptation.ranks import Ranks
+
+SHAPES = [(6, 3), (5, 3, 7), (4, 3, 5, 2), (2, 3, 2, 3, 2)]
+
+
+def draw(*shape: int, **options) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_moments_are_mean_and_biased_variance_of_each_channel(shape):
+    x = 3 + 2 * draw(*shape, dtype=torch.float64)
+    (mean, var), values = moments(x, Ranks())
+    channels = x.movedim(1, 0).flatten(1)
+    assert values == channels.shape[1]
+    torch.testing.assert_close(mean, channels.mean(1))
+    torch.testing.assert_close(var, channels.var(1, correction=0))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_right(shape):
+    x = draw(*shape, dtype=torch.float64).requires_grad_()
+    other = (1 + draw(3, dtype=torch.float64).square()).requires_grad_()
+
+    def mixed(x, other):
+        batch, _ = moments(x, Ranks())
+        used = Moments(0.7 * other + 0.3 * batch.mean, 0.7 * other.square() + 0.3 * batch.var)
+        return normalise(x, used, 1e-3)
+
+    torch.autograd.gradcheck(mixed, (x, other))
+
+
+def test_a_single_value_has_no_variance():
+    (mean, var), values = moments(torch.tensor([[2.0, -1.0]]), Ranks())
+    assert values == 1
+    assert mean.tolist() == [2.0, -1.0]
+    assert var.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_measured_in_float32(dtype):
+    x = (100 + draw(64, 3, 4, 4)).to(dtype)
+    used, _ = moments(x, Ranks())
+    assert used.var.dtype == torch.float32
+    torch.testing.assert_close(used.mean, x.float().mean((0, 2, 3)))
+    assert normalise(x, used, 1e-5).dtype == dtype
+
+
+def test_memory_format_makes_no_difference():
+    x = draw(4, 3, 5, 6)
+    turned = x.to(memory_format=torch.channels_last)
+    used, _ = moments(x, Ranks())
+    torch.testing.assert_close(moments(turned, Ranks())[0], used)
+    out = normalise(turned, used, 1e-5)
+    torch.testing.assert_close(out, normalise(x, used, 1e-5))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gradients_that_are_not_contiguous():
+    x = draw(4, 3, 5, 5, dtype=torch.float64).requires_grad_()
+    used = Moments(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+    (grad,) = torch.autograd.grad(normalise(x, used, 0.0).mT.sum(), x)
+    torch.testing.assert_close(grad, torch.ones_like(x))
