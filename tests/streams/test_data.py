@@ -13,7 +13,6 @@ from testtime.streams import data as data_file
 from testtime.streams.data import (
     ImageSet,
     digits,
-    image_folder,
     labels_of,
     load_data,
     stack,
@@ -90,37 +89,6 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingExtra, match=r"testtime\[digits\]"):
         load_data("digits")
-
-
-def test_image_folder(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    for c, colour in enumerate([(255, 0, 0), (0, 0, 255)]):
-        for n in range(2):
-            (tmp_path / f"class{c}").mkdir(exist_ok=True)
-            image.new("RGB", (40 + 9 * n, 30), colour).save(tmp_path / f"class{c}" / f"{n}.png")
-    data = load_data(f"folder:{tmp_path}")
-    assert labels_of(data).tolist() == [0, 0, 1, 1]
-    pixels, labels = stack(data, [3, 0])
-    assert pixels.shape == (2, 3, 224, 224)
-    assert pixels[0, :, 5, 5].tolist() == [0, 0, 1]
-    assert labels.tolist() == [1, 0]
-    assert stack(image_folder(tmp_path, resize=20, crop=16), [1])[0].shape == (1, 3, 16, 16)
-
-
-def test_image_folder_prefers_the_folder_of_the_split(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    for split, count in (("train", 3), ("test", 1)):
-        (tmp_path / split / "a").mkdir(parents=True)
-        for n in range(count):
-            image.new("L", (8, 8)).save(tmp_path / split / "a" / f"{n}.png")
-    assert len(image_folder(tmp_path, split="train")) == 3
-    assert len(image_folder(tmp_path)) == 1
-
-
-@pytest.mark.parametrize("make", [lambda p: p / "nowhere", lambda p: p])
-def test_a_folder_without_classes_is_refused(tmp_path, make):
-    with pytest.raises(InputError, match="one folder per class"):
-        load_data(f"folder:{make(tmp_path)}")
 
 
 def test_unknown_names():

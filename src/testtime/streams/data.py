@@ -1,7 +1,6 @@
 """Data sets by name, and the two questions asked of any data set: its labels, and a batch of it."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from testtime._core.errors import InputError, MissingExtra, OptionError, unknown
 from testtime._core.seeds import generator
 from testtime.streams import fashion_mnist
+from testtime.streams.folder import image_folder
 
 DATA = ("fashion-mnist:sample", "fashion-mnist", "digits", "digits:16", "folder:PATH")
 """What `load_data` understands."""
@@ -115,34 +115,6 @@ def digits(*, split: str = "test", size: int = 8, seed: int = 0) -> ImageSet:
     order = torch.randperm(len(images), generator=generator(seed, "digits", "split"))
     chosen = order[:1000] if split == "train" else order[1000:]
     return ImageSet(images[chosen], torch.from_numpy(labels)[chosen], indices=chosen)
-
-
-def image_folder(
-    path: str | Path, *, split: str = "test", resize: int = 256, crop: int = 224
-) -> Dataset[Any]:
-    """Images of any size in one folder per class, read from disk when they are asked for.
-
-    The shorter side is resized to `resize` (bilinear, antialiased) and the centre cropped to
-    `crop`: what torchvision's ImageNet models expect, without their normalisation, which belongs
-    into the model. If `path` has a folder named like the split, that one is read, else `path`
-    itself. Labels are the places of the class folders in sorted order.
-
-    Raises:
-        InputError: `path` is no folder, or has no class folders with images.
-    """
-    from torchvision import transforms  # noqa: PLC0415
-    from torchvision.datasets import ImageFolder  # noqa: PLC0415
-
-    root = Path(path).expanduser()
-    root = root / split if (root / split).is_dir() else root
-    steps = [transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor()]
-    try:
-        return ImageFolder(str(root), transforms.Compose(steps))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(
-            f"{root} is not a folder of images ({error}). "
-            "Expected one folder per class with images in it."
-        ) from error
 
 
 def labels_of(dataset: Dataset[Any]) -> Int[Tensor, " n"]:

@@ -1,0 +1,86 @@
+"""Folders of images: one folder per class, read from disk when an image is asked for."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import Dataset
+
+from testtime._core.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
+"""Names that the folder of a split may have; the first that exists is read."""
+
+
+def image_folder(
+    path: str | Path, *, split: str = "test", resize: int = 256, crop: int = 224
+) -> Dataset[Any]:
+    """Images of any size in one folder per class, as float (3, crop, crop) in [0, 1].
+
+    The shorter side is resized to `resize` (bilinear, antialiased) and the centre cropped to
+    `crop`: what torchvision's ImageNet models expect, without their normalisation, which belongs
+    into the model. Grey, palette and transparent images become RGB. Labels are the places of the
+    class folders in sorted order.
+
+    Args:
+        path: the folder with the classes, which is then the test split; or one with a folder
+            "train" and a folder "test", "val" or "validation", each with the classes.
+        split: "train" or "test".
+        resize: length of the shorter side in pixels.
+        crop: height and width of what is kept.
+
+    Raises:
+        InputError: `path` is no folder, has no class folders with images, or not this split. A file
+            that cannot be read as an image raises one that names it, when it is asked for.
+    """
+    from torchvision import transforms  # noqa: PLC0415
+    from torchvision.datasets import ImageFolder  # noqa: PLC0415
+
+    root = split_folder(Path(path).expanduser(), split)
+    steps = [transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor()]
+    try:
+        return ImageFolder(str(root), transforms.Compose(steps), loader=_open)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(
+            f"{root} is not a folder of images ({error}). "
+            "Expected one folder per class with images in it."
+        ) from error
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """Where the classes of a split lie: never another split's, and no class taken for a split."""
+    for name in SPLIT_FOLDERS[split]:
+        if _holds_folders(root / name):
+            return root / name
+    others = [name for names in SPLIT_FOLDERS.values() for name in names]
+    others = [name for name in others if _holds_folders(root / name)]
+    if others:
+        raise InputError(
+            f"{root} has {', '.join(others)}, but none of {', '.join(SPLIT_FOLDERS[split])}, which "
+            f"the {split} split is read from. Add that folder, or give the path of its classes."
+        )
+    if split == "train" and root.is_dir():
+        raise InputError(
+            f"{root} has no folder train with one folder per class in it, so there are no training "
+            f"images apart from what is tested on. Put them into {root / 'train'}, and the others "
+            f"into {root / 'test'}."
+        )
+    return root
+
+
+def _holds_folders(folder: Path) -> bool:
+    return folder.is_dir() and any(child.is_dir() for child in folder.iterdir())
+
+
+def _open(path: str) -> "Image":
+    from PIL import Image  # noqa: PLC0415
+
+    try:
+        with Path(path).open("rb") as file:
+            return Image.open(file).convert("RGB")
+    except Exception as error:  # decoders of broken files raise errors of many kinds
+        raise InputError(
+            f"{path} cannot be read as an image: {error}. Get the file again, or remove it."
+        ) from error
