@@ -157,6 +157,16 @@ def test_clean_is_the_input():
     assert corrupt(images, "clean", 5, generator=generator(0)) is images
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_values_that_rounding_brought_out_of_range_are_put_back(name):
+    images = pictures(2, 3, 32, 32)
+    images[:, :, :4], images[:, :, 4:8] = 0, 1
+    nearly = images.clone()
+    nearly[:, :, :4] -= 1e-6
+    nearly[:, :, 4:8] += 1e-6
+    assert torch.equal(run(nearly, name, 3), run(images, name, 3))
+
+
 def test_names_are_those_of_imagenet_c():
     assert len(CORRUPTIONS) == 15
     assert (CORRUPTIONS[0], CORRUPTIONS[7], CORRUPTIONS[14]) == (
@@ -185,6 +195,7 @@ def test_an_unknown_name_gets_the_nearest():
         (torch.zeros(3, 8, 8), "batch, channels, height, width"),
         (torch.zeros(0, 3, 8, 8), "at least one"),
         (torch.full((1, 3, 8, 8), 1.5), "from 1.5 to 1.5"),
+        (torch.full((1, 3, 8, 8), 1.0001), "in \\[0, 1\\]"),
         (torch.full((1, 3, 8, 8), -0.1), "in \\[0, 1\\]"),
         (torch.full((1, 3, 8, 8), float("nan")), "finite"),
         (torch.tensor([[[[0.5, float("nan")]]]]), "finite"),

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from testtime._core.errors import InputError, MissingExtra, OptionError, UnknownName
@@ -115,6 +116,10 @@ def test_labels_through_wrappers_and_target_transforms():
     assert plain.read == 5
     assert labels_of(Subset(plain, [4, 0])).tolist() == [4, 0]
     assert labels_of(ConcatDataset([plain, Subset(plain, [2])])).tolist() == [0, 1, 2, 3, 4, 2]
+    plain.targets = [0, 1, 2, 3, 4]
+    plain.read = 0
+    assert labels_of(ConcatDataset([plain, Subset(plain, [2])])).tolist() == [0, 1, 2, 3, 4, 2]
+    assert plain.read == 0
     plain.targets, plain.target_transform = [0, 1, 2, 3, 4], lambda label: label + 10
     assert labels_of(plain).tolist() == [10, 11, 12, 13, 14]
 
@@ -137,6 +142,37 @@ def test_stack_agrees_for_all_kinds_of_sets():
             assert labels.tolist() == [5, 3, 3]
 
 
+def test_bytes_and_pillow_images_become_floats():
+    x = (images(2, (3, 4, 5)) * 255).to(torch.uint8)
+    expected = x.float() / 255
+    pillow = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in x]
+    kinds = [
+        ImageSet(x, torch.arange(2)),
+        TensorDataset(x, torch.arange(2)),
+        Pairs(x, [0, 1]),
+        Pairs(pillow, [0, torch.tensor(1)]),
+        Pairs([image.convert("RGBA") for image in pillow], np.arange(2)),
+    ]
+    for kind in kinds:
+        pixels, labels = stack(kind, [1, 0])
+        assert torch.equal(pixels, expected.flip(0))
+        assert labels.tolist() == [1, 0]
+    grey = Pairs([Image.fromarray(image[0].numpy()) for image in x], [0, 1])
+    assert torch.equal(stack(grey, [0, 1])[0], expected[:, :1])
+    with pytest.raises(InputError, match="mode I;16"):
+        stack(Pairs([Image.new("I;16", (4, 4))], [0]), [0])
+
+
+def test_pixels_that_rounding_brought_out_of_range_are_put_back():
+    x = torch.nn.functional.interpolate(
+        torch.ones(2, 1, 50, 37), size=(22, 22), mode="bicubic", antialias=True
+    )
+    x[0, 0, 0, 0] = -1e-6
+    assert x.max() > 1
+    pixels, _ = stack(TensorDataset(x, torch.arange(2)), [0, 1])
+    assert torch.equal(pixels, x.clamp(0, 1))
+
+
 def test_stack_through_a_subset_reads_what_the_subset_holds():
     part = Subset(ImageSet(images(), torch.arange(5)), [3, 1])
     assert stack(part, [0, 1])[1].tolist() == [3, 1]
@@ -148,7 +184,7 @@ def test_stack_through_a_subset_reads_what_the_subset_holds():
         (images() * 255, r"pixels .* expected \[0, 1\]"),
         (images() - 0.5, "normalisation"),
         (images() * torch.nan, r"expected \[0, 1\]"),
-        ((images() * 255).to(torch.int32), "division by 255"),
+        ((images() * 255).to(torch.int32), r"or bytes \(uint8\)"),
         (images(size=(6, 6)), r"shape \(6, 6\)"),
     ],
 )

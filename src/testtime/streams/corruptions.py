@@ -22,7 +22,7 @@ import torch
 
 from testtime._core.errors import InputError, unknown
 from testtime.streams import blur, digital, geometry, light, noise, spatter, weather
-from testtime.streams.severity import Images
+from testtime.streams.severity import Images, in_range
 
 Corruption = Callable[[Images, int, torch.Generator], Images]
 
@@ -81,7 +81,8 @@ def corrupt(images: Images, name: str, severity: int, *, generator: torch.Genera
     """The same images after a corruption, each with its own chance where the original has any.
 
     Args:
-        images: (batch, channels, height, width), float, values in [0, 1], on any device.
+        images: (batch, channels, height, width), float, values in [0, 1] (1e-5 beyond is taken for
+            rounding), on any device.
         name: one of `CORRUPTIONS`, `EXTRA_CORRUPTIONS`, `GEOMETRIC`, `ILLUMINATION`; or "clean",
             which returns the images as they are.
         severity: 1 to 5.
@@ -90,7 +91,8 @@ def corrupt(images: Images, name: str, severity: int, *, generator: torch.Genera
 
     Returns:
         New images of the same shape, dtype and device, values in [0, 1]. Half precision is
-        computed in float32.
+        computed in float32. The same call gives the same bits; another number of threads can
+        change the last one.
 
     Raises:
         UnknownName: no corruption has this name.
@@ -108,14 +110,14 @@ def corrupt(images: Images, name: str, severity: int, *, generator: torch.Genera
     """
     if name != "clean" and name not in _FUNCTIONS:
         raise unknown("corruption", name, ["clean", *_FUNCTIONS])
-    _check(images, severity, generator)
+    images = _checked(images, severity, generator)
     if name == "clean":
         return images
     wide = images.to(torch.promote_types(images.dtype, torch.float32)).contiguous()
     return _FUNCTIONS[name](wide, severity, generator).clamp_(0, 1).to(images.dtype)
 
 
-def _check(images: Images, severity: int, generator: torch.Generator) -> None:
+def _checked(images: Images, severity: int, generator: torch.Generator) -> Images:
     if isinstance(severity, bool) or severity not in SEVERITIES:
         raise InputError(f"severity must be 1, 2, 3, 4 or 5, but is {severity!r}.")
     if not isinstance(generator, torch.Generator):
@@ -134,9 +136,10 @@ def _check(images: Images, severity: int, generator: torch.Generator) -> None:
             f"images must be float with values in [0, 1], but are {images.dtype}. "
             "For bytes, pass images.float() / 255."
         )
-    low, high = (float(v) for v in images.aminmax())
-    if not (low >= 0 and high <= 1):
+    if (settled := in_range(images)) is None:
+        low, high = (float(v) for v in images.aminmax())
         raise InputError(
             f"images must have finite values in [0, 1], but they go from {low:g} to {high:g}. "
             "Corrupt images before they are normalised."
         )
+    return settled

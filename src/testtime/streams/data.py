@@ -3,16 +3,18 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from testtime._core.errors import InputError, MissingExtra, OptionError, unknown
 from testtime._core.seeds import generator
 from testtime.streams import fashion_mnist
 from testtime.streams.folder import image_folder
+from testtime.streams.severity import in_range
 
 DATA = ("fashion-mnist:sample", "fashion-mnist", "digits", "digits:16", "folder:PATH")
 """What `load_data` understands."""
@@ -60,7 +62,8 @@ def load_data(spec: str, *, split: str = "test") -> Dataset[Any]:
         spec: `fashion-mnist:sample` (embedded: 2,000 test and 1,000 training images),
             `fashion-mnist` (whole; from $TESTTIME_DATA, the cache folder or the Debian package
             `dataset-fashion-mnist`, else downloaded), `digits` (scikit-learn, 8x8) or `digits:16`
-            (the same, bilinear to 16x16), `folder:PATH` (one folder of images per class).
+            (the same, bilinear to 16x16), `folder:PATH` (one folder of images per class; see
+            `image_folder`).
         split: "test", or "train" for what may be learnt from (source statistics, Fisher
             information).
 
@@ -121,7 +124,8 @@ def labels_of(dataset: Dataset[Any]) -> Int[Tensor, " n"]:
     """Labels (n,) of a whole data set, without reading its images where that can be.
 
     Looks for `.targets`, `.labels` or `.y` (with `.target_transform` applied if there is one), at
-    the last tensor of a `TensorDataset` and through a `Subset`; else reads every item.
+    the last tensor of a `TensorDataset` and through `Subset` and `ConcatDataset`; else reads every
+    item.
 
     Raises:
         InputError: the set is empty, or its labels are not one whole number per item.
@@ -133,6 +137,8 @@ def labels_of(dataset: Dataset[Any]) -> Int[Tensor, " n"]:
     size = length(dataset)
     if isinstance(dataset, Subset):
         return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        return torch.cat([labels_of(part) for part in dataset.datasets])
     if isinstance(dataset, TensorDataset):
         return _whole_numbers(dataset.tensors[-1], size)
     for name in ("targets", "labels", "y"):
@@ -162,11 +168,13 @@ def stack(
 ) -> tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
     """Images (B, C, H, W) in [0, 1] and labels (B,) of the items at `indices`.
 
-    The images are a copy. Sets that hold tensors (`ImageSet`, `TensorDataset`, and a `Subset` of
-    these) are indexed at once; of others the items are read one by one.
+    The images are a copy. Bytes (uint8) and Pillow images become floats. Sets that hold tensors
+    (`ImageSet`, `TensorDataset`, and a `Subset` of these) are indexed at once; of others the items
+    are read one by one.
 
     Raises:
-        InputError: images that are not float tensors (C, H, W) in [0, 1], or differ in shape.
+        InputError: images that are neither float tensors (C, H, W) in [0, 1], nor bytes or Pillow
+            images; or that differ in shape.
 
     Example:
         >>> images, labels = stack(load_data("fashion-mnist:sample"), [0, 7, 7])
@@ -179,17 +187,16 @@ def stack(
     if isinstance(dataset, ImageSet):
         images, labels = _as_float(dataset.images[where]), dataset.labels[where]
     elif isinstance(dataset, TensorDataset):
-        images, labels = dataset.tensors[0][where], dataset.tensors[-1][where]
+        images, labels = _as_float(dataset.tensors[0][where]), dataset.tensors[-1][where]
     else:
         images, labels = _one_by_one(dataset, where.tolist())
-    _check_images(images)
-    return images, _whole_numbers(labels, len(where))
+    return _checked(images), _whole_numbers(labels, len(where))
 
 
 def _one_by_one(dataset: Dataset[Any], indices: Iterable[int]) -> tuple[Tensor, list[Any]]:
     """Images and labels of a set that can only be read item by item."""
     pairs = [_pair(dataset, i) for i in indices]
-    images = [image for image, _ in pairs]
+    images = [_tensor(image) for image, _ in pairs]
     for image in images:
         if not isinstance(image, Tensor) or image.shape != images[0].shape:
             raise InputError(
@@ -218,24 +225,40 @@ def _describe(thing: object) -> str:
     return f"an object of type {type(thing).__name__}"
 
 
+def _tensor(image: Any) -> Any:
+    """Bytes and Pillow images as float (C, H, W) in [0, 1]; whatever else is left as it is."""
+    if isinstance(image, Tensor):
+        return _as_float(image)
+    if not hasattr(image, "getbands"):  # Pillow's; asked like this, Pillow need not be imported
+        return image
+    if image.mode[0] in "IF":
+        raise InputError(
+            f"the data set gave a Pillow image of mode {image.mode}, whose range of values is not "
+            "known. Give it a transform that ends in a float tensor (C, H, W) in [0, 1]."
+        )
+    pixels = torch.from_numpy(np.array(image.convert("L" if image.mode in ("1", "L") else "RGB")))
+    return pixels.reshape(image.height, image.width, -1).permute(2, 0, 1).float() / 255
+
+
 def _as_float(images: Tensor) -> Tensor:
     """Bytes become floats in [0, 1]; floats stay."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-def _check_images(images: Tensor) -> None:
-    """Refuses what corruptions and models cannot work on."""
+def _checked(images: Tensor) -> Tensor:
+    """The same images, unless corruptions and models cannot work on them."""
     if images.ndim != 4 or not images.is_floating_point():
         raise InputError(
             f"images of the data set have shape {tuple(images.shape[1:])} and type {images.dtype}; "
-            "expected float tensors (C, H, W) in [0, 1]. Bytes need a division by 255."
+            "expected float tensors (C, H, W) in [0, 1], or bytes (uint8)."
         )
-    low, high = images.aminmax()
-    if not (low >= 0 and high <= 1):
+    if (settled := in_range(images)) is None:
+        low, high = images.aminmax()
         raise InputError(
             f"pixels of the data set go from {low:.4g} to {high:.4g}; expected [0, 1]. "
             "Leave normalisation out of the data set and put it into the model."
         )
+    return settled
 
 
 def _whole_numbers(labels: Any, size: int) -> Tensor:

@@ -125,7 +125,8 @@ class Scenario:
         """The batches of this scenario on a data set, made when they are asked for.
 
         Args:
-            dataset: items (image (C, H, W) float in [0, 1], label); a user's own will do.
+            dataset: items (image, label), images as float (C, H, W) in [0, 1], bytes (uint8) or
+                Pillow images of one size; a user's own will do.
             seed: of the choice of samples, of their order and of the noise in corruptions.
 
         Raises:
@@ -138,7 +139,7 @@ class Scenario:
             >>> [tuple(batch.inputs.shape) for batch in stream]
             [(64, 1, 28, 28), (36, 1, 28, 28)]
         """
-        labels = labels_of(dataset)
+        labels = labels_of(dataset).cpu()
         stack(dataset, [0])  # what cannot be stacked is told now, not at the first batch
         return Stream(
             dataset,

@@ -1,4 +1,4 @@
-"""Which published constants an image of a given size gets: ImageNet-C's or CIFAR-10-C's."""
+"""What an image is, and which constants one of its size gets: ImageNet-C's or CIFAR-10-C's."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -12,7 +12,24 @@ Images = Float[Tensor, "batch channels height width"]
 SMALL_BELOW = 64
 """Images whose shorter side is below this many pixels get CIFAR-10-C's constants."""
 
+ROUNDING = 1e-5
+"""How far beyond [0, 1] the rounding of a resize or a conversion may bring a value."""
+
 T = TypeVar("T")
+
+
+def in_range(images: Images) -> Images | None:
+    """The same images, values that rounding brought beyond [0, 1] put back; None for others.
+
+    Example:
+        >>> import torch
+        >>> in_range(torch.tensor([1 + 1e-6, 0.5])), in_range(torch.tensor([1.5]))
+        (tensor([1.0000, 0.5000]), None)
+    """
+    low, high = (float(value) for value in images.aminmax())
+    if low >= 0 and high <= 1:
+        return images
+    return images.clamp(0, 1) if low >= -ROUNDING and high <= 1 + ROUNDING else None
 
 
 def side(images: Images) -> int:
