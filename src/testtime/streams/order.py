@@ -74,11 +74,10 @@ def choose(
     shuffled = torch.randperm(len(labels), generator=generator)
     if distribution == "natural":
         return shuffled[:samples].sort().values
-    classes, available = labels.unique(return_counts=True)
+    available = labels.unique(return_counts=True)[1]
     counts = class_counts(available, distribution=distribution, ratio=ratio, samples=samples)
-    picks = [
-        shuffled[labels[shuffled] == c][:n] for c, n in zip(classes, counts.tolist(), strict=True)
-    ]
+    by_class = shuffled[labels[shuffled].sort(stable=True).indices].split(available.tolist())
+    picks = [members[:n] for members, n in zip(by_class, counts.tolist(), strict=True)]
     return torch.cat(picks).sort().values
 
 
@@ -151,12 +150,15 @@ def slotted(
         shares: (C, S) the share of a class that each slot gets; rows sum to 1.
         turns: (S, C) the order of classes inside each slot.
     """
-    runs: list[tuple[Tensor, ...]] = []
-    for label, share in zip(labels.unique(), shares, strict=True):
-        members = (labels == label).nonzero().flatten()
-        cuts = (share.cumsum(0)[:-1] * len(members)).long()
-        runs.append(members.tensor_split(cuts.tolist()))
-    return torch.cat([runs[c][s] for s, turn in enumerate(turns.tolist()) for c in turn])
+    classes = labels.unique(return_inverse=True)[1]
+    members = classes.sort(stable=True).indices  # one class after another
+    counts = classes.bincount()
+    cuts = (shares.cumsum(1)[:, :-1] * counts[:, None]).long()
+    ends = cuts + (counts.cumsum(0) - counts)[:, None]  # as places in `members`, so they rise
+    place = torch.arange(len(labels))
+    slot = torch.searchsorted(ends.flatten(), place, right=True) - classes[members] * cuts.shape[1]
+    turn = slot * len(counts) + turns.argsort(dim=1)[slot, classes[members]]
+    return members[turn.sort(stable=True).indices]
 
 
 def dirichlet(
