@@ -69,6 +69,19 @@ def test_brier_and_likelihood_equal_scikit_learn_and_their_definitions():
     assert brier_score(torch.eye(2), torch.tensor([1, 0])) == 2
 
 
+def test_many_samples_are_summed_in_parts_without_a_trace():
+    logits, labels = draws(3, samples=2500, classes=4)
+    probs, one_hot = logits.softmax(-1), torch.eye(4, dtype=torch.float64)[labels]
+    expected = reference.classwise_calibration_error(probs.numpy(), labels.numpy(), 15)
+    assert classwise_calibration_error(probs, labels).item() == pytest.approx(expected, abs=1e-12)
+    whole = (probs - one_hot).square().sum(1).mean()
+    assert brier_score(probs, labels).item() == pytest.approx(whole.item(), abs=1e-12)
+    slope = gradient(lambda p: brier_score(p, labels), probs)
+    assert torch.allclose(slope, 2 * (probs - one_hot) / 2500, atol=1e-15)
+    tilt = gradient(lambda p: classwise_calibration_error(p, labels), probs)
+    assert torch.allclose(tilt.abs(), torch.full_like(tilt, 1 / (4 * 2500)))
+
+
 def test_edges_belong_to_the_lower_bin_and_zero_to_the_first():
     edges = torch.arange(16) / 15
     for dtype in (torch.float32, torch.float64, torch.bfloat16):

@@ -4,16 +4,21 @@ Each reduces its samples to one number, computed in float64 and answered in the 
 (float32 for half precision), with gradients to the probabilities; the choice of the bin has none.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from testtime._core.errors import InputError, OptionError
 
 SLACK = 1e-5
 """How far outside of [0, 1] rounding may bring a probability."""
+
+AT_ONCE = 1024
+"""Samples whose classes are turned to float64 at once, so that memory stays that of the input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +154,11 @@ def classwise_calibration_error(
     _check_probs(probs, labels)
     samples, classes = probs.shape
     first = bins * torch.arange(classes, device=probs.device)
-    place = (_equal_width(probs, bins) + first).flatten()
-    gaps = _totals(place, (probs.double() - _one_hot(labels, classes)).flatten(), bins * classes)
+    gaps = torch.zeros(bins * classes, dtype=torch.float64, device=probs.device)
+    for part, truth in _parts(probs, labels):
+        place = _equal_width(part, bins) + first
+        right = place.gather(1, truth[:, None]).flatten().bincount(minlength=bins * classes)
+        gaps = gaps + _totals(place.flatten(), part.flatten(), bins * classes) - right
     return _answer(gaps.abs().sum() / (samples * classes), probs)
 
 
@@ -175,8 +183,10 @@ def brier_score(probs: Float[Tensor, "n classes"], labels: Int[Tensor, "n"]) -> 
     Reference: Brier, Verification of Forecasts Expressed in Terms of Probability, 1950.
     """
     _check_probs(probs, labels)
-    wrong = (probs.double() - _one_hot(labels, probs.shape[1])).square().sum(1)
-    return _answer(wrong.mean(), probs)
+    wrong = torch.zeros((), dtype=torch.float64, device=probs.device)
+    for part, truth in _parts(probs, labels):
+        wrong = wrong + (part.double() - one_hot(truth, probs.shape[1])).square().sum()
+    return _answer(wrong / len(labels), probs)
 
 
 def negative_log_likelihood(
@@ -214,7 +224,7 @@ def negative_log_likelihood(
 def _equal_width(values: Tensor, bins: int) -> Tensor:
     """Bin of each value; edges are rounded as the values were, so that 0.6 is at most 0.6."""
     edges = (torch.arange(1, bins, device=values.device).double() / bins).to(values.dtype)
-    return torch.bucketize(values.detach().double(), edges.double())
+    return torch.bucketize(values.detach().contiguous(), edges)
 
 
 def _totals(place: Tensor, values: Tensor, groups: int) -> Tensor:
@@ -223,8 +233,11 @@ def _totals(place: Tensor, values: Tensor, groups: int) -> Tensor:
     return empty.index_add(0, place, values.double())
 
 
-def _one_hot(labels: Tensor, classes: int) -> Tensor:
-    return torch.nn.functional.one_hot(labels.long(), classes).double()
+def _parts(probs: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in parts of `AT_ONCE` samples, labels as int64."""
+    for start in range(0, len(probs), AT_ONCE):
+        cut = slice(start, start + AT_ONCE)
+        yield probs[cut], labels[cut].long()
 
 
 def _answer(value: Tensor, given: Tensor) -> Tensor:
