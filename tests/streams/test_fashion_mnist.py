@@ -100,6 +100,21 @@ def test_an_address_that_fails_says_what_to_do(address, tmp_path, path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_written_says_what_to_do(address, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"cannot write .*TESTTIME_DATA"):
+        download(split_files("test")[0], tmp_path / "file" / "fashion-mnist", address=address[0])
+
+
+def test_a_connection_that_breaks_leaves_nothing(address, tmp_path, monkeypatch):
+    name = split_files("test")[0]
+    whole = CONTENT[name]
+    monkeypatch.setitem(CONTENT, name, whole[: len(whole) // 2])
+    with pytest.raises(RunError, match="not kept"):
+        download(name, tmp_path, address=address[0])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_load_data_downloads_where_nothing_is(address, tmp_path, monkeypatch):
     monkeypatch.setenv("TESTTIME_DATA", str(tmp_path))
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "none")

@@ -129,18 +129,27 @@ def download(
         The path of the file. A file that is already there with the right checksum is kept.
 
     Raises:
-        RunError: the address cannot be reached, or what came has another checksum; nothing is kept.
+        RunError: the address cannot be reached, what came has another checksum, or the folder
+            cannot be written; nothing is kept.
     """
     path, expected = Path(folder, name), checksum or CHECKSUMS[name]
-    if path.is_file() and hashlib.md5(path.read_bytes()).hexdigest() == expected:
+    if (
+        path.is_file()
+        and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == expected
+    ):
         return path
-    with atomic(path) as part:
-        found = _receive(address + name, part, name, on_progress)
-        if found != expected:
-            raise RunError(
-                f"{address}{name} came with MD5 {found}, expected {expected}; it was not kept. "
-                f"Try again, or put the file into {folder} yourself."
-            )
+    try:
+        with atomic(path) as part:
+            found = _receive(address + name, part, name, on_progress)
+            if found != expected:
+                raise RunError(
+                    f"{address}{name} came with MD5 {found}, expected {expected}; it was not kept. "
+                    f"Try again, or put the file into {folder} yourself."
+                )
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error}. Let $TESTTIME_DATA name a folder that can be written."
+        ) from error
     return path
 
 
@@ -148,7 +157,7 @@ def _receive(
     url: str, part: Path, name: str, on_progress: Callable[[str, int, int], None] | None
 ) -> str:
     """Writes what the address sends to `part` and gives its MD5."""
-    digest, done = hashlib.md5(), 0
+    digest, done = hashlib.md5(usedforsecurity=False), 0
     try:
         with urlopen(url, timeout=30) as answer, part.open("wb") as file:
             total = int(answer.headers.get("Content-Length") or 0)
