@@ -161,6 +161,32 @@ def test_correlation_of_labels_is_that_of_the_reference(delta, low, high):
     assert low < np.mean(ours) < high
 
 
+@pytest.mark.parametrize(
+    ("delta", "alike"), [(0.01, 0.99), (0.1, 0.976), (1.0, 0.952), (100, 0.951)]
+)
+def test_neighbours_are_alike_as_often_as_the_record_says(delta, alike):
+    sent = [LABELS[arrange(LABELS, order="dirichlet", delta=delta, generator=generator(s))]
+            for s in range(20)]  # fmt: skip
+    share = torch.stack([(labels[1:] == labels[:-1]).double().mean() for labels in sent])
+    assert share.mean().item() == pytest.approx(alike, abs=0.003)
+
+
+def test_correlation_falls_as_delta_rises():
+    def information(labels):  # of a label about the next one, in nats
+        joint = torch.zeros(10, 10, dtype=torch.float64)
+        joint.index_put_((labels[:-1], labels[1:]), torch.tensor(1.0).double(), accumulate=True)
+        joint = joint / joint.sum()
+        alone = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
+        return torch.special.xlogy(joint, joint / alone.clamp(min=1e-12)).sum().item()
+
+    options = {"generator": generator(0, "information")}
+    orders = [("sorted", 1), *(("dirichlet", d) for d in (0.01, 0.1, 1)), ("shuffled", 1)]
+    found = [information(LABELS[arrange(LABELS, order=o, delta=d, **options)]) for o, d in orders]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 2.25
+    assert found[-1] < 0.05
+
+
 def test_more_than_a_hundred_classes_share_a_hundred_slots():
     labels = torch.arange(150).repeat(4)
     sent = dirichlet_order(labels, delta=0.1, generator=generator(0))

@@ -7,13 +7,16 @@ Common Corruptions and Perturbations*, ICLR 2019), with their constants:
 - Smaller ones get those of CIFAR-10-C, which were set at 32 pixels. Lengths in pixels are
   multiplied by max(1, side / 32), so that 28 and 32 pixels get exactly the published lengths.
 - Lengths that the originals give as a share of the image (elastic, zoom, pixelate) stay shares.
+- Tiny ImageNet-C (64 pixels) was made with constants of its own, mostly milder than ImageNet-C's;
+  they are not used here.
 
 What differs from the originals, everywhere: images stay float, so the rounding to 8 bits between
 two steps (at most 1/255) is left out, except where the definition needs it (JPEG, spatter).
 Where colour matters, three channels are RGB; any other number of channels is treated as that many
 grey images, and `saturate` leaves those as they are. What differs in one corruption stands in the
 docstring of its function; the largest difference is `frost`, whose photographs of frosted windows
-are replaced by a synthetic texture.
+are replaced by a synthetic texture. Compare errors under frost between methods, not with published
+ones.
 """
 
 from collections.abc import Callable

@@ -25,7 +25,8 @@ def class_counts(
         balanced      ratio 1
 
     n_max is the largest number that no class lacks samples for and whose total stays within
-    `samples`; with equally large classes and no limit it is their size.
+    `samples`; with equally large classes and no limit it is their size. A class whose number is
+    below 1 gets no sample: `ratio` is reached where n_max is at least as large.
 
     Args:
         available: (C,) how many there are of each class.

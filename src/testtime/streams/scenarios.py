@@ -61,7 +61,9 @@ class Scenario:
             "mixed": samples of all domains in every batch.
         labels: order of labels inside a domain (inside the whole of a mixture). "shuffled";
             "dirichlet", temporally correlated as in RoTTA; "sorted", one class after another.
-        delta: concentration of "dirichlet", 1e-6 to 1e6; small is more correlated. RoTTA: 0.1.
+        delta: concentration of "dirichlet", 1e-6 to 1e6; small is more correlated. RoTTA: 0.1. A
+            large one still sends runs of a class: with ten classes of 200, neighbours are alike in
+            99 % of cases at 0.01, 98 % at 0.1 and 95 % from 1 on, where 64 samples hold 4 classes.
         distribution: how many samples of each class. "natural": all that the data set has;
             "balanced"; "long-tailed", n_c = n_max ratio^(−c/(C−1)); "inverse", the same from the
             last class on.
