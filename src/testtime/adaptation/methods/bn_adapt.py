@@ -28,6 +28,12 @@ def bn_adapt(
 ) -> Recipe:
     """Replaces or blends the statistics stored in training by those of the test batch.
 
+    Use when: a network with BatchNorm meets another camera, noise or weather. Nothing is learnt by
+    gradient, so nothing can drift; most of what the others gain on such networks is this.
+
+    Not when: the network stores no statistics (LayerNorm, GroupNorm), or batches are small or hold
+    few classes; then give `prior=16`, or use `rotta`.
+
     Args:
         alpha: weight of the batch; 1 (Nado et al.) uses the batch alone, with its biased variance.
         prior: instead of alpha, strength of the source in samples, alpha = n / (prior + n)

@@ -79,6 +79,11 @@ def cotta(
 
     Inputs are images in [0, 1]; normalisation belongs in the model.
 
+    Use when: domains come and go for a long time, and compute and memory are at hand.
+
+    Not when: answers must be quick: it takes three forwards, and 32 more for batches whose source
+    confidence is low; all weights adapt, and are held three times.
+
     Args:
         lr: step size of Adam; 1e-3 for CIFAR (code; ImageNet: SGD 0.01).
         momentum: m of the teacher; 0.999 (code).

@@ -110,6 +110,10 @@ def deyo(
 ) -> Recipe:
     """Learns from sure samples whose prediction depends on the object's shape.
 
+    Use when: low entropy misleads: the model is sure for the wrong reason, such as the background.
+
+    Not when: classes are not told apart by shape, or logits are dense.
+
     Args:
         lr: step size; 2.5e-4 for ResNets, 1e-3 * B / 64 for a ViT-B (code).
         batch_size: of the stream; below 32 the rate falls in proportion (code).

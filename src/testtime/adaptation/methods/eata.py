@@ -24,6 +24,10 @@ def eata(
 ) -> Recipe:
     """ETA with a Fisher penalty that keeps the accuracy on source data.
 
+    Use when: as `eta`, and the accuracy on data like the source has to last.
+
+    Not when: no samples of the source data are at hand; then use `eta`.
+
     Args:
         lr, momentum, margin, redundancy: as for `eta`.
         beta: weight of the penalty; 2000 for ImageNet, 1 for CIFAR (code).

@@ -27,6 +27,11 @@ def eta(
 ) -> Recipe:
     """Learns from samples that are reliable and not redundant, the surest counting most.
 
+    Use when: as `tent`, on streams of thousands of batches where many samples are unsure or alike.
+
+    Not when: the stream is short: at the published rate a few dozen batches hardly change the
+    model.
+
     Args:
         lr: step size of SGD; 2.5e-4 for a ResNet-50 and batches of 64 (code).
         momentum: of SGD.

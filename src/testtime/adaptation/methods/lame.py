@@ -87,8 +87,12 @@ class LaplacianCorrection:
 def lame(*, affinity: Affinity = "knn", neighbours: int = 5, symmetric: bool = False) -> Recipe:
     """Leaves the model alone and corrects a batch's probabilities so that neighbours agree.
 
-    For streams whose consecutive samples share labels; on shuffled streams it does harm. Keeps
-    nothing between batches.
+    Keeps nothing between batches.
+
+    Use when: consecutive samples share labels, as in video, and the model must not be touched.
+
+    Not when: labels in a batch are mixed: it then does harm. It corrects a batch, so a batch of
+    one stays as it is.
 
     Args:
         affinity: knn (recommended in the paper), rbf (default of the code) or linear.

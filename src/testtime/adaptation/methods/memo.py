@@ -92,6 +92,11 @@ def memo(
     Inputs are images in [0, 1]; normalisation belongs in the model. Nothing is kept between
     images, so their order does not matter but for the random draws.
 
+    Use when: images come one at a time, each shifted in its own way, and time does not matter.
+
+    Not when: answers must be quick: every image is run, forward and backward, in 64 copies.
+    Nothing is learnt from the stream.
+
     Args:
         lr: step size of SGD; 2.5e-4 for a ResNet-50 (code; CIFAR-10: 0.005).
         views: V; 64 (code; CIFAR-10: 32).

@@ -30,6 +30,10 @@ def confidence_rose(logits: Tensor, source: Tensor) -> Tensor:
 def ostta(*, base: Recipe | None = None, lr: float = 1e-3, diversity: float = 0.5) -> Recipe:
     """Learns from samples whose confidence has risen under adaptation; for open-set streams.
 
+    Use when: the stream is long and holds things of no known class.
+
+    Not when: a second forward, that of the source model, is too dear.
+
     Args:
         base: the entropy-minimising method that is filtered; None is `tent(lr=lr)`. Its own
             selection stays: samples must pass both.

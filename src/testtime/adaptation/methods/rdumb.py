@@ -25,6 +25,10 @@ def rdumb(
 ) -> Recipe:
     """ETA with a full reset to the source every `reset_every` batches: it cannot collapse for long.
 
+    Use when: a stream has no end and may carry a method away.
+
+    Not when: the stream is shorter than `reset_every` batches: then it is `eta`.
+
     Args:
         lr, momentum, redundancy: as for `eta`; d is 0.05 (code), made for a thousand classes.
         margin: E0 in units of ln C; (ln 1000 / 2 - 1) / ln 1000 = 0.355 (code).

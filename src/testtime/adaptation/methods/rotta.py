@@ -160,6 +160,11 @@ def rotta(
 
     Inputs are images in [0, 1]; normalisation belongs in the model.
 
+    Use when: consecutive samples share labels while the domain changes; also for batches of one.
+
+    Not when: the network has no BatchNorm, images may not be kept in memory, or the gain must come
+    with the first batches: it learns after every 64th sample, slowly.
+
     Args:
         lr: step size of Adam; 1e-3 (code).
         alpha: a, step of the normalisation statistics; 0.05 (code).

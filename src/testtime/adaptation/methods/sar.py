@@ -33,6 +33,12 @@ def sar(
 ) -> Recipe:
     """Learns from reliable samples with a sharpness-aware step, and recovers from collapse.
 
+    Use when: batches are small, labels come sorted or domains are mixed, above all with LayerNorm
+    or GroupNorm.
+
+    Not when: only one forward and one backward can be paid: it takes two of each. With few classes
+    set `recover_below`, which is made for a thousand.
+
     Args:
         lr: step size; 2.5e-4 for a ResNet-50, 1e-3 * B / 64 for a ViT-B (code).
         batch_size: of the stream; below 32 the rate falls in proportion (code).

@@ -11,6 +11,10 @@ from testtime.adaptation.recipe import Recipe
 def source() -> Recipe:
     """The model as it is; the control that stands in every report.
 
+    Use when: always, beside whatever else is tried: it says what adaptation gained.
+
+    Not when: you want the model to adapt.
+
     Example:
         >>> source().learns
         False

@@ -19,6 +19,11 @@ from testtime.adaptation.recipe import Recipe
 def tent(*, lr: float = 1e-3, steps: int = 1, episodic: bool = False) -> Recipe:
     """Minimises the entropy of the model's own predictions through its normalisation layers.
 
+    Use when: a shift lasts, and batches are large (64 or more) and hold many classes.
+
+    Not when: batches are small, labels come sorted, or the stream is long and nobody resets: all
+    answers can then fall into one class. `sar` and `rdumb` guard against that.
+
     Args:
         lr: step size of Adam; 1e-3 for CIFAR-10-C (code). For ImageNet the code of EATA uses
             `replace(tent(), optimizer=SGD(lr=2.5e-4, momentum=0.9))`.

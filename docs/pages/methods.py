@@ -1,0 +1,225 @@
+"""A page for each method, written from its file, its recipe and a measured run."""
+
+import inspect
+import math
+import warnings
+from dataclasses import fields
+from functools import cache
+from typing import Any
+
+import testtime as tt
+from pages.docstring import box, parse
+from testtime._core.registry import Entry, entries
+from testtime.adaptation.recipe import Recipe, describe
+from testtime.bench.models import load_model
+from testtime.papers.catalogue import catalogue
+from testtime.streams.batches import Batch
+from testtime.streams.data import load_data
+from testtime.streams.scenarios import Scenario
+
+SETUP = """>>> import testtime as tt
+>>> from testtime.bench.models import load_model
+>>> from testtime.streams.data import load_data, stack
+>>> model = load_model("embedded:batch")
+>>> images = stack(load_data("fashion-mnist:sample"), range(4))[0]"""
+
+
+def nav() -> list[dict[str, str]]:
+    """Name and path of each method's page."""
+    return [{name: f"methods/{name}.md"} for name in entries("method")]
+
+
+def pages() -> dict[str, str]:
+    """Path -> Markdown."""
+    made = {f"methods/{name}.md": page(entry) for name, entry in entries("method").items()}
+    return {"methods/index.md": index(), **made}
+
+
+def index() -> str:
+    """The table of all methods."""
+    lines = [
+        f"| [`{name}`]({name}.md) | {entry.summary} | {', '.join(entry.needs) or 'nothing'} |"
+        for name, entry in entries("method").items()
+    ]
+    return "\n".join(
+        [
+            "# Methods\n",
+            "Each is one file that opens with the paper's algorithm, and a value: a recipe of "
+            "parts of which each can be [replaced](../extending.md). "
+            "[How to choose](../how-to-choose.md) shows what they did on three kinds of streams.\n",
+            "| method | what it does | needs of the source data |\n|---|---|---|",
+            *lines,
+        ]
+    )
+
+
+def page(entry: Entry, *, images: int = 64) -> str:
+    """One method's page; its cost is measured on that many images."""
+    title, algorithm = box(entry.factory)
+    said = parse(inspect.getdoc(entry.factory) or "")
+    where = f"{entry.factory.__module__}.{entry.factory.__name__}"
+    notes = "\n\n".join(said.notes)
+    return f"""# {entry.name}
+
+*{title}.* {said.summary}
+
+{notes}
+
+```text
+{algorithm}
+```
+
+**Use it when** {_linked(said.parts["Use when"])}
+
+**Not when** {_linked(said.parts["Not when"])}
+
+## Options
+
+{_options(entry)}
+
+## What it needs
+
+{_needs(entry)}
+
+## Cost
+
+{_cost(entry, images)}
+
+## Example
+
+```python
+{SETUP}
+{_build(entry)}
+>>> adapter(images).shape
+torch.Size([4, 10])
+```
+
+The method as a value, [`{entry.factory.__name__}`][{where}]:
+
+```python
+>>> from {entry.factory.__module__} import {entry.factory.__name__}
+{inspect.cleandoc(said.parts["Example"])}
+```
+
+## Parts
+
+{_parts(entry.build())}
+
+## Reference
+
+{_reference(entry, said.parts.get("Reference", ""))}
+"""
+
+
+def _build(entry: Entry) -> str:
+    if not entry.needs:
+        return f'>>> adapter = tt.adapt(model, "{entry.name}")'
+    return (
+        f'>>> known = tt.fit_source(model, [images], methods=["{entry.name}"])\n'
+        f'>>> adapter = tt.adapt(model, "{entry.name}", source=known)'
+    )
+
+
+def _options(entry: Entry) -> str:
+    meaning = parse(inspect.getdoc(entry.factory) or "").options
+    if not entry.options:
+        return "None."
+    lines = [
+        f"| `{name}` | `{_short(default)}` | {_linked(meaning[name])} |"
+        for name, default in entry.options.items()
+    ]
+    return "\n".join(["| option | default | meaning, and where the default stands |",
+                      "|---|---|---|", *lines])  # fmt: skip
+
+
+def _linked(text: str) -> str:
+    for name in entries("method"):
+        text = text.replace(f"`{name}`", f"[`{name}`]({name}.md)")
+    return text
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else describe(value)
+
+
+def _needs(entry: Entry) -> str:
+    recipe: Recipe = entry.build()
+    pixels = any(getattr(getattr(recipe, f.name), "pixels", False) for f in fields(recipe))
+    scope = (inspect.getdoc(recipe.scope) or describe(recipe.scope)).partition("\n")[0]
+    lines = [
+        f"of the source data: {', '.join(entry.needs)}, from `tt.fit_source`"
+        if entry.needs
+        else "no source data",
+        f"tensors that may change ([`{describe(recipe.scope)}`][{_home(recipe.scope)}]): {scope}"
+        if recipe.learns
+        else "no tensor of the model changes",
+        "images in [0, 1], with normalisation as a layer of the model, for it changes pixels"
+        if pixels
+        else "any input that the model takes",
+        "logits (B, C) or dense logits (B, C, H, W)" if recipe.dense else "logits (B, C)",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+@cache
+def _stream() -> list[Batch]:
+    scenario = Scenario.parse("continual,batch_size=16,samples=64,severity=3,domains=fog")
+    return list(scenario.stream(load_data("fashion-mnist:sample"), seed=0))
+
+
+def _cost(entry: Entry, images: int) -> str:
+    model = load_model("embedded:batch")
+    batches = [batch.inputs for batch in _stream()][: math.ceil(images / 16)]
+    batches[0] = batches[0][:images]
+    source = tt.fit_source(model, batches, methods=[entry.name]) if entry.needs else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapter = tt.adapt(model, entry.name, source=source)
+        for batch in batches:
+            adapter(batch)
+    counts = adapter.counts
+    tensors = adapter.plan()
+    return (
+        f"**{counts.forwards / counts.samples:.3g}** forward and "
+        f"**{counts.backwards / counts.samples:.3g}** backward passes for each sample; "
+        f"{tensors.values:,} of the model's values adapt ({tensors.share:.2%}).\n\n"
+        f"Counted by `adapter.counts` when this page was built: {counts.samples} foggy images in "
+        f"batches of {len(batches[0])}, on the embedded classifier with BatchNorm. Methods that "
+        "select pay for what they select, so other streams cost differently."
+    )
+
+
+def _parts(recipe: Recipe) -> str:
+    default = Recipe()
+    lines = []
+    for field in fields(recipe):
+        part = getattr(recipe, field.name)
+        if part == getattr(default, field.name):
+            continue
+        shown = [part] if not isinstance(part, tuple) else list(part)
+        cells = [
+            f"[`{describe(one)}`][{_home(one)}]" if _home(one) else f"`{describe(one)}`"
+            for one in shown
+        ]
+        lines.append(f"| `{field.name}` | {', '.join(cells)} |")
+    if not lines:
+        return "A recipe with no part: the model answers as it is."
+    return "\n".join(["| question | part |", "|---|---|", *lines])
+
+
+def _home(part: Any) -> str:
+    named = part if inspect.isfunction(part) else type(part)
+    module = named.__module__
+    return f"{module}.{named.__qualname__}" if module.startswith("testtime") else ""
+
+
+def _reference(entry: Entry, citation: str) -> str:
+    found = [record for record in catalogue() if record.slug == entry.paper]
+    lines = [" ".join(citation.split())] if citation else ["A control; no paper."]
+    if found:
+        lines.append(f"In the catalogue: `testtime papers {entry.paper}`.")
+    for check in entries("check").values():
+        if check.paper == entry.paper:
+            claim = getattr(inspect.getmodule(check.factory), "CLAIM", check.summary)
+            lines.append(f"Small check, `testtime reproduce {check.paper}`: {claim}")
+    return "\n\n".join(lines)
