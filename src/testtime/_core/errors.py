@@ -50,6 +50,10 @@ class TesttimeWarning(UserWarning):
     """Something that is allowed, and rarely what one wants."""
 
 
+LISTED = 30
+"""Names that an error lists; a longer list would hide the sentence before it."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownName:
     """The error for a name that nothing has, with the nearest names that exist.
 
@@ -60,4 +64,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownName:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
-    return UnknownName(f"no {kind} is called {name!r}{hint} Known: {', '.join(known)}")
+    listed = f"Known: {', '.join(known)}" if len(known) <= LISTED else f"{len(known)} are known."
+    return UnknownName(f"no {kind} is called {name!r}{hint} {listed}")

@@ -7,6 +7,7 @@ from testtime.cli import bench, demo, methods, papers, report, reproduce
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     help="Makes trained models better while they are in use, without labels. "
     "Begin with: testtime demo",
 )

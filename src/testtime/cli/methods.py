@@ -1,5 +1,7 @@
 """`testtime methods`: what there is; options and paper of one."""
 
+import inspect
+
 import typer
 
 from testtime.cli.show import Json, exits, print_json, print_table
@@ -7,9 +9,10 @@ from testtime.cli.show import Json, exits, print_json, print_table
 
 @exits
 def methods(
-    name: str = typer.Argument("", help="A method, for its options."), json: bool = Json
+    name: str = typer.Argument("", help="A method, for its algorithm, options and paper."),
+    json: bool = Json,
 ) -> None:
-    """List the methods, or show the options of one."""
+    """List the methods, or show the algorithm, options and paper of one."""
     import testtime as tt  # noqa: PLC0415
     from testtime._core.registry import find  # noqa: PLC0415
 
@@ -17,9 +20,12 @@ def methods(
     if json:
         print_json([vars(method) for method in chosen])
     elif name:
-        typer.echo(find("method", name).factory.__doc__)
+        factory = find("method", name).factory
+        typer.echo(f"{inspect.getdoc(inspect.getmodule(factory))}\n\n{inspect.getdoc(factory)}\n")
         shown = [(o, getattr(v, "__name__", repr(v))) for o, v in chosen[0].options.items()]
-        print_table(["option", "default"], shown, title=name)
+        if shown:
+            print_table(["option", "default"], shown)
     else:
         rows = [(m.name, m.summary, ", ".join(m.needs)) for m in chosen]
-        print_table(["method", "what it does", "needs"], rows)
+        print_table(["method", "what it does", "needs of the source data"], rows)
+        typer.echo("\nOne of them: testtime methods NAME")
