@@ -1,7 +1,6 @@
 """LAME's claim: where consecutive samples share labels, agreement among neighbours helps."""
 
 from collections.abc import Iterator, Sequence
-from statistics import fmean
 
 import testtime as tt
 from testtime._core.registry import register
@@ -9,9 +8,9 @@ from testtime.papers.digits import accuracy, correlated, digits, stream, trained
 from testtime.papers.reproduction import Progress, Reproduction, reproduce
 
 CLAIM = (
-    "Digits in fog and blurred, a network with GroupNorm, means over both: with labels in Dirichlet "
-    "order (0.05) lame is at least 3 points above the source; on the shuffled stream it is within 3 "
-    "points of the source."
+    "Digits in fog and blurred, a network with GroupNorm: with labels in Dirichlet order (0.05) "
+    "lame is at least 3 points above the source for each corruption; on the shuffled stream it is "
+    "within 3 points of the source."
 )
 DOMAINS = ("fog", "blur")
 
@@ -40,9 +39,11 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
 def holds(found: dict[str, float]) -> bool:
     """The claim, for one seed."""
     gain = {
-        order: fmean(
-            found[f"lame, {order} {name}"] - found[f"source, {order} {name}"] for name in DOMAINS
-        )
+        (order, name): found[f"lame, {order} {name}"] - found[f"source, {order} {name}"]
         for order in ("correlated", "shuffled")
+        for name in DOMAINS
     }
-    return gain["correlated"] >= 3 and abs(gain["shuffled"]) <= 3
+    return all(
+        value >= 3 if order == "correlated" else abs(value) <= 3
+        for (order, _), value in gain.items()
+    )
