@@ -46,6 +46,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
     Console().print(table)
 
 
+def print_text(text: str) -> None:
+    """Sentences on standard output, broken between words where the terminal ends."""
+    Console().print(text, markup=False, highlight=False)
+
+
 def exits(command: Callable[..., None]) -> Callable[..., None]:
     """Turns the library's errors into one sentence on standard error and an exit code."""
 

@@ -47,9 +47,15 @@ def network(norm: Norm, classes: int) -> nn.Sequential:
 
 
 def train(
-    data: Images, *, seed: int, norm: Norm = "batch", classes: int = 10, noise: float = 0.0
+    data: Images,
+    *,
+    seed: int,
+    norm: Norm = "batch",
+    classes: int = 10,
+    noise: float = 0.0,
+    epochs: int = 25,
 ) -> nn.Module:
-    """A network trained for 25 epochs with Adam, batches of 50 and a one-cycle rate up to 3e-3.
+    """A network trained with Adam, batches of 50 and a one-cycle rate up to 3e-3.
 
     Args:
         data: training images; each batch is rolled by at most one pixel.
@@ -57,12 +63,13 @@ def train(
         norm: kind of the normalisation layers.
         classes: number of classes.
         noise: standard deviation of noise that is added in training.
+        epochs: how often each image is seen.
     """
     random = generator(seed, "digits", "training")
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
         torch.manual_seed(derive(seed, "digits", "weights"))
         model = network(norm, classes)
-    epochs, size = 25, 50
+    size = 50
     steps = epochs * (len(data.labels) // size)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)

@@ -19,6 +19,7 @@ CLAIM = (
 )
 DOMAINS = ("contrast", "fog", "invertmix")
 ROUNDS = 5
+STEPS = 200
 
 
 @register("check", paper="cotta", name="cotta")
@@ -48,10 +49,10 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
 
 
 def drift(model: torch.nn.Module, *, restore: float, seed: int) -> float:
-    """How far the student's weights are from the source after 200 steps on noise."""
+    """How far the student's weights are from the source after steps on noise."""
     adapter = tt.adapt(model, "cotta", lr=1e-2, restore=restore, threshold=0.0, seed=seed)
     random = generator(seed, "digits", "noise")
-    for _ in range(200):
+    for _ in range(STEPS):
         adapter(torch.rand(64, 1, 16, 16, generator=random))
     own = dict(model.named_parameters())
     tensors = adapter.snapshot().tensors
