@@ -5,7 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from testtime._core.registry import Entry
 from testtime.cli.main import app
+from testtime.papers.reproduction import reproduce
 
 call = CliRunner().invoke
 
@@ -59,3 +61,54 @@ def test_bench_and_report(tmp_path):
     assert json.loads(call(app, ["report", str(tmp_path / "run"), "--json"]).stdout) == rows
     assert call(app, ["report", str(tmp_path / "run")]).exit_code == 0
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+CLAIM = "An assertion about a number, long enough that a terminal of eighty columns must break it."
+
+
+@pytest.fixture
+def one_check(monkeypatch):
+    """A check of Tent that holds for seeds below 3."""
+
+    def check(*, seeds=(0, 1, 2), on_progress=None):
+        return reproduce(
+            "tent", CLAIM, seeds=seeds, on_progress=on_progress, holds=lambda n: n["n"] < 83,
+            measure=lambda seed: iter([("n", 80.0 + seed), ("small", 0.00123)]),
+        )  # fmt: skip
+
+    entry = Entry("tent", "tent", check)
+    monkeypatch.setattr("testtime._core.registry.entries", lambda kind: {"tent": entry})
+
+
+def test_reproduce_prints_claim_numbers_and_verdict(one_check):
+    held = call(app, ["reproduce", "tent"])
+    assert held.exit_code == 0
+    assert max(map(len, held.stdout.splitlines())) <= 80
+    assert CLAIM in " ".join(held.stdout.split())
+    rows = [line.split() for line in held.stdout.splitlines()]
+    assert ["seed", "0", "seed", "1", "seed", "2", "mean"] in rows
+    assert ["n", "80.00", "81.00", "82.00", "81.00"] in rows
+    assert ["small", *["0.0012"] * 4] in rows
+    assert rows[-1] == ["held,", "for", "3", "of", "3", "seeds"]
+    failed = call(app, ["reproduce", "tent", "--seeds", "12"])
+    assert failed.exit_code == 1
+    assert max(map(len, failed.stdout.splitlines())) <= 80
+    assert ["n", "80.00", "91.00", "85.50"] in [line.split() for line in failed.stdout.splitlines()]
+    assert failed.stdout.splitlines()[-1] == "not held, for 3 of 12 seeds"
+
+
+def test_reproduce_gives_one_record_to_machines(one_check):
+    for seeds, code in (("1", 0), ("4", 1)):
+        result = call(app, ["reproduce", "tent", "--seeds", seeds, "--json"])
+        assert result.exit_code == code
+        found = json.loads(result.stdout)
+        assert set(found) == {"slug", "claim", "held", "numbers", "seeds"}
+        assert found["seeds"] == list(range(int(seeds)))
+        assert found["held"] is (code == 0)
+
+
+def test_reproduce_refuses_a_paper_without_a_check_and_no_seeds(one_check):
+    without = call(app, ["reproduce", "simatta"])
+    assert (without.exit_code, without.stdout) == (2, "")
+    assert "no small check yet; there are: tent" in " ".join(without.stderr.split())
+    assert call(app, ["reproduce", "tent", "--seeds", "0"]).exit_code == 2
