@@ -1,4 +1,8 @@
-"""LAME's claim: where consecutive samples share labels, agreement among neighbours helps."""
+"""LAME's claim: where consecutive samples share labels, agreement among neighbours helps.
+
+It helps every time, but where the source is right on more than nine blurred images in ten there are
+not always three points left to gain.
+"""
 
 from collections.abc import Iterator, Sequence
 

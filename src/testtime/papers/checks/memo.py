@@ -40,6 +40,8 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
     yield "source", accuracy(model, sent)
     adapter = tt.adapt(model, memo(lr=RATE, views=COPIES), seed=seed)
     yield "memo", accuracy(adapter, sent)
+    adapter = tt.adapt(model, memo(lr=RATE, views=COPIES, augment=moved), seed=seed)
+    yield "memo, moved copies", accuracy(adapter, sent)
     yield "entropy fell", share_that_fell(model, sent[0], seed=seed)
     yield "largest change by order", change_by_order(model, sent[0].images)
 
@@ -70,6 +72,12 @@ def change_by_order(model: torch.nn.Module, images: Tensor) -> float:
 def rolled(x: Tensor, random: torch.Generator) -> Tensor:
     """The i-th copy is moved by i mod 4 columns and i // 4 rows."""
     return torch.stack([image.roll((i // 4, i % 4), (-2, -1)) for i, image in enumerate(x)])
+
+
+def moved(x: Tensor, random: torch.Generator) -> Tensor:
+    """Each copy is moved by at most two pixels: no crops, no mirror images."""
+    shifts = torch.randint(-2, 3, (len(x), 2), generator=random).tolist()
+    return torch.stack([image.roll(s, (-2, -1)) for image, s in zip(x, shifts, strict=True)])
 
 
 def holds(found: dict[str, float]) -> bool:
