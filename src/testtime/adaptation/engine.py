@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from testtime._core.arrays import at_least_single
 from testtime._core.outcomes import Outcome
 from testtime._core.seeds import generator
 from testtime.adaptation.evidence import Evidence
@@ -67,7 +68,7 @@ class Engine:
 
     def source_tensors(self) -> dict[str, Tensor]:
         """The model's own values of what adapts; float32 where the model is in half precision."""
-        return {name: _at_least_single(self.loan.source(name)) for name in self.names}
+        return {name: at_least_single(self.loan.source(name)) for name in self.names}
 
     def fresh(self) -> State:
         """The state of a stream that begins: all at the source."""
@@ -90,8 +91,8 @@ class Engine:
         averages: Averages = {"seen": torch.zeros((), dtype=torch.long)}
         for layer in self.loan.norms:
             moments = self.loan.source_moments(layer)
-            averages[f"{layer.name}.mean"] = moments.mean.detach().float().clone()
-            averages[f"{layer.name}.var"] = moments.var.detach().float().clone()
+            averages[f"{layer.name}.mean"] = at_least_single(moments.mean.detach()).clone()
+            averages[f"{layer.name}.var"] = at_least_single(moments.var.detach()).clone()
         return averages
 
     # --- forwards -----------------------------------------------------------------------------
@@ -303,7 +304,3 @@ class Engine:
 def _finite(loss: Tensor, grads: list[Tensor]) -> bool:
     norms = torch.stack([loss.detach(), *torch._foreach_norm(grads)])
     return bool(norms.isfinite().all())
-
-
-def _at_least_single(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError, StateError
 from testtime._core.files import atomic
 from testtime._core.registry import find
@@ -118,7 +119,7 @@ def fit_source(
             for engine in engines:
                 state = engine.fresh()
                 seen = Evidence(engine, state, engine.leaves(state), x.to(engine.device))
-                loss = F.cross_entropy(seen.logits.float(), seen.logits.argmax(-1))
+                loss = F.cross_entropy(at_least_single(seen.logits), seen.logits.argmax(-1))
                 grads = torch.autograd.grad(loss, list(seen.tensors.values()))
                 for name, grad in zip(seen.tensors, grads, strict=True):
                     total[name] = total.get(name, torch.zeros_like(grad)) + grad.square()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from testtime._core.arrays import at_least_single
 from testtime.adaptation.parts.statistics import Moments
 from testtime.adaptation.ranks import Ranks
 
@@ -65,7 +66,7 @@ def moments(x: Tensor, ranks: Ranks) -> tuple[Moments, float]:
         >>> mean, var, values
         (tensor([2.5000]), tensor([1.2500]), 4.0)
     """
-    x = x if x.dtype == torch.float64 else x.float()
+    x = at_least_single(x)
     values = float(x.numel() // x.shape[1])
     mean, var = _Moments.apply(x)  # type: ignore[no-untyped-call]
     if ranks.alone:

@@ -39,11 +39,11 @@ def entropy(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
 
     Reference: Shannon, A Mathematical Theory of Communication, 1948.
     """
-    log_p = log_probs(logits)  # finite, so that 0 ln 0 = 0
-    # Written as a product of softmax and log-softmax so that gradients equal those of the published
-    # codes to the last bit: Adam turns a difference in the last bit of a tiny gradient into a
-    # different step.
-    return -(torch.softmax(logits, dim=-1, dtype=log_p.dtype) * log_p).sum(-1)
+    # Written as a product of softmax and log-softmax, in this order, so that gradients equal those
+    # of the published codes to the last bit: Adam turns a difference in the last bit of a tiny
+    # gradient into a different step.
+    probs = torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return -(probs * log_probs(logits)).sum(-1)  # log_probs are finite, so that 0 ln 0 = 0
 
 
 def entropy_of_probs(probs: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from testtime._core.arrays import at_least_single
 from testtime._core.errors import OptionError
 from testtime._core.registry import register
 from testtime.adaptation.evidence import Evidence
@@ -52,7 +53,7 @@ class AveragedViews:
         """Whether the source model is unsure of this batch; it is asked only if that matters."""
         if self.threshold <= 0 or self.threshold >= 1:
             return self.threshold >= 1
-        confidence = evidence.source.float().softmax(-1).amax(-1)
+        confidence = at_least_single(evidence.source).softmax(-1).amax(-1)
         return float(evidence.ranks.mean(confidence)) < self.threshold
 
     def average(self, evidence: Evidence, teach: Callable[[Tensor], Any]) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from testtime._core.arrays import at_least_single
 from testtime._core.registry import register
 from testtime.adaptation.parts.objective import entropy
 from testtime.adaptation.parts.optimizer import SGD, rate_for_batch
@@ -61,14 +62,16 @@ class ShapeMatters:
             return weights
         destroyed = shuffle_patches(inputs[sure], patches=self.patches, generator=generator)
         drop = probability_drop(logits[sure], forward(destroyed))
-        certain = (self.weight_margin * math.log(classes) - uncertainty[sure]).exp()
-        weights[sure] = torch.where(drop > self.drop_margin, certain + drop.exp(), 0.0)
+        # 1 / exp(-a), not exp(a): to the last bit the weights of the published code
+        certain = 1 / (uncertainty[sure] - self.weight_margin * math.log(classes)).exp()
+        weights[sure] = torch.where(drop > self.drop_margin, certain + 1 / (-drop).exp(), 0.0)
         return weights
 
 
 def probability_drop(logits: Tensor, destroyed: Tensor) -> Tensor:
     """PLPD: how far the probability of the predicted class falls; in [-1, 1]."""
-    before, after = logits.float().softmax(-1), destroyed.float().softmax(-1)
+    before = at_least_single(logits).softmax(-1)
+    after = at_least_single(destroyed).softmax(-1)
     predicted = before.argmax(-1, keepdim=True)
     return (before.gather(-1, predicted) - after.gather(-1, predicted))[..., 0]
 

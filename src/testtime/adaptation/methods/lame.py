@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from testtime._core.arrays import at_least_single
 from testtime._core.errors import OptionError
 from testtime._core.registry import register
 from testtime.adaptation.ranks import Ranks
@@ -29,11 +30,13 @@ def affinities(
     knn: 1 for the nearest `neighbours` others, else 0. rbf: exp(-d^2 / 2 s^2), s the mean distance
     to the k-th nearest, a sample counting as its own first. linear: cosine similarity.
     """
-    features = F.normalize(features.float(), dim=-1)
+    features = F.normalize(at_least_single(features), dim=-1)
     if kind == "linear":
         weights = features @ features.T
     else:
-        distance = torch.cdist(features, features)
+        # by matrix products, the default for many rows, small distances lose half their digits
+        exact = "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(features, features, compute_mode=exact)
         if kind == "rbf":
             kth = distance.sort(-1).values[:, min(neighbours, len(features)) - 1]
             width = kth.mean().clamp(min=1e-12)
@@ -73,7 +76,7 @@ class LaplacianCorrection:
     dense: ClassVar[bool] = False
 
     def __call__(self, logits: Tensor, features: Tensor, ranks: Ranks) -> Tensor:
-        log_probs = ranks.gather(logits.float().log_softmax(-1))
+        log_probs = ranks.gather(at_least_single(logits).log_softmax(-1))
         weights = affinities(
             ranks.gather(features),
             kind=self.affinity,

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from testtime._core.arrays import at_least_single
 from testtime._core.errors import OptionError
 from testtime._core.registry import register
 from testtime.adaptation.methods.tent import tent
@@ -21,7 +22,8 @@ from testtime.adaptation.recipe import Recipe
 
 def confidence_rose(logits: Tensor, source: Tensor) -> Tensor:
     """1 for samples whose probability of the source model's class has not fallen, else 0."""
-    before, after = source.float().softmax(-1), logits.detach().float().softmax(-1)
+    before = at_least_single(source).softmax(-1)
+    after = at_least_single(logits.detach()).softmax(-1)
     chosen = before.argmax(-1, keepdim=True)
     return (after.gather(-1, chosen) >= before.gather(-1, chosen))[..., 0].float()
 

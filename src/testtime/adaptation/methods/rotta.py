@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from testtime._core.arrays import at_least_single
 from testtime._core.errors import OptionError
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
@@ -92,7 +93,7 @@ class BalancedMemory:
         with torch.no_grad():
             seen = Evidence(engine, state, state.tensors, x, learn=False)
             output, logits = engine.answer(seen)
-            joined, images = engine.ranks.gather(logits.float()), engine.ranks.gather(x)
+            joined, images = engine.ranks.gather(at_least_single(logits)), engine.ranks.gather(x)
             probs = joined.softmax(-1)
             labels = probs.argmax(-1).tolist()
             uncertainty = -(probs * (probs + 1e-6).log()).sum(-1)

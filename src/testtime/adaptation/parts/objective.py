@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from testtime._core.arrays import at_least_single
 from testtime.adaptation.ranks import Ranks
 from testtime.measures import entropy as measure
 
@@ -15,12 +16,12 @@ def entropy(entropies: Tensor) -> Tensor:
 
 def teacher_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
     """Cross-entropy of each prediction against the teacher's, which gets no gradient."""
-    return measure.cross_entropy(teacher.detach().float().softmax(-1), logits)
+    return measure.cross_entropy(at_least_single(teacher.detach()).softmax(-1), logits)
 
 
 def marginal_entropy(logits: Tensor, ranks: Ranks) -> Tensor:
     """Entropy of the mean prediction of the batch."""
-    return measure.entropy_of_probs(ranks.mean(logits.float().softmax(-1)))
+    return measure.entropy_of_probs(ranks.mean(at_least_single(logits).softmax(-1)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from testtime._core.arrays import at_least_single
 from testtime.adaptation.ranks import Ranks
 
 State = dict[str, Any]
@@ -52,14 +53,15 @@ class ReliableAndNew:
         self, logits: Tensor, entropies: Tensor, classes: int, ranks: Ranks, state: State
     ) -> tuple[Tensor, State]:
         limit = self.margin * math.log(classes)
-        probs = logits.detach().float().softmax(-1)
+        probs = at_least_single(logits.detach()).softmax(-1)
         uncertainty = entropies.detach()
         chosen = uncertainty < limit
         mean = state["mean"]
         if mean is not None:
             similar = torch.nn.functional.cosine_similarity(mean[None], probs, dim=1).abs()
             chosen = chosen & (similar < _or_default(self.redundancy, classes))
-        weights = torch.where(chosen, (limit - uncertainty).exp(), 0.0)
+        # 1 / exp(-a), not exp(a): to the last bit the weights of the published code
+        weights = torch.where(chosen, 1 / (uncertainty - limit).exp(), 0.0)
         count = ranks.sum(chosen.sum().float())
         batch_mean = ranks.sum((probs * chosen[:, None]).sum(0)) / count.clamp(min=1)
         if mean is None:

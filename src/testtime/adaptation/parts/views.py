@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from testtime._core.arrays import at_least_single
+
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """Takes images (B, C, H, W) in [0, 1] and a generator, gives changed images of that shape."""
 
@@ -86,7 +88,7 @@ def augmix_view(x: Tensor, generator: torch.Generator) -> Tensor:
     Reference: Hendrycks et al., AugMix, ICLR 2020; Zhang et al., MEMO, NeurIPS 2022, and its code.
     """
     dtype = x.dtype
-    x = _crop_and_mirror(x.float().clamp(0, 1), generator)
+    x = _crop_and_mirror(at_least_single(x).clamp(0, 1), generator)
     count = len(x)
     weights = -_uniform(x, (3, count), generator).clamp(min=1e-12).log()
     weights = weights / weights.sum(0)  # exponentials over their sum are Dirichlet(1, 1, 1)
