@@ -27,7 +27,7 @@ from testtime.adaptation.parts.preservation import StochasticRestoration
 from testtime.adaptation.parts.scope import weights_and_biases
 from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.parts.teacher import MovingTeacher
-from testtime.adaptation.parts.views import Augment, cotta_view
+from testtime.adaptation.parts.views import Augment, cotta_view, needs_pixels
 from testtime.adaptation.recipe import Recipe
 
 
@@ -47,7 +47,11 @@ class AveragedViews:
     threshold: float
     augment: Augment
     dense: ClassVar[bool] = False
-    pixels: ClassVar[bool] = True
+
+    @property
+    def pixels(self) -> bool:
+        """Whether inputs must be images in [0, 1]."""
+        return needs_pixels(self.augment)
 
     def wanted(self, evidence: Evidence) -> bool:
         """Whether the source model is unsure of this batch; it is asked only if that matters."""
@@ -78,7 +82,8 @@ def cotta(
 ) -> Recipe:
     """Adapts all weights to an averaged teacher, and returns single weights to the source.
 
-    Inputs are images in [0, 1]; normalisation belongs in the model.
+    Inputs are images in [0, 1], normalisation belongs in the model; an `augment` of your own may
+    take other inputs.
 
     Use when: domains come and go for a long time, and compute and memory are at hand.
 

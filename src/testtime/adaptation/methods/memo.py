@@ -23,7 +23,7 @@ from testtime.adaptation.parts.objective import marginal_entropy
 from testtime.adaptation.parts.optimizer import SGD
 from testtime.adaptation.parts.scope import all_parameters
 from testtime.adaptation.parts.statistics import MixedStatistics
-from testtime.adaptation.parts.views import Augment, augmix_view
+from testtime.adaptation.parts.views import Augment, augmix_view, needs_pixels
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
 from testtime.measures.entropy import entropy
@@ -41,7 +41,11 @@ class EachImage:
     count: int
     augment: Augment
     dense: ClassVar[bool] = False
-    pixels: ClassVar[bool] = True
+
+    @property
+    def pixels(self) -> bool:
+        """Whether inputs must be images in [0, 1]."""
+        return needs_pixels(self.augment)
 
     def step(self, engine: Engine, x: Tensor, state: State) -> Step:
         """Adapts to, and answers, one image after the other."""
@@ -89,8 +93,9 @@ def memo(
 ) -> Recipe:
     """One step on all weights for each image, towards agreement of its augmented copies.
 
-    Inputs are images in [0, 1]; normalisation belongs in the model. Nothing is kept between
-    images, so their order does not matter but for the random draws.
+    Inputs are images in [0, 1], normalisation belongs in the model; an `augment` of your own may
+    take other inputs. Nothing is kept between images, so their order does not matter but for the
+    random draws.
 
     Use when: images come one at a time, each shifted in its own way, and time does not matter.
 

@@ -31,7 +31,7 @@ from testtime.adaptation.parts.prediction import from_teacher
 from testtime.adaptation.parts.scope import batchnorm_affine
 from testtime.adaptation.parts.statistics import RunningStatistics
 from testtime.adaptation.parts.teacher import MovingTeacher
-from testtime.adaptation.parts.views import Augment, cotta_view
+from testtime.adaptation.parts.views import Augment, cotta_view, needs_pixels
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
 from testtime.measures.entropy import entropy
@@ -60,7 +60,11 @@ class BalancedMemory:
     every: int
     augment: Augment
     dense: ClassVar[bool] = False
-    pixels: ClassVar[bool] = True
+
+    @property
+    def pixels(self) -> bool:
+        """Whether inputs must be images in [0, 1]."""
+        return needs_pixels(self.augment)
 
     def badness(self, item: Item, clock: int, classes: int) -> float:
         """1 / (1 + exp(-age / capacity)) + uncertainty / ln C: old and uncertain is bad."""
@@ -159,7 +163,8 @@ def rotta(
 ) -> Recipe:
     """Slow robust statistics, a balanced memory and a teacher, for streams of correlated labels.
 
-    Inputs are images in [0, 1]; normalisation belongs in the model.
+    Inputs are images in [0, 1], normalisation belongs in the model; an `augment` of your own may
+    take other inputs.
 
     Use when: consecutive samples share labels while the domain changes; also for batches of one.
 

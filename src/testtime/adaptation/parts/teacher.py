@@ -21,6 +21,7 @@ class MovingTeacher:
 
     def follow(self, teacher: list[Tensor], student: list[Tensor]) -> list[Tensor]:
         """The teacher after the student's step."""
+        # two products and a sum, not one fused step: to the last bit the teacher of published code
         kept = torch._foreach_mul(teacher, self.momentum)
-        torch._foreach_add_(kept, student, alpha=1 - self.momentum)
+        torch._foreach_add_(kept, torch._foreach_mul(student, 1 - self.momentum))
         return list(kept)

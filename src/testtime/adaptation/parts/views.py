@@ -13,6 +13,11 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 """Takes images (B, C, H, W) in [0, 1] and a generator, gives changed images of that shape."""
 
 
+def needs_pixels(augment: Augment) -> bool:
+    """Whether the copies are made of images in [0, 1]; an augmentation of the caller's is trusted."""
+    return augment in (cotta_view, augmix_view)
+
+
 def plain(x: Tensor, generator: torch.Generator) -> Tensor:
     """The images as they are."""
     return x
