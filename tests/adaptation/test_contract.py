@@ -3,10 +3,15 @@
 import copy
 import math
 import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import testtime as tt
 from models import batches, tiny
@@ -19,7 +24,9 @@ from testtime._core.errors import (
     TesttimeWarning,
     UnknownName,
 )
+from testtime._core.files import digest
 from testtime._core.outcomes import Outcome
+from testtime.adaptation.outputs import read_logits
 
 SMALL = {"memo": {"views": 2}, "cotta": {"views": 2}, "rotta": {"capacity": 16, "every": 16}}
 ALL = sorted(tt.methods())
@@ -101,6 +108,105 @@ def test_reset_and_restore_are_exact(name):
     assert all(torch.equal(adapter(x), y) for x, y in zip(xs[3:], later, strict=True))
     adapter.reset()
     assert all(torch.equal(adapter(x), y) for x, y in zip(xs[:3], begin, strict=True))
+
+
+def blocks_registered_backwards() -> nn.Module:
+    """Four blocks of two normalisation layers that run in the other order than they are held."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Backwards()
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval()
+
+
+class Backwards(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        half = lambda: [nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()]  # noqa: E731
+        self.head = nn.Linear(6, 5)
+        for i in (4, 3, 2, 1):
+            setattr(self, f"block{i}", nn.Sequential(*half(), *half()))
+        self.stem = nn.Conv2d(3, 6, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for i in (1, 2, 3, 4):
+            x = getattr(self, f"block{i}")(x)
+        return 20 * self.head(x.mean((2, 3)))
+
+
+@each
+def test_states_do_not_depend_on_when_the_order_of_layers_was_seen(name, tmp_path):
+    xs = batches(6)
+    first = adapter_of(name, blocks_registered_backwards())
+    mark = first.snapshot()
+    begin = [first(x) for x in xs[:3]]
+    first.save(tmp_path / "state")
+    later = [first(x) for x in xs[3:]]
+    first.restore(mark)
+    assert all(torch.equal(first(x), y) for x, y in zip(xs[:3], begin, strict=True))
+    second = adapter_of(name, blocks_registered_backwards())
+    second.load(tmp_path / "state")
+    assert all(torch.equal(second(x), y) for x, y in zip(xs[3:], later, strict=True))
+
+
+@each
+def test_snapshots_of_other_methods_and_models_are_refused(name):
+    adapter = adapter_of(name)
+    adapter(batches(1)[0])
+    mine = adapter.snapshot()
+    for other in set(ALL) - {name}:
+        with pytest.raises(StateError, match="another method"):
+            adapter.restore(adapter_of(other).snapshot())
+    if mine.tensors:
+        wrapped = adapter_of(name, Wrapped("tuple").eval())
+        wrapped(batches(1)[0])
+        with pytest.raises(StateError, match="another model"):
+            adapter.restore(wrapped.snapshot())
+    assert adapter.snapshot() is mine
+
+
+def meddled(path, change) -> None:
+    with safe_open(path, framework="pt") as file:
+        about = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(about, tensors)
+    save_file(tensors, path, about)
+
+
+def not_finite(about, tensors) -> None:
+    for name in tensors:
+        if tensors[name].is_floating_point():
+            tensors[name] = tensors[name] * math.nan
+    about["digest"] = digest(tensors, about["plain"])
+
+
+MEDDLING = {
+    "another shape": lambda about, tensors: tensors.update(generator=torch.zeros(3)),
+    "a tensor less": lambda about, tensors: tensors.pop("generator"),
+    "no tree": lambda about, tensors: about.pop("plain"),
+    "another tree": lambda about, tensors: about.update(plain="{}"),
+    "an older format": lambda about, tensors: about.update(format="testtime-state-0"),
+    "not finite": not_finite,
+}
+
+
+@each
+@pytest.mark.parametrize("how", MEDDLING)
+def test_damaged_states_are_refused(name, how, tmp_path):
+    adapter = adapter_of(name)
+    for x in batches(2):
+        adapter(x)
+    adapter.save(tmp_path / "state")
+    meddled(tmp_path / "state", MEDDLING[how])
+    mark = adapter.snapshot()
+    if how == "not finite" and not (mark.tensors or mark.averages):
+        return  # this method has nothing that could be
+    with pytest.raises(StateError, match="state"):
+        adapter.load(tmp_path / "state")
+    assert adapter.snapshot() is mark
 
 
 @each
@@ -245,20 +351,87 @@ class Wrapped(nn.Module):
             return logits, x.mean((1, 2, 3))
         if self.kind == "dense":
             return logits[..., None, None] + x.mean(1, keepdim=True)
-        output = type("Output", (), {})()
-        output.logits = logits
-        return output
+        return OUTPUTS[self.kind](logits, logits.sum(1))
+
+
+class Plain:
+    """An object of nobody's, with logits."""
+
+    def __init__(self, logits: Tensor, more: Tensor) -> None:
+        self.logits, self.more = logits, {"deep": [more, None]}
+
+
+@dataclass(frozen=True)
+class Frozen:
+    logits: Tensor
+    more: tuple[Tensor, ...]
+
+
+class Named(NamedTuple):
+    logits: Tensor
+    more: Tensor
+
+
+OUTPUTS = {
+    "object": Plain,
+    "dataclass": lambda logits, more: Frozen(logits, (more, more)),
+    "named tuple": Named,
+    "list": lambda logits, more: [logits, more],
+    "nested": lambda logits, more: (logits, None, {"deep": [more, "kept"]}, more.sum()),
+    "dictionary": lambda logits, more: {"more": more, "logits": logits},
+    "segmentation": lambda logits, more: OrderedDict(out=logits, aux=more),
+}
+
+
+def tensors_of(output) -> list[Tensor]:
+    """All tensors in an output."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = output if isinstance(output, tuple | list) else getattr(output, "__dict__", output)
+    if isinstance(parts, dict) and not isinstance(output, list):
+        parts = parts.values()
+    return [t for part in parts for t in tensors_of(part)] if parts not in (None, "kept") else []
 
 
 @each
-def test_outputs_keep_their_kind(name):
-    x = batches(1)[0]
-    expected = adapter_of(name)(x)
-    pair = adapter_of(name, Wrapped("tuple").eval())(x)
-    assert isinstance(pair, tuple)
-    torch.testing.assert_close(pair[0], expected)
-    if name != "memo":  # joins what single images return, which needs tensors or tuples
-        torch.testing.assert_close(adapter_of(name, Wrapped("object").eval())(x).logits, expected)
+@pytest.mark.parametrize("kind", ["tuple", *OUTPUTS])
+def test_outputs_keep_their_kind(name, kind):
+    model, x = Wrapped(kind).eval(), batches(1)[0]
+    adapter, expected = adapter_of(name, model), adapter_of(name)(x)
+    told, answer, plain = adapter.predict(x), adapter(x), model(x)
+    torch.testing.assert_close(read_logits(answer), expected)
+    for given in (told, answer):
+        assert type(given) is type(plain)
+        assert [t.shape for t in tensors_of(given)] == [t.shape for t in tensors_of(plain)]
+        assert not any(t.requires_grad for t in tensors_of(given))
+
+
+class Tied(nn.Module):
+    """Two layers with one scale and shift, one layer that runs twice, and one that never does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never, self.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(6)
+        self.conv1, self.norm1 = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.conv2, self.head = nn.Conv2d(6, 6, 3), nn.Linear(6, 5)
+        self.norm1.weight, self.norm1.bias = self.norm2.weight, self.norm2.bias
+
+    def forward(self, x):
+        x = self.norm1(self.conv1(x)).relu()
+        return self.head(self.norm2(self.norm2(self.conv2(x)).relu()).mean((2, 3)))
+
+
+@each
+def test_tied_repeated_and_unused_layers(name):
+    model = Tied().eval()
+    adapter = adapter_of(name, model)
+    for x in batches(3):
+        assert adapter(x).isfinite().all()
+    adapted = adapter.snapshot().tensors
+    assert not {"norm1.weight", "norm2.weight"} <= adapted.keys()
+    assert set(adapted) <= dict(model.named_parameters()).keys()
+    exported = adapter.export()
+    assert exported.norm1.weight is exported.norm2.weight
 
 
 @pytest.mark.parametrize("name", ["source", "bn-adapt", "tent", "eta", "eata", "sar", "ostta"])
@@ -272,6 +445,61 @@ def test_dense_logits(name):
 def test_dense_logits_are_refused_where_a_sample_has_one_answer(name):
     with pytest.raises(InputError, match="dense"):
         adapter_of(name, Wrapped("dense").eval())(batches(1)[0])
+
+
+@each
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda logits: logits[:1], "one prediction for each sample"),
+        (lambda logits: logits.argmax(1, keepdim=True), "floating point"),
+        (lambda logits: logits[:, 0], "expected logits"),
+        (lambda logits: {"scores": logits}, "dictionary"),
+    ],
+    ids=["batch", "labels", "rank", "keys"],
+)
+def test_what_is_no_logits_is_refused(name, spoil, says):
+    model = Spoilt(spoil if not tt.methods()[name].needs else lambda logits: logits).eval()
+    adapter = adapter_of(name, model)
+    model.spoil = spoil
+    with pytest.raises(InputError, match=says):
+        adapter(batches(1)[0])
+    assert adapter.counts.steps == 0
+
+
+class Spoilt(nn.Module):
+    def __init__(self, spoil) -> None:
+        super().__init__()
+        self.net, self.spoil = tiny(), spoil
+
+    def forward(self, x):
+        return self.spoil(self.net(x))
+
+
+@pytest.mark.parametrize("name", [*LEARNING, "lame"])
+def test_one_class_is_refused_where_probabilities_matter(name):
+    model = Spoilt(lambda logits: logits).eval()
+    adapter = adapter_of(name, model)
+    model.spoil = lambda logits: logits[:, :1]
+    with pytest.raises(InputError, match="two logits"):
+        adapter(batches(1)[0])
+
+
+@pytest.mark.parametrize("name", ["tent", "cotta", "ostta", "memo"])
+def test_a_model_that_carries_no_gradient_is_refused(name):
+    model = Spoilt(lambda logits: logits.detach()).eval()
+    with pytest.raises(ScopeError, match="no gradient"):
+        adapter_of(name, model)(batches(1)[0])
+
+
+@each
+def test_a_type_that_the_model_does_not_take_is_refused_at_any_time(name):
+    adapter = adapter_of(name)
+    x = batches(1)[0]
+    for _ in range(2):
+        with pytest.raises(InputError, match="float64"):
+            adapter(x.double())
+        adapter(x)
 
 
 @each

@@ -1,10 +1,29 @@
 """Writes that happen wholly or not at all."""
 
+import hashlib
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """A hash of tensors, their names, types and values, and of a text.
+
+    Example:
+        >>> digest({"a": torch.zeros(2)}) == digest({"a": torch.zeros(2).half()})
+        False
+    """
+    total = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        held = tensor.detach().cpu().contiguous()
+        total.update(f"{name}{tuple(held.shape)}{held.dtype}".encode())
+        total.update(held.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 @contextmanager

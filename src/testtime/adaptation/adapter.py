@@ -28,7 +28,7 @@ from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
 from testtime.adaptation.layers import norm_kind, norm_layers
 from testtime.adaptation.loan import Normaliser
 from testtime.adaptation.outputs import read_logits
-from testtime.adaptation.parts.prediction import from_teacher
+from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import (
     BatchStatistics,
     MixedStatistics,
@@ -106,7 +106,7 @@ class Adapter:
         self._check_source()
         self._engine = self._build(order=[])
         self._state = self._engine.fresh()
-        self._shape: torch.Size | None = None
+        self._seen: tuple[torch.Size, torch.dtype] | None = None  # kind of batch the model took
         self._expected = expected_rank(model)
 
     # --- answers ------------------------------------------------------------------------------
@@ -165,25 +165,26 @@ class Adapter:
         """Back to a snapshot of this adapter, or of another of the same model and method.
 
         Raises:
-            StateError: when the mark is of other tensors.
+            StateError: when the mark is of another method, or of a model of other shapes.
         """
-        self._check_state(mark, "this snapshot")
-        self._state = mark
+        with self._lock:
+            self._state = self._own(mark, "this snapshot")
 
     def save(self, path: str | Path) -> None:
         """Writes the state as safetensors, wholly or not at all."""
-        save_state(self._state, path, owner=self._owner())
+        with self._lock, self._engine.loan.lock:
+            save_state(self._state, path, owner=self._owner())
 
     def load(self, path: str | Path) -> None:
         """Goes on where `save` left off, bit for bit.
 
         Raises:
-            StateError: when the file is truncated, or of another model or method. The adapter's
-                own state is unchanged then.
+            StateError: when the file is truncated or damaged, holds values that are not finite, or
+                is of another model or method. The adapter's own state is unchanged then.
         """
-        state = load_state(path, owner=self._owner(), device=self._engine.device)
-        self._check_state(state, str(path))
-        self._state = state
+        with self._lock, self._engine.loan.lock:
+            state = load_state(path, owner=self._owner(), device=self._engine.device)
+            self._state = self._own(state, str(path))
 
     def export(self) -> nn.Module:
         """A plain copy of the model with what was learned, in eval mode.
@@ -233,7 +234,7 @@ class Adapter:
             total = sum(parameter.numel() for parameter in self.model.parameters())
             return Plan(
                 tuple(tensors), values, values / max(total, 1), kinds,
-                describe(self.recipe.statistics), self._shape is not None,
+                describe(self.recipe.statistics), self._seen is not None,
             )  # fmt: skip
 
     # --- inside -------------------------------------------------------------------------------
@@ -279,9 +280,9 @@ class Adapter:
             raise complaint or InputError("another rank was given a batch that it refused")
         if x.is_inference():
             x = x.clone()
-        if self._shape is None:
+        if self._seen is None:
             self._guard(x, lambda: self._look(x))
-            self._shape = x.shape[1:]
+            self._seen = x.shape[1:], x.dtype
         alone = len(x) == 1 and self._ranks.alone and bool(self._engine.loan.norms)
         if alone and isinstance(self.recipe.statistics, BatchStatistics):
             warnings.warn(
@@ -308,6 +309,16 @@ class Adapter:
             for hook in hooks:
                 hook.remove()
         logits = read_logits(output)
+        if len(logits) != len(x[:2]):
+            raise InputError(
+                f"the model answered {len(x[:2])} samples with {len(logits)} predictions; expected "
+                "one prediction for each sample, along the first dimension."
+            )
+        if logits.shape[1] < 2 and (self.recipe.learns or self.recipe.prediction is not student):
+            raise InputError(
+                "the model returns one number for each sample, whose softmax is always 1. For a "
+                "binary classifier z return two logits: torch.cat([torch.zeros_like(z), z], 1)."
+            )
         if logits.dim() > 2 and not self.recipe.dense:
             raise InputError(
                 f"the model returns dense logits {tuple(logits.shape)}; this method needs one "
@@ -319,9 +330,7 @@ class Adapter:
             with engine.loan.recording(None, []):
                 pass
         if engine.names != self._engine.names and not self._state.steps:
-            self._state = engine.fresh()
-        if set(engine.names) == set(self._state.tensors):
-            engine.names = list(self._state.tensors)
+            self._state = replace(engine.fresh(), generator=self._state.generator)
         self._engine = engine
 
     def _guard(self, x: Tensor, run: Callable[[], Any]) -> Any:
@@ -333,10 +342,10 @@ class Adapter:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if self._shape == x.shape[1:]:
+            if self._seen == (x.shape[1:], x.dtype):
                 raise
             raise InputError(
-                f"the model could not take a batch of shape {tuple(x.shape)}: {error}"
+                f"the model could not take a batch of shape {tuple(x.shape)} and type {x.dtype}: {error}"
             ) from error
 
     def _due(self, state: State) -> State:
@@ -368,12 +377,31 @@ class Adapter:
     def _owner(self) -> dict[str, str]:
         return {"model": fingerprint(self.model), "method": describe(self.recipe)}
 
-    def _check_state(self, state: State, what: str) -> None:
-        if set(state.tensors) != set(self._state.tensors) or any(
-            state.tensors[name].shape != tensor.shape
-            for name, tensor in self._state.tensors.items()
-        ):
-            raise StateError(f"{what} adapts other tensors than this adapter does.")
+    def _own(self, state: State, what: str) -> State:
+        """The state, checked to be one that this adapter can go on from."""
+        engine, method = self._engine, describe(self.recipe)
+        if state.method != method:
+            raise StateError(
+                f"{what} belongs to another method: {state.method}; this adapter has {method}."
+            )
+        known = engine.loan.canonical
+        for name, tensor in state.tensors.items():
+            source = engine.loan.source(name) if name in known else None
+            if source is None or source.shape != tensor.shape or source.device != tensor.device:
+                raise StateError(
+                    f"{what} belongs to another model: it adapts {name} of shape "
+                    f"{tuple(tensor.shape)} on {tensor.device}, and this model has "
+                    f"{'no such tensor' if source is None else f'{tuple(source.shape)} on {source.device}'}."
+                )
+        for held in (state.tensors, state.averages, state.teacher, state.teacher_averages):
+            for name, tensor in (held or {}).items():
+                if not tensor.isfinite().all():
+                    raise StateError(f"{what} holds NaN or infinite values of {name}.")
+        if not state.steps:  # the order of execution may not have been known to who made it
+            return replace(engine.fresh(), generator=state.generator)
+        if self._seen and set(state.tensors) != set(engine.names):
+            raise StateError(f"{what} belongs to another model: it adapts other tensors.")
+        return state
 
 
 def _detached(output: Any) -> Any:

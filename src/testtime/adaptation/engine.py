@@ -1,6 +1,6 @@
 """The one loop: forward, answer, loss, gradient, step. Every method of the library runs in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.arrays import at_least_single
+from testtime._core.errors import ScopeError
 from testtime._core.outcomes import Outcome
 from testtime._core.seeds import generator
 from testtime.adaptation.evidence import Evidence
@@ -18,7 +19,7 @@ from testtime.adaptation.parts.optimizer import SharpnessAware
 from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import RunningStatistics
 from testtime.adaptation.ranks import Ranks
-from testtime.adaptation.recipe import Recipe
+from testtime.adaptation.recipe import Recipe, describe
 from testtime.adaptation.state import State
 from testtime.measures.entropy import entropy
 
@@ -57,7 +58,9 @@ class Engine:
     ) -> None:
         self.recipe, self.ranks, self.seed, self.fisher = recipe, ranks, seed, fisher
         self.loan = Loan(model, norms)
-        self.names = recipe.scope(model, norms)
+        # a tied tensor adapts once
+        own = (self.loan.canonical.get(name, name) for name in recipe.scope(model, norms))
+        self.names = list(dict.fromkeys(own))
         self.feature_layer: nn.Module | None = None
         first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(()))
         self.device = first.device
@@ -66,13 +69,13 @@ class Engine:
 
     # --- states -------------------------------------------------------------------------------
 
-    def source_tensors(self) -> dict[str, Tensor]:
+    def source_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The model's own values of what adapts; float32 where the model is in half precision."""
-        return {name: at_least_single(self.loan.source(name)) for name in self.names}
+        return {name: at_least_single(self.loan.source(name)) for name in names}
 
     def fresh(self) -> State:
         """The state of a stream that begins: all at the source."""
-        tensors = self.source_tensors()
+        tensors = self.source_tensors(self.names)
         recipe = self.recipe
         averages = self._source_averages()
         return State(
@@ -83,6 +86,7 @@ class Engine:
             teacher_averages=averages if recipe.teacher else None,
             selection=[p.init() if hasattr(p, "init") else None for p in recipe.selections],
             generator=generator(self.seed, "adapter", device=self.device).get_state(),
+            method=describe(recipe),
         )
 
     def _source_averages(self) -> Averages | None:
@@ -201,7 +205,7 @@ class Engine:
         if isinstance(optimizer, SharpnessAware) and _finite(loss, grads):
             with torch.no_grad():
                 worst = optimizer.worst(list(evidence.tensors.values()), grads)
-            there = {n: t.requires_grad_() for n, t in zip(self.names, worst, strict=True)}
+            there = {n: t.requires_grad_() for n, t in zip(state.tensors, worst, strict=True)}
             evidence = Evidence(self, state, there, evidence.inputs)
             with torch.enable_grad():
                 again, _ = self._select(evidence, state.selection)
@@ -235,11 +239,11 @@ class Engine:
                 followed = recipe.teacher.follow(list(teacher.values()), moved)
                 teacher = dict(zip(teacher, followed, strict=True))
             if recipe.restoration is not None:
-                source = [self.loan.source(name) for name in self.names]
+                source = [self.loan.source(name) for name in state.tensors]
                 moved = recipe.restoration(moved, source, self.generator)
         state = replace(
             state,
-            tensors=dict(zip(self.names, moved, strict=True)),
+            tensors=dict(zip(state.tensors, moved, strict=True)),
             optimizer=optimizer,
             teacher=teacher,
             averages=evidence.averages,
@@ -287,18 +291,35 @@ class Engine:
         if not terms:
             return None, used
         if recipe.penalty is not None:
-            terms.append(recipe.penalty(evidence.tensors, self.source_tensors(), self.fisher))
+            source = self.source_tensors(evidence.tensors)
+            terms.append(recipe.penalty(evidence.tensors, source, self.fisher))
         return sum(terms[1:], start=terms[0]), used
 
     def _gradient(self, loss: Tensor, evidence: Evidence) -> list[Tensor]:
         """Gradients of what adapts, and of nothing else; zero for tensors the loss never meets."""
         self.backwards += len(evidence.student_inputs)
-        leaves = list(evidence.tensors.values())
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        grads = gradients(loss, evidence.tensors)
         if self.ranks.alone:
-            return list(grads)
+            return grads
         share = 1.0 / torch.distributed.get_world_size(self.ranks.group)
         return [self.ranks.sum(grad) * share for grad in grads]
+
+
+def gradients(loss: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """Gradients of a loss; zero for tensors that it never meets.
+
+    Raises:
+        ScopeError: when it meets none because the model carries no gradient.
+    """
+    if not loss.requires_grad:
+        raise ScopeError(
+            "nothing can be learnt: the model's output carries no gradient of what adapts. Its "
+            "forward runs under torch.no_grad(), detaches its output, or uses none of "
+            f"{', '.join(list(tensors)[:3])}. Mend the model, or take a method that learns "
+            "nothing: bn-adapt, lame, source."
+        )
+    leaves = list(tensors.values())
+    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
 
 
 def _finite(loss: Tensor, grads: list[Tensor]) -> bool:

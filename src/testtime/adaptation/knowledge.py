@@ -1,6 +1,5 @@
 """What methods need to know of the source data, computed once where the data is, and saved."""
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError, StateError
-from testtime._core.files import atomic
+from testtime._core.files import atomic, digest
 from testtime._core.registry import find
-from testtime.adaptation.engine import Engine
+from testtime.adaptation.engine import Engine, gradients
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.ranks import Ranks
@@ -27,13 +26,7 @@ FORMAT = "testtime-source-1"
 
 def fingerprint(model: nn.Module) -> str:
     """A hash of a model's tensors, names and values: whose state a file is."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            held = tensor.detach().cpu().contiguous()
-            digest.update(f"{name}{tuple(held.shape)}{held.dtype}".encode())
-            digest.update(held.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest({k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)})
 
 
 @dataclass(frozen=True)
@@ -120,7 +113,7 @@ def fit_source(
                 state = engine.fresh()
                 seen = Evidence(engine, state, engine.leaves(state), x.to(engine.device))
                 loss = F.cross_entropy(at_least_single(seen.logits), seen.logits.argmax(-1))
-                grads = torch.autograd.grad(loss, list(seen.tensors.values()))
+                grads = gradients(loss, seen.tensors)
                 for name, grad in zip(seen.tensors, grads, strict=True):
                     total[name] = total.get(name, torch.zeros_like(grad)) + grad.square()
     if not batches:

@@ -45,7 +45,7 @@ class Loan:
             if layer.kind == "instance" and getattr(layer.module, "track_running_stats", False)
         ]
         self.modules = list(model.modules())
-        self.places = places(model)
+        self.places, self.canonical = places(model)
         self.parameters = list(model.parameters())
         self.lock = _locks.setdefault(model, threading.RLock())
 
@@ -81,7 +81,7 @@ class Loan:
             ranks: over whom batch statistics are taken.
             tap: context in which the model is run, e.g. one that records features.
         """
-        fresh: Averages | None = {"seen": averages["seen"] + 1} if averages and learn else averages
+        fresh = {**averages, "seen": averages["seen"] + 1} if averages and learn else averages
         with self.lock, self._lent(tensors, statistics, averages, fresh, learn, ranks, x):
             if tap is None:
                 return self.model(x), fresh
@@ -163,18 +163,24 @@ class Loan:
                 module.training = True
 
 
-def places(model: nn.Module) -> dict[str, list[tuple[dict[str, Any], str]]]:
-    """Tensor name -> the dictionaries of modules that hold it; tied tensors have several."""
+def places(
+    model: nn.Module,
+) -> tuple[dict[str, list[tuple[dict[str, Any], str]]], dict[str, str]]:
+    """Tensor name -> the dictionaries of modules that hold it; and every name -> that name.
+
+    A tied tensor is held in several places, and goes by the first of its names.
+    """
     found: dict[str, list[tuple[dict[str, Any], str]]] = {}
     names: dict[int, str] = {}
+    canonical: dict[str, str] = {}
     for prefix, module in model.named_modules():
         for holder in (module._parameters, module._buffers):
             for key, tensor in holder.items():
                 if tensor is not None:
                     full = f"{prefix}.{key}".lstrip(".")
-                    name = names.setdefault(id(tensor), full)
+                    name = canonical[full] = names.setdefault(id(tensor), full)
                     found.setdefault(name, []).append((holder, key))  # type: ignore[arg-type]
-    return found
+    return found, canonical
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Logits in whatever a model returns: a tensor, a tuple, or an object with `.logits`."""
+"""Logits in whatever a model returns: a tensor, a tuple, a dictionary, or an object with `.logits`."""
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,18 +14,29 @@ from testtime._core.errors import InputError
 def read_logits(output: Any) -> Tensor:
     """The logits (B, C) or (B, C, ...) in a model's output.
 
+    They are the output itself, its `.logits`, the entry "logits" or "out" of a dictionary (the
+    latter is torchvision's segmentation models'), or the first of a tuple.
+
     Raises:
         InputError: when there are none.
     """
     logits = getattr(output, "logits", None)
-    if logits is None:
+    if logits is None and isinstance(output, dict):
+        logits = output.get("logits", output.get("out"))
+    elif logits is None:
         logits = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 4, 5):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise InputError(
             f"the model returned {got}; expected logits of shape (batch, classes) or "
-            "(batch, classes, height, width), a tuple that begins with them, or an object with "
-            ".logits. Wrap the model in a module that returns them."
+            "(batch, classes, height, width), a tuple that begins with them, an object with "
+            '.logits, or a dictionary with "logits" or "out". Wrap the model in a module that '
+            "returns them."
+        )
+    if not logits.is_floating_point():
+        raise InputError(
+            f"the model returned numbers of type {logits.dtype}; expected logits, one floating "
+            "point number for each class. Wrap the model in a module that returns them."
         )
     return logits
 
@@ -36,29 +48,48 @@ def with_logits(output: Any, logits: Tensor) -> Any:
         >>> with_logits((torch.zeros(1, 2), "kept"), torch.ones(1, 2))
         (tensor([[1., 1.]]), 'kept')
     """
-    if isinstance(output, Tensor):
-        return logits.detach()
-    if getattr(output, "logits", None) is not None:
-        if dataclasses.is_dataclass(output) and not isinstance(output, type):
-            fields = {
-                f.name: _detached(getattr(output, f.name)) for f in dataclasses.fields(output)
-            }
-            return type(output)(**{**fields, "logits": logits.detach()})
-        answer = copy.copy(output)
-        setattr(answer, "logits", logits.detach())  # noqa: B010  (of a type nobody knows)
+    old = read_logits(output)
+    return _map(lambda part: (logits if part is old else part).detach(), output)
+
+
+def join(outputs: list[Any]) -> Any:
+    """One output for a batch from those for its parts: tensors are joined, single numbers averaged.
+
+    Example:
+        >>> join([{"logits": torch.zeros(1, 2)}, {"logits": torch.ones(1, 2)}])
+        {'logits': tensor([[0., 0.], [1., 1.]])}
+    """
+    return _map(_join, *outputs)
+
+
+def _join(*parts: Tensor) -> Tensor:
+    return torch.cat(parts) if parts[0].dim() else torch.stack(parts).mean(0)
+
+
+def _map(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
+    """The first output with its tensors changed, given those in the same places of the others."""
+
+    def below(of: Callable[[Any], Any]) -> Any:
+        return _map(change, of(first), *map(of, others))
+
+    if isinstance(first, Tensor):
+        return change(first, *others)
+    if isinstance(first, tuple | list):
+        parts = [below(lambda output, i=i: output[i]) for i in range(len(first))]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    if isinstance(first, dict):
+        answer = copy.copy(first)  # of whatever subclass
+        for key in first:
+            answer[key] = below(lambda output, key=key: output[key])
         return answer
-    rest = [_detached(part) for part in output[1:]]
-    if hasattr(output, "_fields"):
-        return type(output)(logits.detach(), *rest)
-    return type(output)([logits.detach(), *rest])
-
-
-def _detached(part: Any) -> Any:
-    if isinstance(part, Tensor):
-        return part.detach()
-    if isinstance(part, tuple | list) and not hasattr(part, "_fields"):
-        return type(part)(_detached(item) for item in part)
-    return part
+    if dataclasses.is_dataclass(first) or getattr(first, "logits", None) is not None:
+        answer = copy.copy(first)
+        fields = getattr(first, "__dataclass_fields__", None) or getattr(first, "__dict__", {})
+        for name in fields:
+            # also where the class is frozen
+            object.__setattr__(answer, name, below(lambda output, name=name: getattr(output, name)))
+        return answer
+    return first
 
 
 def rows(logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from testtime._core.errors import StateError
-from testtime._core.files import atomic
+from testtime._core.files import atomic, digest
 
 FORMAT = "testtime-state-1"
 
@@ -31,6 +31,7 @@ class State:
         generator: state of the random generator.
         steps: batches since the source.
         samples: samples since the source.
+        method: the recipe, as text.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -44,6 +45,7 @@ class State:
     generator: Tensor | None = None
     steps: int = 0
     samples: int = 0
+    method: str = ""
 
 
 def save_state(state: State, path: str | Path, *, owner: dict[str, str]) -> None:
@@ -51,15 +53,18 @@ def save_state(state: State, path: str | Path, *, owner: dict[str, str]) -> None
     tensors: dict[str, Tensor] = {}
     plain = {name: _flatten(value, name, tensors) for name, value in vars(state).items()}
     stored = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    text = json.dumps(plain)
+    about = {"format": FORMAT, "plain": text, "digest": digest(stored, text)}
     with atomic(path) as part:
-        save_file(stored, part, {"format": FORMAT, "plain": json.dumps(plain), **owner})
+        save_file(stored, part, {**about, **owner})
 
 
 def load_state(path: str | Path, *, owner: dict[str, str], device: torch.device) -> State:
     """Reads a state that `save_state` wrote for the same owner.
 
     Raises:
-        StateError: when the file is truncated, no state, or belongs to another model or method.
+        StateError: when the file is truncated or damaged, no state, or belongs to another model or
+            method.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,7 +86,10 @@ def load_state(path: str | Path, *, owner: dict[str, str], device: torch.device)
             f"{path} cannot be read: {error}. It is truncated or not a safetensors file; "
             "use an earlier copy."
         ) from error
-    plain = json.loads(about["plain"])
+    text = about.get("plain", "")
+    if about.get("digest") != digest(tensors, text):
+        raise StateError(f"{path} was changed or damaged since it was saved; use an earlier copy.")
+    plain = json.loads(text)
     loaded = {
         key: _unflatten(value, tensors, device if key != "generator" else torch.device("cpu"))
         for key, value in plain.items()

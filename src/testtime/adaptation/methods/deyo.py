@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
+from testtime._core.errors import InputError
 from testtime._core.registry import register
 from testtime.adaptation.parts.objective import entropy
 from testtime.adaptation.parts.optimizer import SGD, rate_for_batch
@@ -81,6 +82,11 @@ def shuffle_patches(x: Tensor, *, patches: int, generator: torch.Generator) -> T
 
     Sides that do not divide are resized to a multiple, and back afterwards (bilinear, antialiased).
     """
+    if x.dim() != 4 or min(x.shape[-2:]) < patches:
+        raise InputError(
+            f"deyo shuffles {patches} x {patches} patches of images (batch, channels, height, "
+            f"width), each a pixel or more; given {tuple(x.shape)}. Use fewer patches, or eta."
+        )
     count, channels, height, width = x.shape
     high, wide = height // patches, width // patches
     whole = (high * patches, wide * patches)

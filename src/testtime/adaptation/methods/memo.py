@@ -11,14 +11,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from testtime._core.errors import OptionError
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine, Step
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.outputs import read_logits, rows
+from testtime.adaptation.outputs import join, read_logits, rows
 from testtime.adaptation.parts.objective import marginal_entropy
 from testtime.adaptation.parts.optimizer import SGD
 from testtime.adaptation.parts.scope import all_parameters
@@ -59,7 +58,7 @@ class EachImage:
             worst = outcome if outcome is not Outcome.ADAPTED else worst
             losses.append(measured["loss"])
             outputs.append(self._look(engine, image, adapted))
-        output = _join(outputs)
+        output = join(outputs)
         logits = rows(read_logits(output))
         told = {
             "loss": torch.stack(losses).mean(),
@@ -70,17 +69,13 @@ class EachImage:
 
     def predict(self, engine: Engine, x: Tensor, state: State) -> tuple[Any, Tensor]:
         """The answers without a step."""
-        output = _join([self._look(engine, image, state) for image in x.split(1)])
+        output = join([self._look(engine, image, state) for image in x.split(1)])
         return output, rows(read_logits(output))
 
     def _look(self, engine: Engine, image: Tensor, state: State) -> Any:
         with torch.no_grad():
             output, _ = engine.run(image, state.tensors, averages=None, learn=True)
         return output
-
-
-def _join(outputs: list[Any]) -> Any:
-    return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
 
 @register("method", paper="memo")
