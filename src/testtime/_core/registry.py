@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from testtime._core.errors import OptionError, unknown
+from testtime._core.options import check_types
 
 ROOMS = {"method": "testtime.adaptation.methods", "check": "testtime.papers.checks"}
 """Kind of entry -> the folder whose files register entries of that kind."""
@@ -38,10 +39,12 @@ class Entry:
         return {p.name: p.default for p in inspect.signature(self.factory).parameters.values()}
 
     def build(self, **options: Any) -> Any:
-        """Calls the factory; an option that it does not have is an `OptionError`."""
+        """Calls the factory; an option that it does not have or cannot take is an `OptionError`."""
         for option in options:
             if option not in self.options:
                 raise OptionError(f"{self.name}: {unknown('option', option, self.options)}")
+        known = inspect.signature(self.factory, eval_str=True).parameters
+        check_types(options, {name: known[name].annotation for name in options})
         return self.factory(**options)
 
 

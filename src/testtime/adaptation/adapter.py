@@ -3,7 +3,8 @@
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from testtime._core.errors import (
     InputError,
     NeedsSource,
+    OptionError,
     ScopeError,
     StateError,
     TesttimeError,
@@ -26,7 +29,7 @@ from testtime.adaptation.engine import Engine
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
 from testtime.adaptation.layers import norm_kind, norm_layers
-from testtime.adaptation.loan import Normaliser
+from testtime.adaptation.loan import Normaliser, lock_of
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import (
@@ -90,24 +93,33 @@ class Adapter:
         on_event: Callable[[Event], None] | None = None,
         process_group: Any = None,
     ) -> None:
+        _check_model(model)
+        if on_event is not None and not callable(on_event):
+            raise OptionError(f"on_event is {on_event!r}; expected a function of one event")
+        if source is not None and not isinstance(source, SourceKnowledge):
+            raise OptionError(
+                f"source is of type {type(source).__name__}; expected what tt.fit_source(model, "
+                "loader) gives, or tt.SourceKnowledge.load(path) reads."
+            )
         self.model, self.recipe = model, recipe
         self.events: deque[Event] = deque(maxlen=1000)
         self.counts = Counts()
         self._on_event, self._seed, self._source = on_event, seed, source
         self._ranks = Ranks(process_group)
         self._lock = threading.RLock()
-        if isinstance(model, torch.jit.ScriptModule):
-            raise ScopeError("a scripted model cannot be lent; give the nn.Module it was made from")
-        if any(tensor.is_inference() for tensor in model.parameters()):
-            raise ScopeError(
-                "the model was built under torch.inference_mode(), so nothing can learn through "
-                "it. Build or load it outside."
-            )
-        self._check_source()
-        self._engine = self._build(order=[])
-        self._state = self._engine.fresh()
+        with lock_of(model):
+            self._check_source()
+            self._engine = self._build(order=[])
+            self._state = self._engine.fresh()
         self._seen: tuple[torch.Size, torch.dtype] | None = None  # kind of batch the model took
         self._expected = expected_rank(model)
+
+    def __reduce__(self) -> Any:
+        raise StateError(
+            "an adapter is neither copied nor pickled. For a second stream of the same model call "
+            "tt.adapt(model, adapter.recipe) and restore(adapter.snapshot()); for a file use save "
+            "and load, and export for a plain model."
+        )
 
     # --- answers ------------------------------------------------------------------------------
 
@@ -124,7 +136,7 @@ class Adapter:
             InputError: when the batch is empty, not finite, or of the wrong rank, type or device;
                 nothing has changed then.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, _computing():
             x = self._admit(x)
             before = self._engine.forwards, self._engine.backwards
             state = self._due(self._state)
@@ -144,7 +156,7 @@ class Adapter:
         Raises:
             InputError: as a call.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, _computing():
             x = self._admit(x)
             output, _ = self._guard(x, lambda: self._engine.predict(x, self._state))
             return _detached(output)
@@ -192,7 +204,7 @@ class Adapter:
         Layers that use batch statistics, or mix them, do so in the copy too. Corrections of the
         answer (LAME) are not part of a model and are left out.
         """
-        with self._lock, torch.no_grad():
+        with self._lock, self._engine.loan.lock, torch.no_grad():
             copy = deepcopy(self.model).eval()
             teaches = self.recipe.prediction is from_teacher
             tensors = (self._state.teacher if teaches else self._state.tensors) or {}
@@ -222,7 +234,7 @@ class Adapter:
 
     def plan(self, x: Tensor | None = None) -> Plan:
         """What will change. Layers are in order of execution once a batch, or `x`, was seen."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, _computing():
             if x is not None:
                 self._admit(x)
             tensors = self._state.tensors
@@ -281,7 +293,8 @@ class Adapter:
         if x.is_inference():
             x = x.clone()
         if self._seen is None:
-            self._guard(x, lambda: self._look(x))
+            with self._engine.loan.lock:
+                self._guard(x, lambda: self._look(x))
             self._seen = x.shape[1:], x.dtype
         alone = len(x) == 1 and self._ranks.alone and bool(self._engine.loan.norms)
         if alone and isinstance(self.recipe.statistics, BatchStatistics):
@@ -402,6 +415,45 @@ class Adapter:
         if self._seen and set(state.tensors) != set(engine.names):
             raise StateError(f"{what} belongs to another model: it adapts other tensors.")
         return state
+
+
+@contextmanager
+def _computing() -> Iterator[None]:
+    """No gradient but where the engine asks for one, whatever the caller's modes.
+
+    Autocast's cache is off: within one long region of autocast it would keep a copy, and the graph,
+    of every tensor that ever adapted.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise OptionError(
+            f"the model is {given}; expected an instance of nn.Module that maps inputs to logits. "
+            "The model comes first: tt.adapt(model, 'tent')."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ScopeError("a scripted model cannot be lent; give the nn.Module it was made from")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ScopeError(
+                f"{name} has no shape yet; run the model on a batch before adapting it"
+            )
+        if tensor.is_meta:
+            raise ScopeError(f"{name} has no values (device meta); load the model's weights first")
+        if tensor.is_inference():
+            raise ScopeError(
+                "the model was built under torch.inference_mode(), so nothing can learn through "
+                "it. Build or load it outside."
+            )
 
 
 def _detached(output: Any) -> Any:

@@ -1,5 +1,6 @@
 """The door: `adapt` and `methods`."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,12 @@ def adapt(
                 "dataclasses.replace(recipe, ...)"
             )
         recipe = method
+    elif not isinstance(method, str):
+        hint = f"{method.__name__}()" if inspect.isfunction(method) else "'tent'"
+        raise OptionError(
+            f"the method is of type {type(method).__name__}; expected a name or a recipe: "
+            f"tt.adapt(model, {hint})"
+        )
     else:
         entry = find("method", method)
         recipe = entry.build(**options)

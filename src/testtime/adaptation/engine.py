@@ -75,9 +75,9 @@ class Engine:
 
     def fresh(self) -> State:
         """The state of a stream that begins: all at the source."""
-        tensors = self.source_tensors(self.names)
         recipe = self.recipe
-        averages = self._source_averages()
+        with self.loan.lock:  # another adapter may have tensors in the model's places
+            tensors, averages = self.source_tensors(self.names), self._source_averages()
         return State(
             tensors=tensors,
             optimizer=recipe.optimizer.init(list(tensors.values())) if recipe.optimizer else {},
@@ -161,12 +161,16 @@ class Engine:
         return done._replace(state=settled)
 
     def _only_answer(self, x: Tensor, state: State) -> Step:
+        outcome = Outcome.ANSWERED
         with torch.no_grad():
             if isinstance(self.recipe.statistics, RunningStatistics):
                 _, averages = self.run(x, state.tensors, averages=state.averages, learn=True)
-                state = replace(state, averages=averages)
+                if all(average.isfinite().all() for average in (averages or {}).values()):
+                    state = replace(state, averages=averages)
+                else:
+                    outcome = Outcome.NON_FINITE
         output, logits = self.predict(x, state)
-        return Step(output, logits, state, Outcome.ANSWERED, {"entropy": entropy(logits).mean()})
+        return Step(output, logits, state, outcome, {"entropy": entropy(logits).mean()})
 
     def _learn_and_answer(self, x: Tensor, state: State) -> Step:
         done = self._one_step(x, state)

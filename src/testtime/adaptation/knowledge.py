@@ -16,6 +16,7 @@ from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError, StateError
 from testtime._core.files import atomic, digest
 from testtime._core.registry import find
+from testtime.adaptation.checks import check_input
 from testtime.adaptation.engine import Engine, gradients
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
@@ -65,7 +66,7 @@ class SourceKnowledge:
                 model, samples = json.loads(about["about"])
                 names = list(file.keys())
                 fisher = {name.removeprefix("fisher/"): file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
             raise StateError(
                 f"{path} cannot be read: {error}. Make it anew with fit_source."
             ) from error
@@ -73,7 +74,7 @@ class SourceKnowledge:
 
 
 def fit_source(
-    model: nn.Module, loader: Iterable[Any], *, methods: Sequence[str] = ("eata",)
+    model: nn.Module, loader: Iterable[Any], *, methods: str | Sequence[str] = ("eata",)
 ) -> SourceKnowledge:
     """Computes in one pass over source data what methods need to know of it.
 
@@ -86,10 +87,10 @@ def fit_source(
     Args:
         model: the source model; left as it is.
         loader: batches of inputs, or of tuples that begin with them; about 2000 samples (EATA).
-        methods: names of the methods that will use it.
+        methods: name or names of the methods that will use it.
 
     Raises:
-        InputError: when the loader gives no batch.
+        InputError: when the loader gives no batch, or one that is not fit for the model.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
@@ -99,6 +100,8 @@ def fit_source(
 
     Reference: Niu et al., Efficient Test-Time Model Adaptation without Forgetting, ICML 2022.
     """
+    if isinstance(methods, str):
+        methods = (methods,)
     recipes = [find("method", name).build() for name in methods]
     scopes = {recipe.scope: recipe for recipe in recipes if "fisher" in recipe.needs}
     norms = norm_layers(model)
@@ -107,6 +110,8 @@ def fit_source(
     engines = [Engine(model, recipe, norms, ranks=Ranks()) for recipe in scopes.values()]
     for batch in loader:
         x = batch[0] if isinstance(batch, tuple | list) else batch
+        for engine in engines:
+            check_input(x.to(engine.device), model, engine.recipe, engine.device)
         samples, batches = samples + len(x), batches + 1
         with torch.inference_mode(False), torch.enable_grad():
             for engine in engines:

@@ -24,9 +24,21 @@ from testtime.adaptation.parts.statistics import (
 from testtime.adaptation.ranks import Ranks
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
+_making = threading.Lock()
 ALONE = Ranks()
 Averages = dict[str, Tensor]
 """Moving averages: '<layer>.mean' and '<layer>.var' -> tensor, and 'seen' -> batches."""
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """Who holds it has the model to himself; models that share modules share it."""
+    with _making:
+        modules = list(model.modules())
+        known = (_locks[module] for module in modules if module in _locks)
+        lock = next(known, None) or threading.RLock()
+        for module in modules:
+            _locks.setdefault(module, lock)
+        return lock
 
 
 class Loan:
@@ -47,12 +59,13 @@ class Loan:
         self.modules = list(model.modules())
         self.places, self.canonical = places(model)
         self.parameters = list(model.parameters())
-        self.lock = _locks.setdefault(model, threading.RLock())
+        self.lock = lock_of(model)
 
     def source(self, name: str) -> Tensor:
         """The model's own tensor of that name, detached."""
         holder, key = self.places[name][0]
-        return holder[key].detach()
+        with self.lock:
+            return holder[key].detach()
 
     def source_moments(self, layer: NormLayer) -> Moments:
         """The statistics that a layer stored in training."""

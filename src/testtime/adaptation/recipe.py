@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from testtime._core.errors import OptionError
+from testtime._core.options import whole
 from testtime.adaptation.parts.optimizer import Optimizer
 from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.scope import Scope, nothing
@@ -73,8 +74,9 @@ class Recipe:
     reset_every: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise OptionError(f"steps is {self.steps}; expected at least 1")
+        whole(1, steps=self.steps)
+        if self.reset_every is not None:
+            whole(1, reset_every=self.reset_every)
         if self.learns and self.optimizer is None:
             raise OptionError("a recipe with an objective needs an optimizer; add optimizer=...")
         for question, part in self._callables():

@@ -8,6 +8,7 @@ return f(x)
 """
 
 from testtime._core.errors import OptionError
+from testtime._core.options import in_range
 from testtime._core.registry import register
 from testtime.adaptation.parts.statistics import (
     BatchStatistics,
@@ -64,12 +65,7 @@ def bn_adapt(
         raise OptionError(
             f"bn-adapt takes one of alpha, prior, momentum; given {', '.join(chosen)}"
         )
-    if not 0 <= alpha <= 1:
-        raise OptionError(f"alpha is {alpha}; expected a weight between 0 (source) and 1 (batch)")
-    if prior is not None and prior < 0:
-        raise OptionError(f"prior is {prior}; expected a number of samples, at least 0")
-    if momentum is not None and not 0 < momentum <= 1:
-        raise OptionError(f"momentum is {momentum}; expected a step above 0 and at most 1")
+    in_range(0, 1, alpha=alpha)
     statistics: Statistics = BatchStatistics()
     if momentum is not None:
         statistics = RunningStatistics(momentum=momentum)

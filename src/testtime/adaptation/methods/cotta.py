@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from testtime._core.arrays import at_least_single
-from testtime._core.errors import OptionError
+from testtime._core.options import in_range, whole
 from testtime._core.registry import register
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.outputs import read_logits, with_logits
@@ -108,8 +108,8 @@ def cotta(
 
     Reference: Wang et al., Continual Test-Time Domain Adaptation, CVPR 2022.
     """
-    if views < 1:
-        raise OptionError(f"views is {views}; expected at least 1")
+    whole(1, views=views)
+    in_range(0, 1, momentum=momentum, restore=restore, threshold=threshold)
     return Recipe(
         scope=weights_and_biases,
         statistics=BatchStatistics(),

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
+from testtime._core.options import in_range, whole
 from testtime._core.registry import register
 from testtime.adaptation.parts.objective import entropy
 from testtime.adaptation.parts.optimizer import SGD, rate_for_batch
@@ -45,6 +46,11 @@ class ShapeMatters:
     weight_margin: float
     patches: int
     dense: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        in_range(0, entropy_margin=self.entropy_margin, weight_margin=self.weight_margin)
+        in_range(-1, 1, drop_margin=self.drop_margin)
+        whole(1, patches=self.patches)
 
     def __call__(
         self,

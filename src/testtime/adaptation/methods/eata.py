@@ -7,6 +7,7 @@ for each batch x:
 
 from dataclasses import replace
 
+from testtime._core.options import in_range
 from testtime._core.registry import register
 from testtime.adaptation.methods.eta import eta
 from testtime.adaptation.parts.preservation import FisherPenalty
@@ -41,5 +42,6 @@ def eata(
 
     Reference: Niu et al., Efficient Test-Time Model Adaptation without Forgetting, ICML 2022.
     """
+    in_range(0, beta=beta)
     base = eta(lr=lr, momentum=momentum, margin=margin, redundancy=redundancy)
     return replace(base, penalty=FisherPenalty(weight=beta))

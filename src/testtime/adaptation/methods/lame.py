@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
 from testtime._core.errors import OptionError
+from testtime._core.options import whole
 from testtime._core.registry import register
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
@@ -110,8 +111,7 @@ def lame(*, affinity: Affinity = "knn", neighbours: int = 5, symmetric: bool = F
     """
     if affinity not in ("knn", "rbf", "linear"):
         raise OptionError(f"affinity is {affinity!r}; expected 'knn', 'rbf' or 'linear'")
-    if neighbours < 1:
-        raise OptionError(f"neighbours is {neighbours}; expected at least 1")
+    whole(1, neighbours=neighbours)
     return Recipe(
         prediction=LaplacianCorrection(
             affinity=affinity, neighbours=neighbours, symmetric=symmetric

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from testtime._core.errors import OptionError
+from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine, Step
@@ -109,8 +109,8 @@ def memo(
 
     Reference: Zhang, Levine, Finn, MEMO, NeurIPS 2022.
     """
-    if views < 1:
-        raise OptionError(f"views is {views}; expected at least 1")
+    whole(1, views=views)
+    in_range(0, prior=prior)
     return Recipe(
         scope=all_parameters,
         statistics=MixedStatistics(alpha=1 / (prior + 1)),

@@ -8,7 +8,7 @@ for s = 0, 1, 2, ... and batch x:
 import math
 from dataclasses import replace
 
-from testtime._core.errors import OptionError
+from testtime._core.options import whole
 from testtime._core.registry import register
 from testtime.adaptation.methods.eta import eta
 from testtime.adaptation.recipe import Recipe
@@ -40,7 +40,6 @@ def rdumb(
 
     Reference: Press et al., RDumb, NeurIPS 2023.
     """
-    if reset_every < 1:
-        raise OptionError(f"reset_every is {reset_every}; expected a number of batches, at least 1")
+    whole(1, reset_every=reset_every)
     base = eta(lr=lr, momentum=momentum, margin=margin, redundancy=redundancy)
     return replace(base, reset_every=reset_every)

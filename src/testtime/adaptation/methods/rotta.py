@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from testtime._core.arrays import at_least_single
-from testtime._core.errors import OptionError
+from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine, Step
@@ -105,10 +105,11 @@ class BalancedMemory:
         outcome = Outcome.STORED
         told: dict[str, Any] = {"used": 0}
         for image, label, doubt in zip(images, labels, uncertainty.tolist(), strict=True):
-            new = Item(label, doubt, clock, image)
-            items = self.offer(items, new, classes=logits.shape[-1])
+            if math.isfinite(doubt):  # a prediction that is no number would never leave the memory
+                new = Item(label, doubt, clock, image)
+                items = self.offer(items, new, classes=logits.shape[-1])
             clock += 1
-            if clock % self.every == 0:
+            if clock % self.every == 0 and items:
                 state, outcome, told = self._learn(engine, state, items, clock)
         told["entropy"] = entropy(logits).mean()
         return Step(output, logits, replace(state, memory=_pack(items, clock)), outcome, told)
@@ -185,9 +186,8 @@ def rotta(
 
     Reference: Yuan, Xie, Li, Robust Test-Time Adaptation in Dynamic Scenarios, CVPR 2023.
     """
-    for name, value in (("capacity", capacity), ("every", every)):
-        if value < 1:
-            raise OptionError(f"{name} is {value}; expected at least 1")
+    whole(1, capacity=capacity, every=every)
+    in_range(0, 1, alpha=alpha, nu=nu)
     return Recipe(
         scope=batchnorm_affine,
         statistics=RunningStatistics(momentum=alpha, unbiased=False, robust=True),

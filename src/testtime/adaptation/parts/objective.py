@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from testtime._core.arrays import at_least_single
+from testtime._core.options import in_range
 from testtime.adaptation.ranks import Ranks
 from testtime.measures import entropy as measure
 
@@ -29,6 +30,9 @@ class Diversity:
     """Minus the entropy of the batch's mean prediction, times a weight: rewards diverse batches."""
 
     weight: float
+
+    def __post_init__(self) -> None:
+        in_range(0, weight=self.weight)
 
     def __call__(self, logits: Tensor, ranks: Ranks) -> Tensor:
         return -self.weight * marginal_entropy(logits, ranks)

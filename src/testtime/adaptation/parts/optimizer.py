@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from testtime._core.options import in_range, whole
+
 OptimizerState = dict[str, Any]
 
 
@@ -23,6 +25,10 @@ class SGD:
 
     lr: float
     momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        in_range(0, lr=self.lr)
+        in_range(0, 1, momentum=self.momentum)
 
     def init(self, tensors: list[Tensor]) -> OptimizerState:
         """No direction yet."""
@@ -56,6 +62,9 @@ class Adam:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        in_range(0, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
 
     def init(self, tensors: list[Tensor]) -> OptimizerState:
         """Both moments at zero."""
@@ -94,6 +103,9 @@ class SharpnessAware:
     base: SGD | Adam
     rho: float = 0.05
 
+    def __post_init__(self) -> None:
+        in_range(0, rho=self.rho)
+
     def init(self, tensors: list[Tensor]) -> OptimizerState:
         """The base optimizer's."""
         return self.base.init(tensors)
@@ -123,4 +135,6 @@ def rate_for_batch(lr: float, batch_size: int) -> float:
         >>> rate_for_batch(0.32, 64), rate_for_batch(0.32, 8), rate_for_batch(0.32, 1)
         (0.32, 0.08, 0.02)
     """
+    in_range(0, lr=lr)
+    whole(1, batch_size=batch_size)
     return lr * min(1.0, batch_size / 32) * (2 if batch_size == 1 else 1)

@@ -1,11 +1,14 @@
 """What keeps source knowledge?"""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from testtime._core.options import in_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +20,9 @@ class StochasticRestoration:
     """
 
     rate: float
+
+    def __post_init__(self) -> None:
+        in_range(0, 1, rate=self.rate)
 
     def __call__(
         self, tensors: list[Tensor], source: list[Tensor], generator: torch.Generator
@@ -44,6 +50,9 @@ class FisherPenalty:
     weight: float
     needs: ClassVar[tuple[str, ...]] = ("fisher",)
 
+    def __post_init__(self) -> None:
+        in_range(0, weight=self.weight)
+
     def __call__(
         self,
         tensors: Mapping[str, Tensor],
@@ -68,6 +77,9 @@ class Recovery:
     """
 
     threshold: float
+
+    def __post_init__(self) -> None:
+        in_range(-math.inf, threshold=self.threshold)
 
     def __call__(self, average: float | None, loss: float) -> tuple[float | None, bool]:
         """The average after this loss (None after a recovery), and whether to recover."""

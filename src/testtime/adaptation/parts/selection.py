@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from testtime._core.arrays import at_least_single
+from testtime._core.options import in_range
 from testtime.adaptation.ranks import Ranks
 
 State = dict[str, Any]
@@ -26,6 +27,9 @@ class Reliable:
     """
 
     margin: float
+
+    def __post_init__(self) -> None:
+        in_range(0, margin=self.margin)
 
     def __call__(self, entropies: Tensor, classes: int) -> Tensor:
         return (entropies.detach() < self.margin * math.log(classes)).float()
@@ -45,6 +49,11 @@ class ReliableAndNew:
     margin: float
     redundancy: float | None
 
+    def __post_init__(self) -> None:
+        in_range(0, margin=self.margin)
+        if self.redundancy is not None:
+            in_range(0, redundancy=self.redundancy)
+
     def init(self) -> State:
         """No mean prediction yet: the first batch is asked for low entropy only."""
         return {"mean": None}
@@ -63,7 +72,7 @@ class ReliableAndNew:
         # 1 / exp(-a), not exp(a): to the last bit the weights of the published code
         weights = torch.where(chosen, 1 / (uncertainty - limit).exp(), 0.0)
         count = ranks.sum(chosen.sum().float())
-        batch_mean = ranks.sum((probs * chosen[:, None]).sum(0)) / count.clamp(min=1)
+        batch_mean = ranks.sum(torch.where(chosen[:, None], probs, 0.0).sum(0)) / count.clamp(min=1)
         if mean is None:
             fresh = batch_mean if float(count) else None
         else:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from testtime._core.options import in_range
+
 
 class Moments(NamedTuple):
     """Mean and variance of each channel."""
@@ -43,6 +45,12 @@ class MixedStatistics:
     prior: float | None = None
     unbiased: bool = False
 
+    def __post_init__(self) -> None:
+        if self.alpha is not None:
+            in_range(0, 1, alpha=self.alpha)
+        if self.prior is not None:
+            in_range(0, prior=self.prior)
+
     def blend(self, source: Moments, batch: Moments, *, samples: int, values: float) -> Moments:
         """Mixes the moments of `samples` samples, `values` values a channel, into the source's."""
         share = self.alpha if self.alpha is not None else samples / ((self.prior or 0.0) + samples)
@@ -66,6 +74,10 @@ class RunningStatistics:
     momentum: float | None = 0.1
     unbiased: bool = True
     robust: bool = False
+
+    def __post_init__(self) -> None:
+        if self.momentum is not None:
+            in_range(0, 1, momentum=self.momentum)
 
     def update(self, old: Moments, batch: Moments, *, seen: int, values: float) -> Moments:
         """The average after one more batch; `seen` batches came before."""

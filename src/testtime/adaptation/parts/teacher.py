@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from testtime._core.options import in_range
+
 
 @dataclass(frozen=True, kw_only=True)
 class MovingTeacher:
@@ -18,6 +20,9 @@ class MovingTeacher:
 
     momentum: float
     dense = True
+
+    def __post_init__(self) -> None:
+        in_range(0, 1, momentum=self.momentum)
 
     def follow(self, teacher: list[Tensor], student: list[Tensor]) -> list[Tensor]:
         """The teacher after the student's step."""

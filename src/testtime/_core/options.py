@@ -1,0 +1,76 @@
+"""Options are checked where they are given: of the right type, a number, and in range."""
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from testtime._core.errors import OptionError
+
+
+def in_range(low: float, high: float = math.inf, /, **options: Any) -> None:
+    """Refuses options that are no finite number from `low` to `high`.
+
+    Example:
+        >>> in_range(0, 1, momentum=0.9)
+        >>> in_range(0, lr=-1.0)
+        Traceback (most recent call last):
+        testtime._core.errors.OptionError: lr is -1.0; expected a number, at least 0
+    """
+    for name, value in options.items():
+        if not (_is_number(value) and math.isfinite(value) and low <= value <= high):
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise OptionError(f"{name} is {value!r}; expected a number, {bounds}")
+
+
+def whole(low: int, /, **options: Any) -> None:
+    """Refuses options that are no whole number of at least `low`.
+
+    Example:
+        >>> whole(1, steps=1.5)
+        Traceback (most recent call last):
+        testtime._core.errors.OptionError: steps is 1.5; expected a whole number, at least 1
+    """
+    for name, value in options.items():
+        if not (_fits(value, int) and value >= low):
+            raise OptionError(f"{name} is {value!r}; expected a whole number, at least {low}")
+
+
+def check_types(options: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
+    """Refuses options that are not what their annotations say; NaN is no number."""
+    for name, value in options.items():
+        kind = annotations[name]
+        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        if not any(_fits(value, kind) for kind in kinds):
+            raise OptionError(f"{name} is {value!r}; expected {' or '.join(map(_say, kinds))}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is not bool and isinstance(value, Real)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin = get_origin(kind)
+    if kind is float:
+        return _is_number(value) and not math.isnan(value)
+    if kind is int:
+        return type(value) is not bool and isinstance(value, Integral)
+    if kind is None:
+        return value is None
+    if origin is Literal:
+        return value in get_args(kind)
+    if kind is Callable or (origin is not None and origin is get_origin(Callable[..., Any])):
+        return callable(value)
+    plain = origin or kind
+    return not isinstance(plain, type) or isinstance(value, plain)
+
+
+def _say(kind: Any) -> str:
+    names: dict[Any, str] = {float: "a number", int: "a whole number", NoneType: "None"}
+    origin = get_origin(kind)
+    if origin is Literal:
+        return " or ".join(map(repr, get_args(kind)))
+    if origin is get_origin(Callable[..., Any]):
+        return "a function"
+    return names.get(kind) or getattr(kind, "__name__", str(kind))
