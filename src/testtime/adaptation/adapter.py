@@ -28,15 +28,15 @@ from testtime.adaptation.checks import check_input, expected_rank
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
-from testtime.adaptation.layers import norm_kind, norm_layers
+from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import Normaliser, lock_of
+from testtime.adaptation.look import look, named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import (
     BatchStatistics,
     MixedStatistics,
     RunningStatistics,
-    SourceStatistics,
 )
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe
@@ -92,8 +92,10 @@ class Adapter:
         source: SourceKnowledge | None = None,
         on_event: Callable[[Event], None] | None = None,
         process_group: Any = None,
+        features: str | None = None,
     ) -> None:
         _check_model(model)
+        named_layer(model, features)
         if on_event is not None and not callable(on_event):
             raise OptionError(f"on_event is {on_event!r}; expected a function of one event")
         if source is not None and not isinstance(source, SourceKnowledge):
@@ -105,6 +107,7 @@ class Adapter:
         self.events: deque[Event] = deque(maxlen=1000)
         self.counts = Counts()
         self._on_event, self._seed, self._source = on_event, seed, source
+        self._features = features
         self._ranks = Ranks(process_group)
         self._lock = threading.RLock()
         with lock_of(model):
@@ -255,7 +258,7 @@ class Adapter:
         needs = self.recipe.needs
         if needs and self._source is None:
             raise NeedsSource(
-                f"this method needs {', '.join(needs)} of the source data. Give "
+                f"this method needs {', '.join(n.name for n in needs)} of the source data. Give "
                 "source=tt.fit_source(model, loader), with a loader of about 2000 source samples."
             )
         if self._source is not None and self._source.model != fingerprint(self.model):
@@ -267,13 +270,20 @@ class Adapter:
     def _build(self, order: list[str]) -> Engine:
         norms = norm_layers(self.model, order)
         device = next(iter(self.model.parameters()), torch.zeros(())).device
-        fisher = None
-        if self._source is not None and "fisher" in self.recipe.needs:
-            fisher = {name: value.to(device) for name, value in self._source.fisher.items()}
+        known: dict[str, dict[str, Tensor]] = {}
+        for need in self.recipe.needs:
+            assert self._source is not None
+            if need.name not in self._source:
+                raise NeedsSource(
+                    f"source= holds no {need.name}, only {', '.join(self._source.entries) or 'nothing'}. "
+                    "Call tt.fit_source with the methods that you use."
+                )
+            own = self._source[need.name]
+            known[need.name] = {name: value.to(device) for name, value in own.items()}
         engine = Engine(
-            self.model, self.recipe, norms, fisher=fisher, seed=self._seed, ranks=self._ranks
+            self.model, self.recipe, norms, known=known, seed=self._seed, ranks=self._ranks
         )
-        missing = set(engine.names) - set(fisher) if fisher is not None else ()
+        missing = set(engine.names) - set(known["fisher"]) if "fisher" in known else ()
         if missing:
             raise NeedsSource(
                 f"source= holds no Fisher information of {min(missing)}. Call tt.fit_source with "
@@ -308,20 +318,8 @@ class Adapter:
 
     def _look(self, x: Tensor) -> None:
         """Runs the source model once, on a sample or two, and notes what runs in which order."""
-        order: list[str] = []
-        last: list[nn.Module] = []
-        hooks = []
-        for name, module in self.model.named_modules():
-            if norm_kind(module) is not None:
-                hooks.append(module.register_forward_pre_hook(lambda *_, n=name: order.append(n)))
-            if isinstance(module, nn.Linear):
-                hooks.append(module.register_forward_pre_hook(lambda m, _: last.append(m)))
-        try:
-            output, _ = self._engine.loan.run(x[:2], {}, SourceStatistics(), ranks=Ranks())
-        finally:
-            for hook in hooks:
-                hook.remove()
-        logits = read_logits(output)
+        found = look(self.model, self._engine.loan, x, features=self._features)
+        logits = read_logits(found.output)
         if len(logits) != len(x[:2]):
             raise InputError(
                 f"the model answered {len(x[:2])} samples with {len(logits)} predictions; expected "
@@ -337,9 +335,9 @@ class Adapter:
                 f"the model returns dense logits {tuple(logits.shape)}; this method needs one "
                 "prediction for each sample. Use tent, eta, eata, sar, ostta or bn-adapt."
             )
-        engine = self._build(list(dict.fromkeys(order)))
-        engine.feature_layer = last[-1] if last else None
-        if self.recipe.asks_for("features") and not last:
+        engine = self._build(found.order)
+        engine.feature_layer = found.feature_layer
+        if self.recipe.asks_for("features") and found.feature_layer is None:
             with engine.loan.recording(None, []):
                 pass
         if engine.names != self._engine.names and not self._state.steps:

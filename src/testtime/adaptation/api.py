@@ -47,6 +47,7 @@ def adapt(
     source: SourceKnowledge | None = None,
     on_event: Callable[[Event], None] | None = None,
     process_group: Any = None,
+    features: str | None = None,
     **options: Any,
 ) -> Adapter:
     """Puts an adapter around a model: it answers as the model does, and learns while it answers.
@@ -60,6 +61,8 @@ def adapt(
         on_event: called after each step with what became of it.
         process_group: ranks that adapt together, each with its own batch, as one process would
             with the joined batch. None: this process adapts alone.
+        features: name of the layer whose input are the features, for methods that read them. None:
+            the linear layer that runs last.
         options: of the method, when it is named.
 
     Raises:
@@ -100,5 +103,11 @@ def adapt(
                 "about 2000 source samples."
             )
     return Adapter(
-        model, recipe, seed=seed, source=source, on_event=on_event, process_group=process_group
+        model,
+        recipe,
+        seed=seed,
+        source=source,
+        on_event=on_event,
+        process_group=process_group,
+        features=features,
     )

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError
+from testtime.adaptation.parts.views import needs_pixels
 from testtime.adaptation.recipe import Recipe
 
 RANKS = (
@@ -56,8 +57,9 @@ def check_input(
         raise InputError(
             f"{bad} of {len(x)} samples hold NaN or infinite values. Drop or mend them."
         )
-    views = (recipe.views, recipe.memory)
-    if any(getattr(part, "pixels", False) for part in views):
+    parts = (recipe.views, recipe.procedure)
+    own = recipe.augment is not None and needs_pixels(recipe.augment)
+    if own or any(getattr(part, "pixels", False) for part in parts):
         low, high = (float(value) for value in torch.aminmax(x))
         if x.dim() != 4 or low < -1e-3 or high > 1 + 1e-3:
             raise InputError(

@@ -19,7 +19,7 @@ from testtime.adaptation.parts.optimizer import SharpnessAware
 from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import RunningStatistics
 from testtime.adaptation.ranks import Ranks
-from testtime.adaptation.recipe import Recipe, describe
+from testtime.adaptation.recipe import Recipe, describe, reads
 from testtime.adaptation.state import State
 from testtime.measures.entropy import entropy
 
@@ -41,7 +41,7 @@ class Engine:
         model: the caller's model; borrowed.
         recipe: the method.
         norms: the model's normalisation layers in order of execution.
-        fisher: Fisher information by name of tensor, where the recipe needs it.
+        known: what is known of the source data: need -> tensors by name.
         seed: of the random parts.
         ranks: the processes that adapt together.
     """
@@ -52,11 +52,11 @@ class Engine:
         recipe: Recipe,
         norms: list[NormLayer],
         *,
-        fisher: dict[str, Tensor] | None = None,
+        known: dict[str, dict[str, Tensor]] | None = None,
         seed: int = 0,
         ranks: Ranks,
     ) -> None:
-        self.recipe, self.ranks, self.seed, self.fisher = recipe, ranks, seed, fisher
+        self.recipe, self.ranks, self.seed, self.known = recipe, ranks, seed, known or {}
         self.loan = Loan(model, norms)
         # a tied tensor adapts once
         own = (self.loan.canonical.get(name, name) for name in recipe.scope(model, norms))
@@ -131,9 +131,8 @@ class Engine:
         if state.generator is not None:
             self.generator.set_state(state.generator)
         with torch.no_grad():
-            views = self.recipe.views
-            if views is not None and self.recipe.teacher is None:
-                return views.predict(self, x, state)
+            if hasattr(self.recipe.procedure, "predict"):
+                return self.recipe.procedure.predict(self, x, state)
             answering = isinstance(self.recipe.statistics, RunningStatistics)
             return self.answer(Evidence(self, state, state.tensors, x, learn=not answering))
 
@@ -144,12 +143,10 @@ class Engine:
         recipe = self.recipe
         if state.generator is not None:
             self.generator.set_state(state.generator)
-        if recipe.memory is not None:
-            done = recipe.memory.step(self, x, state)
+        if recipe.procedure is not None:
+            done = recipe.procedure.step(self, x, state)
         elif not recipe.learns:
             done = self._only_answer(x, state)
-        elif recipe.views is not None and recipe.teacher is None:
-            done = recipe.views.step(self, x, state)
         else:
             done = self._learn_and_answer(x, state)
         settled = replace(
@@ -176,6 +173,11 @@ class Engine:
         done = self._one_step(x, state)
         for _ in range(self.recipe.steps - 1):
             done = self._one_step(x, done.state)
+        if self.recipe.answer_after:
+            generator = replace(done.state, generator=self.generator.get_state())
+            output, logits = self.predict(x, generator)
+            done.measured["entropy"] = entropy(logits).mean()
+            return done._replace(output=output, logits=logits)
         return done
 
     def _one_step(self, x: Tensor, state: State) -> Step:
@@ -243,8 +245,14 @@ class Engine:
                 followed = recipe.teacher.follow(list(teacher.values()), moved)
                 teacher = dict(zip(teacher, followed, strict=True))
             if recipe.restoration is not None:
-                source = [self.loan.source(name) for name in state.tensors]
-                moved = recipe.restoration(moved, source, self.generator)
+                offered = {
+                    "tensors": moved,
+                    "source": [self.loan.source(name) for name in state.tensors],
+                    "grads": grads,
+                    "generator": self.generator,
+                }
+                asked = reads(recipe.restoration)
+                moved = recipe.restoration(**{name: offered[name] for name in asked})
         state = replace(
             state,
             tensors=dict(zip(state.tensors, moved, strict=True)),
@@ -295,8 +303,7 @@ class Engine:
         if not terms:
             return None, used
         if recipe.penalty is not None:
-            source = self.source_tensors(evidence.tensors)
-            terms.append(recipe.penalty(evidence.tensors, source, self.fisher))
+            terms.append(evidence.ask(recipe.penalty))
         return sum(terms[1:], start=terms[0]), used
 
     def _gradient(self, loss: Tensor, evidence: Evidence) -> list[Tensor]:

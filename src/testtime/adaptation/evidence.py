@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from testtime.adaptation.loan import no_features
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.recipe import reads
 from testtime.measures.entropy import entropy
@@ -27,6 +28,7 @@ class Evidence:
         student_inputs: what the student sees in its place, e.g. changed copies.
         ages: how long the samples have been in memory, in units of its capacity.
         learn: whether moving averages take the batch in.
+        tapped: whether features are recorded; None: when a part reads them.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Evidence:
         student_inputs: Tensor | None = None,
         ages: Tensor | None = None,
         learn: bool = True,
+        tapped: bool | None = None,
     ) -> None:
         self.engine, self.state, self.tensors, self.inputs = engine, state, tensors, inputs
         self.ages, self.learn = ages, learn
@@ -46,18 +49,20 @@ class Evidence:
         self.student_inputs = inputs if student_inputs is None else student_inputs
         self.averages = state.averages
         self.teacher_averages = state.teacher_averages
+        wanted = engine.recipe.asks_for("features") or engine.recipe.asks_for("augmented_features")
+        self._tapped = wanted if tapped is None else tapped
         self._features: list[Tensor] = []
+        self._augmented_features: list[Tensor] = []
 
     @cached_property
     def output(self) -> Any:
         """The adapted model's output, as the model returns it."""
-        tap = self._record if self.engine.recipe.asks_for("features") else None
         output, self.averages = self.engine.run(
             self.student_inputs,
             self.tensors,
             averages=self.state.averages,
             learn=self.learn,
-            tap=tap,
+            tap=self._tap(self._features),
         )
         return output
 
@@ -115,15 +120,48 @@ class Evidence:
     def features(self) -> Tensor:
         """The input (B, d) of the model's last linear layer."""
         _ = self.output
+        if not self._features:
+            raise no_features(self.engine.loan.model)
         return self._features[-1].flatten(1)
+
+    @cached_property
+    def augmented(self) -> Tensor:
+        """The adapted model's logits for a changed copy of the batch, made by `recipe.augment`."""
+        changed = self.engine.recipe.augment(self.inputs, self.generator)
+        output, _ = self.engine.run(
+            changed,
+            self.tensors,
+            averages=self.state.averages,
+            learn=self.learn,
+            tap=self._tap(self._augmented_features),
+        )
+        return rows(read_logits(output))
+
+    @property
+    def augmented_features(self) -> Tensor:
+        """The features of that copy."""
+        _ = self.augmented
+        return self._augmented_features[-1].flatten(1)
+
+    @property
+    def known(self) -> dict[str, dict[str, Tensor]]:
+        """What is known of the source data: need -> tensors by name."""
+        return self.engine.known
+
+    @property
+    def source_tensors(self) -> dict[str, Tensor]:
+        """The source model's values of what adapts."""
+        return self.engine.source_tensors(self.tensors)
 
     @property
     def classes(self) -> int:
         """Number of classes."""
         return self.logits.shape[-1]
 
-    def _record(self) -> Any:
-        return self.engine.loan.recording(self.engine.feature_layer, self._features)
+    def _tap(self, into: list[Tensor]) -> Any:
+        if not self._tapped:
+            return None
+        return lambda: self.engine.loan.recording(self.engine.feature_layer, into)
 
     def ask(self, part: Callable[..., Any], **more: Any) -> Any:
         """Calls a part with what its signature names."""

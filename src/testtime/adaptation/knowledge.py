@@ -1,8 +1,9 @@
 """What methods need to know of the source data, computed once where the data is, and saved."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from testtime._core.arrays import at_least_single
-from testtime._core.errors import InputError, StateError
+from testtime._core.errors import InputError, OptionError, StateError
 from testtime._core.files import atomic, digest
 from testtime._core.registry import find
-from testtime.adaptation.checks import check_input
+from testtime.adaptation.checks import check_input, expected_rank
 from testtime.adaptation.engine import Engine, gradients
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
+from testtime.adaptation.look import look
+from testtime.adaptation.parts.knowledge import Need
 from testtime.adaptation.ranks import Ranks
+from testtime.adaptation.recipe import Recipe, describe
 
-FORMAT = "testtime-source-1"
+FORMAT = "testtime-source-2"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -32,24 +34,50 @@ def fingerprint(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class SourceKnowledge:
-    """What is known of the source data, for one model.
+    """What is known of the source data, for one model; printed, it says what and how large.
 
     Attributes:
         model: fingerprint of the model.
         samples: source samples that were read.
-        fisher: Fisher information by name of tensor.
+        entries: what was needed -> tensors by name.
+        methods: method -> what it needs of the entries.
     """
 
     model: str
     samples: int
-    fisher: dict[str, Tensor]
+    entries: dict[str, dict[str, Tensor]]
+    methods: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __getitem__(self, need: str) -> dict[str, Tensor]:
+        return self.entries[need]
+
+    def __contains__(self, need: object) -> bool:
+        return need in self.entries
+
+    def __str__(self) -> str:
+        sizes = {
+            need: sum(t.numel() * t.element_size() for t in own.values()) / 2**20
+            for need, own in self.entries.items()
+        }
+        lines = [f"of {self.samples} source samples, {sum(sizes.values()):.2f} MB:"]
+        for method, needs in self.methods.items():
+            parts = [
+                f"{need} ({len(self.entries[need])} tensors, {sizes[need]:.2f} MB)"
+                for need in needs
+            ]
+            lines.append(f"  {method}: {', '.join(parts) or 'needs nothing'}")
+        return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
         """Writes it as safetensors, wholly or not at all."""
-        tensors = {f"fisher/{k}": v.cpu().contiguous() for k, v in self.fisher.items()}
-        about = {"format": FORMAT, "about": json.dumps([self.model, self.samples])}
+        tensors = {
+            f"{need}/{name}": tensor.cpu().contiguous()
+            for need, own in self.entries.items()
+            for name, tensor in own.items()
+        }
+        plain = [self.model, self.samples, list(self.entries), self.methods]
         with atomic(path) as part:
-            save_file(tensors, part, about)
+            save_file(tensors, part, {"format": FORMAT, "about": json.dumps(plain)})
 
     @staticmethod
     def load(path: str | Path) -> "SourceKnowledge":
@@ -62,67 +90,172 @@ class SourceKnowledge:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 if about.get("format") != FORMAT:
-                    raise StateError(f"{path} is not what SourceKnowledge.save() wrote.")
-                model, samples = json.loads(about["about"])
-                names = list(file.keys())
-                fisher = {name.removeprefix("fisher/"): file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+                    raise StateError(
+                        f"{path} is not what SourceKnowledge.save() of this version wrote. Make it "
+                        "anew with fit_source."
+                    )
+                model, samples, needs, methods = json.loads(about["about"])
+                entries: dict[str, dict[str, Tensor]] = {need: {} for need in needs}
+                for full in file.keys():  # noqa: SIM118
+                    need, _, name = full.partition("/")
+                    entries[need][name] = file.get_tensor(full)
+        except (SafetensorError, OSError) as error:
             raise StateError(
                 f"{path} cannot be read: {error}. Make it anew with fit_source."
             ) from error
-        return SourceKnowledge(model, samples, fisher)
+        return SourceKnowledge(model, samples, entries, {k: tuple(v) for k, v in methods.items()})
+
+
+class SourceBatch:
+    """A batch of source data as needs see it; what is costly is made when asked for, once.
+
+    Args:
+        inputs: the batch.
+        labels: (B,), or None.
+        source: engine that runs the source model.
+        engine: of the method that needs it.
+    """
+
+    def __init__(
+        self, inputs: Tensor, labels: Tensor | None, seen: Evidence, engine: Engine
+    ) -> None:
+        self.inputs, self._labels, self._seen, self.engine = inputs, labels, seen, engine
+
+    @property
+    def labels(self) -> Tensor:
+        """Class of each sample (B,).
+
+        Raises:
+            InputError: the loader gives none.
+        """
+        if self._labels is None:
+            raise InputError(
+                "the method needs labels of the source data; give a loader of (inputs, labels)."
+            )
+        return self._labels
+
+    @property
+    def logits(self) -> Tensor:
+        """The source model's logits (B, C), without a gradient."""
+        return self._seen.logits
+
+    @property
+    def features(self) -> Tensor:
+        """The source model's features (B, d): input of the last linear layer, or as named."""
+        return self._seen.features
+
+    @cached_property
+    def _evidence(self) -> Evidence:
+        state = self.engine.fresh()
+        return Evidence(self.engine, state, self.engine.leaves(state), self.inputs)
+
+    def gradients(self, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Gradients of a loss of the logits, under the method's statistics, of what it adapts."""
+        with torch.enable_grad():
+            evidence = self._evidence
+            grads = gradients(loss(evidence.logits), evidence.tensors)
+        return dict(zip(evidence.tensors, grads, strict=True))
 
 
 def fit_source(
-    model: nn.Module, loader: Iterable[Any], *, methods: str | Sequence[str] = ("eata",)
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    methods: str | Recipe | Sequence[str | Recipe] | Mapping[str, Recipe] = ("eata",),
+    features: str | None = None,
 ) -> SourceKnowledge:
-    """Computes in one pass over source data what methods need to know of it.
+    """Computes in one pass over source data all that the named methods need to know of it.
 
-        F_j = mean over batches of ( d/dtheta_j mean_i CE(argmax z_i, z_i) )^2
-
-    Fisher information of the tensors that the methods adapt, from the model's own predictions;
-    labels are not read. The squared gradient is that of the batch mean, as in EATA's code, so it
-    depends on the batch size: use the stream's.
+    Print the result to see what each method needs and how large it is. Few methods (they say so)
+    need more than one pass, or labels.
 
     Args:
         model: the source model; left as it is.
-        loader: batches of inputs, or of tuples that begin with them; about 2000 samples (EATA).
-        methods: name or names of the methods that will use it.
+        loader: batches of inputs, or of (inputs, labels, ...); about 2000 samples serve most.
+        methods: names of the methods that will use it, or recipes.
+        features: name of the layer whose input are the features; None is the linear layer that
+            runs last.
 
     Raises:
-        InputError: when the loader gives no batch, or one that is not fit for the model.
+        InputError: when the loader gives no batch, one that is not fit for the model, or no labels
+            where they are needed.
+        OptionError: when two methods need the same thing with other options.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
         >>> known = fit_source(model, [torch.randn(8, 4)], methods=["eata"])
-        >>> sorted(known.fisher), known.samples
-        (['1.bias', '1.weight'], 8)
-
-    Reference: Niu et al., Efficient Test-Time Model Adaptation without Forgetting, ICML 2022.
+        >>> print(known)
+        of 8 source samples, 0.00 MB:
+          eata: fisher (2 tensors, 0.00 MB)
     """
-    if isinstance(methods, str):
-        methods = (methods,)
-    recipes = [find("method", name).build() for name in methods]
-    scopes = {recipe.scope: recipe for recipe in recipes if "fisher" in recipe.needs}
-    norms = norm_layers(model)
-    total: dict[str, Tensor] = {}
+    recipes = _recipes(methods)
+    needs: dict[str, tuple[Need, dict[Any, Recipe]]] = {}
+    for recipe in recipes.values():
+        for need in recipe.needs:
+            known, scopes = needs.setdefault(need.name, (need, {}))
+            if known != need:
+                raise OptionError(
+                    f"two methods need {need.name} with other options: {describe(known)} and "
+                    f"{describe(need)}. Call fit_source for each."
+                )
+            scopes[recipe.scope, recipe.statistics] = recipe
+    norms, rank = norm_layers(model), expected_rank(model)
+    source = Engine(model, Recipe(), norms, ranks=Ranks())
+    engines = {
+        name: [Engine(model, recipe, norms, ranks=Ranks()) for recipe in scopes.values()]
+        for name, (_, scopes) in needs.items()
+    }
+    totals: dict[tuple[str, int], dict[str, Tensor]] = {}
     samples = batches = 0
-    engines = [Engine(model, recipe, norms, ranks=Ranks()) for recipe in scopes.values()]
-    for batch in loader:
-        x = batch[0] if isinstance(batch, tuple | list) else batch
-        for engine in engines:
-            check_input(x.to(engine.device), model, engine.recipe, engine.device)
-        samples, batches = samples + len(x), batches + 1
-        with torch.inference_mode(False), torch.enable_grad():
-            for engine in engines:
-                state = engine.fresh()
-                seen = Evidence(engine, state, engine.leaves(state), x.to(engine.device))
-                loss = F.cross_entropy(at_least_single(seen.logits), seen.logits.argmax(-1))
-                grads = gradients(loss, seen.tensors)
-                for name, grad in zip(seen.tensors, grads, strict=True):
-                    total[name] = total.get(name, torch.zeros_like(grad)) + grad.square()
-    if not batches:
-        raise InputError("the loader gave no batch; expected about 2000 source samples.")
-    return SourceKnowledge(
-        fingerprint(model), samples, {name: value / batches for name, value in total.items()}
-    )
+    passes = max((getattr(need, "passes", 1) for need, _ in needs.values()), default=1)
+    for number in range(passes):
+        samples = batches = 0
+        for item in loader:
+            x, labels = _unpack(item, source.device)
+            check_input(x, source.recipe, expected=rank, device=source.device)
+            with torch.inference_mode(False), torch.no_grad():
+                if not batches and not number:
+                    found = look(model, source.loan, x, features=features)
+                    for engine in (source, *(each for own in engines.values() for each in own)):
+                        engine.feature_layer = found.feature_layer
+                samples, batches = samples + len(x), batches + 1
+                state = source.fresh()
+                tapped = source.feature_layer is not None
+                seen = Evidence(source, state, {}, x, tapped=tapped)
+                for name, (need, _) in needs.items():
+                    if number < getattr(need, "passes", 1):
+                        for place, engine in enumerate(engines[name]):
+                            batch = SourceBatch(x, labels, seen, engine)
+                            total = totals.get((name, place), {})
+                            totals[name, place] = need.add(total, batch)
+        if not batches:
+            raise InputError(
+                "the loader gave no batch; expected about 2000 source samples"
+                + (", as often as it is read: give a DataLoader or a list." if number else ".")
+            )
+    entries: dict[str, dict[str, Tensor]] = {name: {} for name in needs}
+    for (name, _), total in totals.items():
+        entries[name] |= needs[name][0].finish(total, samples=samples, batches=batches)
+    by_method = {name: tuple(n.name for n in recipe.needs) for name, recipe in recipes.items()}
+    return SourceKnowledge(fingerprint(model), samples, entries, by_method)
+
+
+def _recipes(methods: Any) -> dict[str, Recipe]:
+    if isinstance(methods, Mapping):
+        return dict(methods)
+    if isinstance(methods, str | Recipe):
+        methods = (methods,)
+    found: dict[str, Recipe] = {}
+    for method in methods:
+        if isinstance(method, Recipe):
+            found[f"recipe {len(found) + 1}"] = method
+        else:
+            found[method] = find("method", method).build()
+    return found
+
+
+def _unpack(item: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    parts: list[Any] = list(item) if isinstance(item, tuple | list) else [item]
+    labels = parts[1] if len(parts) > 1 and isinstance(parts[1], Tensor) else None
+    x = parts[0].to(device) if isinstance(parts[0], Tensor) else parts[0]
+    return x, None if labels is None else labels.to(device)

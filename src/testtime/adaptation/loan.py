@@ -41,6 +41,14 @@ def lock_of(model: nn.Module) -> threading.RLock:
         return lock
 
 
+def no_features(model: nn.Module) -> ScopeError:
+    """The error for a model whose features cannot be found."""
+    return ScopeError(
+        f"no linear layer ran in {type(model).__name__}, so its features are not known. Name the "
+        "layer whose input they are: features='...' of tt.adapt and tt.fit_source."
+    )
+
+
 class Loan:
     """The caller's model, its places for tensors, and the one way to run it.
 
@@ -105,10 +113,7 @@ class Loan:
     def recording(self, layer: nn.Module | None, into: list[Tensor]) -> Iterator[None]:
         """While it lasts, the input of `layer` is appended to `into` at each forward."""
         if layer is None:
-            raise ScopeError(
-                f"{type(self.model).__name__} has no linear layer whose input could serve as "
-                "features. Use a model that ends in one, or a method that reads no features."
-            )
+            raise no_features(self.model)
         hook = layer.register_forward_pre_hook(lambda _, args: into.append(args[0]))
         try:
             yield

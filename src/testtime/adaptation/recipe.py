@@ -8,17 +8,19 @@ from typing import Any
 
 from testtime._core.errors import OptionError
 from testtime._core.options import whole
+from testtime.adaptation.parts.knowledge import Need
 from testtime.adaptation.parts.optimizer import Optimizer
 from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.scope import Scope, nothing
 from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
 
 EVIDENCE = (
-    "inputs", "logits", "entropies", "teacher", "source", "features", "forward", "classes",
-    "generator", "ranks", "ages",
+    "inputs", "logits", "entropies", "features", "augmented", "augmented_features", "teacher",
+    "source", "forward", "classes", "generator", "ranks", "ages", "tensors", "source_tensors",
+    "known",
 )  # fmt: skip
 """What a part may ask to see, by naming it in its signature."""
-CALLED = ("objective", "batch_objective", "prediction")
+CALLED = ("objective", "batch_objective", "penalty", "prediction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +36,23 @@ class Recipe:
         statistics: what layers with stored statistics normalise with.
         objective: what is minimised, one value for each sample (dense logits: for each pixel).
         batch_objective: what is minimised besides, one value for the batch; all samples count.
-        penalty: what is minimised besides, a function of the adapted tensors.
+        penalty: what is minimised besides, a function of the adapted tensors and of what is known.
         selection: which samples may teach, and how much: weights, 0 for those that may not. The
             objective is averaged over those that may. Of several selections (a tuple) the weights
             multiply.
-        memory: what is remembered and learnt from in place of the batch.
         teacher: a moving average of the adapted model, which answers for the objective.
-        views: changed copies that are learnt from or averaged.
-        restoration: returns adapted tensors towards the source after each step.
+        views: changed copies that the teacher averages.
+        augment: makes the one changed copy that parts see as `augmented`.
+        restoration: returns adapted tensors towards the source after each step; it names what it
+            reads, out of `tensors`, `source`, `grads` (lists) and `generator`.
         recovery: when to give up and go back to the source.
         prediction: what is answered, as logits.
         optimizer: how a step is taken.
         steps: steps on each batch.
+        answer_after: whether the answer comes from a forward after the last step.
+        procedure: a loop of the method's own, in place of the engine's. It has `step(engine, x,
+            state) -> Step`, and `predict(engine, x, state) -> (output, logits)` where its answer is
+            not that of the recipe's prediction. What it keeps is `state.memory`.
         episodic: whether every batch begins at the source.
         reset_every: batches after which the source is restored.
 
@@ -62,14 +69,16 @@ class Recipe:
     batch_objective: Callable[..., Any] | None = None
     penalty: Any = None
     selection: Any = None
-    memory: Any = None
     teacher: Any = None
     views: Any = None
+    augment: Any = None
     restoration: Any = None
     recovery: Any = None
     prediction: Callable[..., Any] = student
     optimizer: Optimizer | None = None
     steps: int = 1
+    answer_after: bool = False
+    procedure: Any = None
     episodic: bool = False
     reset_every: int | None = None
 
@@ -86,6 +95,11 @@ class Recipe:
                         f"the {question} {describe(part)} reads {name!r}, which nothing provides. "
                         f"A part may read: {', '.join(EVIDENCE)}"
                     )
+                if name.startswith("augmented") and self.augment is None:
+                    raise OptionError(
+                        f"the {question} {describe(part)} reads the answers for changed copies, "
+                        "but the recipe makes none; add augment=..."
+                    )
                 if name == "teacher" and self.teacher is None:
                     raise OptionError(
                         f"the {question} {describe(part)} reads the teacher's logits, but the "
@@ -98,9 +112,10 @@ class Recipe:
         return self.objective is not None or self.batch_objective is not None
 
     @property
-    def needs(self) -> tuple[str, ...]:
+    def needs(self) -> tuple[Need, ...]:
         """What must be known of the source data."""
-        return tuple(need for part in self._parts() for need in getattr(part, "needs", ()))
+        needs = (need for part in self._parts() for need in getattr(part, "needs", ()))
+        return tuple(dict.fromkeys(needs))
 
     @property
     def selections(self) -> tuple[Any, ...]:

@@ -38,7 +38,7 @@ def eata(
 
     Example:
         >>> eata().needs
-        ('fisher',)
+        (Fisher(),)
 
     Reference: Niu et al., Efficient Test-Time Model Adaptation without Forgetting, ICML 2022.
     """

@@ -104,7 +104,7 @@ def memo(
         augment: makes the copies.
 
     Example:
-        >>> memo(views=8).views.count
+        >>> memo(views=8).procedure.count
         8
 
     Reference: Zhang, Levine, Finn, MEMO, NeurIPS 2022.
@@ -115,6 +115,6 @@ def memo(
         scope=all_parameters,
         statistics=MixedStatistics(alpha=1 / (prior + 1)),
         batch_objective=marginal_entropy,
-        views=EachImage(count=views, augment=augment),
+        procedure=EachImage(count=views, augment=augment),
         optimizer=SGD(lr=lr),
     )

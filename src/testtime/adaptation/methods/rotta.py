@@ -181,7 +181,7 @@ def rotta(
         augment: T, what the student sees.
 
     Example:
-        >>> rotta().memory.every
+        >>> rotta().procedure.every
         64
 
     Reference: Yuan, Xie, Li, Robust Test-Time Adaptation in Dynamic Scenarios, CVPR 2023.
@@ -193,7 +193,7 @@ def rotta(
         statistics=RunningStatistics(momentum=alpha, unbiased=False, robust=True),
         objective=teacher_cross_entropy,
         selection=timeliness,
-        memory=BalancedMemory(capacity=capacity, every=every, augment=augment),
+        procedure=BalancedMemory(capacity=capacity, every=every, augment=augment),
         teacher=MovingTeacher(momentum=1 - nu),
         prediction=from_teacher,
         optimizer=Adam(lr=lr),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from testtime._core.options import in_range
+from testtime.adaptation.parts.knowledge import Fisher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class FisherPenalty:
     """
 
     weight: float
-    needs: ClassVar[tuple[str, ...]] = ("fisher",)
+    needs: ClassVar[tuple[Fisher, ...]] = (Fisher(),)
 
     def __post_init__(self) -> None:
         in_range(0, weight=self.weight)
@@ -56,11 +57,12 @@ class FisherPenalty:
     def __call__(
         self,
         tensors: Mapping[str, Tensor],
-        source: Mapping[str, Tensor],
-        fisher: Mapping[str, Tensor],
+        source_tensors: Mapping[str, Tensor],
+        known: Mapping[str, Mapping[str, Tensor]],
     ) -> Tensor:
+        fisher = known["fisher"]
         terms = [
-            (fisher[name] * (tensor - source[name]).square()).sum()
+            (fisher[name] * (tensor - source_tensors[name]).square()).sum()
             for name, tensor in tensors.items()
         ]
         return self.weight * torch.stack(terms).sum()

@@ -63,7 +63,7 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
 def _distance(adapter: tt.Adapter, known: tt.SourceKnowledge) -> float:
     own = dict(adapter.model.named_parameters())
     terms = [
-        (known.fisher[name] * (tensor - own[name]).square()).sum()
+        (known["fisher"][name] * (tensor - own[name]).square()).sum()
         for name, tensor in adapter.snapshot().tensors.items()
     ]
     return float(torch.stack(terms).sum())
