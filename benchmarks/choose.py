@@ -1,4 +1,4 @@
-"""The runs behind docs/how-to-choose.md: which method holds on which kind of stream.
+"""Which method holds on which kind of stream, on the embedded classifiers.
 
     python benchmarks/choose.py --out runs/choose
 

@@ -46,7 +46,7 @@ def index() -> str:
             "# Methods\n",
             "Each is one file that opens with the paper's algorithm, and a value: a recipe of "
             "parts of which each can be [replaced](../extending.md). "
-            "[How to choose](../how-to-choose.md) shows what they did on three kinds of streams.\n",
+            "[How to choose](../how-to-choose.md) says when to use which.\n",
             "| method | what it does | needs of the source data |\n|---|---|---|",
             *lines,
         ]
