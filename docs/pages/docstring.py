@@ -39,6 +39,8 @@ def parse(text: str) -> Docstring:
     notes: list[str] = []
     for block in blocks:
         label, _, body = block.partition(":")
+        if label in parts:
+            raise ValueError(f"a docstring says {label!r} twice: {summary}")
         if label in LABELS:
             parts[label] = body if body.startswith("\n") else " ".join(body.split())
         else:
