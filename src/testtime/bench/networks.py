@@ -38,7 +38,8 @@ class SmallResNet(nn.Module):
     Args:
         norm: makes the normalisation layer for a number of channels, e.g. `nn.BatchNorm2d`.
         classes: number of classes.
-        mean, std: of the training pixels; the first thing the network does is to remove them.
+        mean: of the training pixels; the first thing the network does is to remove it.
+        std: of the training pixels, by which it divides.
     """
 
     def __init__(

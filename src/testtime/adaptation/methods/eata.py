@@ -30,7 +30,10 @@ def eata(
     Not when: no samples of the source data are at hand; then use `eta`.
 
     Args:
-        lr, momentum, margin, redundancy: as for `eta`.
+        lr: as for `eta`; 2.5e-4 (code).
+        momentum: as for `eta`.
+        margin: as for `eta`; 0.4 (code).
+        redundancy: as for `eta`; None goes by the number of classes.
         beta: weight of the penalty; 2000 for ImageNet, 1 for CIFAR (code).
 
     Needs `source=tt.fit_source(model, loader, methods=["eata"])`: the Fisher information of about

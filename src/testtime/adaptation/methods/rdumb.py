@@ -30,7 +30,9 @@ def rdumb(
     Not when: the stream is shorter than `reset_every` batches: then it is `eta`.
 
     Args:
-        lr, momentum, redundancy: as for `eta`; d is 0.05 (code), made for a thousand classes.
+        lr: as for `eta`; 2.5e-4 (code).
+        momentum: as for `eta`.
+        redundancy: d, as for `eta`; 0.05 (code), made for a thousand classes.
         margin: E0 in units of ln C; (ln 1000 / 2 - 1) / ln 1000 = 0.355 (code).
         reset_every: T; 1000 (paper).
 
