@@ -10,10 +10,14 @@ import testtime as tt
 from models import batches, tiny
 from reference import methods as reference
 from testtime.adaptation.methods.eata import eata
+from testtime.adaptation.methods.lame import affinities
 from testtime.adaptation.methods.ostta import ostta
 from testtime.adaptation.methods.sar import sar
 from testtime.adaptation.methods.tent import tent
+from testtime.adaptation.parts.selection import ReliableAndNew
 from testtime.adaptation.parts.views import plain
+from testtime.adaptation.ranks import Ranks
+from testtime.measures.entropy import entropy
 
 LN = math.log(5)
 
@@ -258,3 +262,78 @@ def test_episodic_tent_forgets():
     alone = tt.adapt(tiny(), "tent", lr=0.1)(second)
     adapter(first)
     assert torch.equal(adapter(second), alone)
+
+
+def double() -> torch.nn.Module:
+    return tiny().double()
+
+
+def double_eata():
+    model, loader = double(), [x.double() for x in batches(3, seed=5)]
+    known = tt.fit_source(model, loader)
+    other = reference.Eata(double(), 1e-2, 0.4 * LN, 0.6, reference.fisher(double(), loader), 50.0)
+    adapter = tt.adapt(model, "eata", lr=1e-2, redundancy=0.6, beta=50.0, source=known)
+    return adapter, other, other.model
+
+
+def double_deyo():
+    adapter = tt.adapt(double(), "deyo", lr=1e-2, entropy_margin=0.8, drop_margin=0.01)
+    draws = torch.Generator().set_state(adapter.snapshot().generator.clone())
+    other = reference.Deyo(double(), 1e-2, 0.8 * LN, 0.01, 0.4 * LN, draws)
+    return adapter, other, other.model
+
+
+def double_ostta():
+    other = reference.Ostta(double(), 1e-2, 0.5)
+    return tt.adapt(double(), "ostta", lr=1e-2), other, other.model
+
+
+def double_cotta():
+    other = reference.Cotta(double(), 1e-3, 0.999, view=lambda x: 0.8 * x)
+    adapter = tt.adapt(double(), "cotta", threshold=1.0, restore=0.0, views=2, augment=darker)
+    return adapter, other, other.model
+
+
+def double_rotta():
+    other = reference.Rotta(double(), 5, 1e-2, 0.05, 0.01, 24)
+    adapter = tt.adapt(double(), "rotta", lr=1e-2, nu=0.01, capacity=24, every=24, augment=darker)
+    return adapter, other, other.student
+
+
+@pytest.mark.parametrize(
+    "pair", [double_eata, double_deyo, double_ostta, double_cotta, double_rotta]
+)
+def test_a_model_in_double_precision_is_adapted_in_it(pair):
+    adapter, other, model = pair()
+    for x in batches(10, 13):
+        torch.testing.assert_close(adapter(x.double()), other(x.double()), rtol=0, atol=1e-8)
+    learnt = dict(model.named_parameters())
+    for name, value in adapter.snapshot().tensors.items():
+        if name != "conv2.bias":  # normalisation removes it: its gradient is rounding noise
+            torch.testing.assert_close(value, learnt[name].detach(), rtol=0, atol=1e-8)
+
+
+def test_samples_weigh_what_published_code_gives_them_to_the_last_bit():
+    logits = 4 * torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
+    limit = 0.4 * math.log(10)
+    weights, _ = ReliableAndNew(margin=0.4, redundancy=1.0)(logits, 10, Ranks(), {"mean": None})
+    uncertainty = entropy(logits)
+    chosen = uncertainty < limit
+    assert 0 < chosen.sum() < 64
+    assert torch.equal(weights[chosen], 1 / torch.exp(uncertainty[chosen] - limit))
+    assert not weights[~chosen].any()
+
+
+@pytest.mark.parametrize("kind", ["knn", "rbf"])
+def test_lame_tells_close_samples_apart(kind):
+    generator = torch.Generator().manual_seed(0)
+    features = 1 + 1e-4 * torch.randn(64, 32, generator=generator)
+    close = affinities(features, kind=kind, neighbours=5)
+    exact = affinities(features.double(), kind=kind, neighbours=5)
+    torch.testing.assert_close(close.double(), exact, rtol=0, atol=1e-2)
+
+
+def test_inputs_are_free_where_no_picture_is_changed():
+    x = 4 * batches(1, 6)[0] - 2
+    for name, options in (("cotta", {"views": 2}), ("rotta", {}), ("memo", {"views": 2})):
+        assert tt.adapt(tiny(), name, augment=plain, **options)(x).isfinite().all()

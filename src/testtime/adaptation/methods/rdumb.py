@@ -5,7 +5,6 @@ for s = 0, 1, 2, ... and batch x:
     one step of ETA
 """
 
-import math
 from dataclasses import replace
 
 from testtime._core.options import whole
@@ -19,7 +18,7 @@ def rdumb(
     *,
     lr: float = 2.5e-4,
     momentum: float = 0.9,
-    margin: float = (math.log(1000) / 2 - 1) / math.log(1000),
+    margin: float = 0.4,
     redundancy: float | None = 0.05,
     reset_every: int = 1000,
 ) -> Recipe:
@@ -33,7 +32,7 @@ def rdumb(
         lr: as for `eta`; 2.5e-4 (code).
         momentum: as for `eta`.
         redundancy: d, as for `eta`; 0.05 (code), made for a thousand classes.
-        margin: E0 in units of ln C; (ln 1000 / 2 - 1) / ln 1000 = 0.355 (code).
+        margin: E0 in units of ln C; 0.4 (code; its first versions had ln(1000) / 2 - 1, 0.355 ln C).
         reset_every: T; 1000 (paper).
 
     Example:
