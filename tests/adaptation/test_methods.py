@@ -316,8 +316,9 @@ def test_a_model_in_double_precision_is_adapted_in_it(pair):
 def test_samples_weigh_what_published_code_gives_them_to_the_last_bit():
     logits = 4 * torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
     limit = 0.4 * math.log(10)
-    weights, _ = ReliableAndNew(margin=0.4, redundancy=1.0)(logits, 10, Ranks(), {"mean": None})
     uncertainty = entropy(logits)
+    part = ReliableAndNew(margin=0.4, redundancy=1.0)
+    weights, _ = part(logits, uncertainty, 10, Ranks(), part.init())
     chosen = uncertainty < limit
     assert 0 < chosen.sum() < 64
     assert torch.equal(weights[chosen], 1 / torch.exp(uncertainty[chosen] - limit))
