@@ -36,6 +36,10 @@ class RunError(TesttimeError, RuntimeError):
     """A benchmark run is empty, half-written, or was started with other settings."""
 
 
+class WorkFailed(TesttimeError, RuntimeError):  # noqa: N818
+    """Work that was rightly asked for came to no end: a worker died, or a method failed on a model."""
+
+
 class MissingExtra(TesttimeError, ImportError):  # noqa: N818
     """An optional package is not installed."""
 

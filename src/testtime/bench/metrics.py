@@ -1,77 +1,148 @@
-"""What is measured of answers, from logits and labels gathered over a domain."""
+"""What is measured of answers: sums over a domain, in bounded memory, and means over a run."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from testtime.measures.calibration import brier_score, negative_log_likelihood, reliability
+from testtime.measures.confidence import confidence
 
 BINS = 15
 
+METRICS = (
+    "error", "nll", "brier", "ece", "clean_error", "seconds_per_batch", "forwards_per_sample",
+    "backwards_per_sample", "peak_memory_mb",
+)  # fmt: skip
+"""The numbers of a row."""
 
-def score(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Error in percent, NLL in nats, Brier score, calibration error, and reliability bins.
 
-    Args:
-        logits: (n, classes).
-        labels: (n,).
+class Score:
+    """Error, NLL, Brier score and calibration of answers that come batch by batch.
+
+    Only sums are kept, in float64, so that a stream of any length takes no more memory. A row
+    without a softmax (NaN, +inf) counts as an error, and leaves the other metrics without a value.
 
     Example:
-        >>> score(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 1]))["error"]
+        >>> score = Score()
+        >>> score.add(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), torch.tensor([0, 1]))
         50.0
+        >>> score.result()["samples"], score.result()["error"]
+        (2, 50.0)
     """
-    log_probs = logits.double().log_softmax(-1)
-    probs = log_probs.exp()
-    confidence, answer = probs.max(-1)
-    hit = (answer == labels).double()
-    chosen = log_probs.gather(1, labels[:, None])[:, 0]
-    target = torch.nn.functional.one_hot(labels, probs.shape[1]).double()
-    bins = reliability(confidence, hit)
-    gap = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in bins)
-    return {
-        "samples": len(labels),
-        "error": 100 * float(1 - hit.mean()),
-        "nll": -float(chosen.clamp(min=-1e4).mean()),
-        "brier": float((probs - target).square().sum(1).mean()),
-        "ece": gap / len(labels),
-        "reliability": bins,
-    }
+
+    def __init__(self) -> None:
+        self.samples = self.wrong = 0
+        self.nll = self.brier = 0.0
+        self.bins = torch.zeros(3, BINS, dtype=torch.float64)
+
+    def add(self, logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> float:
+        """Takes a batch in; gives its error in percent.
+
+        Raises:
+            InputError: a label that the model has no class for.
+        """
+        logits = logits.detach().cpu().double()
+        hit = logits.argmax(1) == labels
+        broken = ~logits.logsumexp(1).isfinite()
+        hit &= ~broken
+        wrong = len(labels) - int(hit.sum())
+        self.samples, self.wrong = self.samples + len(labels), self.wrong + wrong
+        if bool(broken.any()):
+            self.nll = self.brier = math.nan
+        else:
+            self._weigh(logits, labels, hit)
+        return 100 * wrong / len(labels)
+
+    def _weigh(self, logits: Tensor, labels: Tensor, hit: Tensor) -> None:
+        self.nll += len(labels) * float(negative_log_likelihood(logits, labels))
+        self.brier += len(labels) * float(brier_score(logits.softmax(1), labels))
+        own = reliability(confidence(logits), hit, bins=BINS)
+        self.bins += own.count * torch.stack(
+            [torch.ones(BINS, dtype=torch.float64), own.confidence, own.accuracy]
+        )
+
+    def result(self) -> dict[str, Any]:
+        """Error in percent, NLL in nats, Brier score, calibration error, and reliability bins."""
+        count, sure, right = self.bins.tolist()
+        gap = sum(abs(s - r) for s, r in zip(sure, right, strict=True))
+        return {
+            "samples": self.samples,
+            "error": 100 * self.wrong / self.samples,
+            "nll": self.nll / self.samples,
+            "brier": self.brier / self.samples,
+            "ece": gap / self.samples if math.isfinite(self.nll + self.brier) else math.nan,
+            "reliability": [
+                {"count": int(n), "confidence": s / n, "accuracy": r / n}
+                for n, s, r in zip(count, sure, right, strict=True)
+                if n
+            ],
+        }
 
 
-def reliability(confidence: Tensor, hit: Tensor) -> list[dict[str, Any]]:
-    """Count, mean confidence and accuracy of fifteen bins of equal width, but for empty ones."""
-    place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    count = torch.bincount(place, minlength=BINS)
-    sure = torch.bincount(place, confidence, minlength=BINS)
-    right = torch.bincount(place, hit, minlength=BINS)
-    return [
-        {"count": int(n), "confidence": float(s / n), "accuracy": float(r / n)}
-        for n, s, r in zip(count, sure, right, strict=True)
-        if n
-    ]
+def setting(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What rows share that may be compared: the model, the data and the whole stream."""
+    return tuple(row.get(name) for name in ("model", "data", "scenario", "device"))
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record for each method, model and stream: means over domains, then over seeds.
+def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record for each method with its options in each setting: means over domains, then seeds.
 
     `error_std` is the standard deviation over seeds of the mean over domains (0 for one seed).
     """
-    groups: dict[tuple[str, ...], dict[int, list[dict[str, Any]]]] = {}
+    groups: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = {}
     for row in rows:
-        key = (row["model"], row["stream"], row["method"], row["options"])
+        key = (*setting(row), row["method"], row["options"])
         groups.setdefault(key, {}).setdefault(row["seed"], []).append(row)
-    names = ("error", "nll", "brier", "ece", "clean_error", "seconds_per_batch",
-             "forwards_per_sample", "backwards_per_sample", "peak_memory_mb")  # fmt: skip
-    table = []
-    for (model, stream, method, options), seeds in groups.items():
+    table: list[dict[str, Any]] = []
+    for seeds in groups.values():
+        first = next(iter(seeds.values()))[0]
         means = {
             name: torch.tensor(
-                [sum(r[name] for r in own) / len(own) for own in seeds.values()], dtype=torch.double
+                [sum(_number(r[name]) for r in own) / len(own) for own in seeds.values()],
+                dtype=torch.double,
             )
-            for name in names
+            for name in METRICS
         }
+        same = ("model", "data", "stream", "scenario", "device", "method", "options")
         table.append(
-            {"model": model, "stream": stream, "method": method, "options": options}
+            {name: first.get(name) for name in same}
             | {name: float(value.mean()) for name, value in means.items()}
             | {"error_std": float(means["error"].std(correction=0)), "seeds": len(seeds)}
         )
     return table
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def derived(record: dict[str, Any], source: dict[str, Any] | None) -> dict[str, Any]:
+    """The record with `gain`, `relative` and `time` against the source; NaN where there is none."""
+    if source is None:
+        return record | {"gain": math.nan, "relative": math.nan, "time": math.nan}
+    gain = source["error"] - record["error"]
+    seconds = source["seconds_per_batch"]
+    return record | {
+        "gain": gain,
+        "relative": gain / source["error"] if source["error"] > 0 else math.nan,
+        "time": record["seconds_per_batch"] / seconds if seconds > 0 else math.nan,
+    }
+
+
+def ranked(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The records of each setting, the lowest error first, each `derived` from its source."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in summarise(rows):
+        groups.setdefault(setting(record), []).append(record)
+    tables: list[list[dict[str, Any]]] = []
+    for records in groups.values():
+        source = next((r for r in records if r["method"] == "source"), None)
+        own = [derived(record, source) for record in records]
+        tables.append(
+            sorted(own, key=lambda r: r["error"] if math.isfinite(r["error"]) else math.inf)
+        )
+    return tables

@@ -2,27 +2,31 @@
 
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from testtime._core.errors import InputError, MissingExtra, unknown
-from testtime.bench.networks import SmallResNet, group_norm
+from testtime.bench.networks import Normalised, SmallResNet, group_norm
 
 EMBEDDED = {"batch": nn.BatchNorm2d, "group": group_norm}
-SPECS = ("embedded:batch", "embedded:group", "timm:NAME", "torchvision:NAME", "hf:NAME",
-         "file:PATH@SPEC")  # fmt: skip
+SPECS = ("embedded:batch", "embedded:group", "timm:NAME", "torchvision:NAME",
+         "torchvision:NAME/WEIGHTS", "hf:NAME", "file:PATH@SPEC")  # fmt: skip
 
 
 def load_model(spec: str) -> nn.Module:
-    """A classifier in eval mode.
+    """A classifier in eval mode that takes pixels in [0, 1] and normalises them itself.
 
     Args:
         spec: `embedded:batch` or `embedded:group` (Fashion-MNIST, trained by
             benchmarks/train_embedded.py); `timm:NAME`, `torchvision:NAME` or `hf:NAME` with their
-            published weights, which these libraries download; `file:PATH@SPEC`, weights from a
-            `.safetensors` or `.pt` file (read with weights_only) in the architecture of SPEC.
+            published weights, which these libraries download, and the mean and standard deviation
+            that were published with them; `torchvision:NAME/WEIGHTS` for other weights than the
+            best, as `torchvision:resnet50/IMAGENET1K_V1` that most papers use; `file:PATH@SPEC`,
+            weights from a `.safetensors` or `.pt` file (read with weights_only) in the architecture
+            of SPEC.
 
     Raises:
         UnknownName: no such model.
@@ -34,6 +38,22 @@ def load_model(spec: str) -> nn.Module:
         221010
     """
     return _build(spec, pretrained=True).eval()
+
+
+def preprocessing(model: nn.Module) -> str:
+    """What a model from `load_model` does to pixels before its first layer, in words.
+
+    Example:
+        >>> preprocessing(load_model("embedded:batch"))
+        'pixels in [0, 1]; the model removes mean 0.286 and divides by 0.353'
+    """
+    mean, std = getattr(model, "mean", None), getattr(model, "std", None)
+    if mean is None or std is None:
+        return "pixels in [0, 1], as they are"
+    numbers = [
+        ", ".join(f"{x:.4g}" for x in torch.as_tensor(v).flatten().tolist()) for v in (mean, std)
+    ]
+    return f"pixels in [0, 1]; the model removes mean {numbers[0]} and divides by {numbers[1]}"
 
 
 def _build(spec: str, *, pretrained: bool) -> nn.Module:
@@ -69,28 +89,42 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
         raise MissingExtra("timm", "timm") from error
     if not timm.is_model(name.partition(".")[0]):
         raise unknown("model of timm", name, timm.list_models())
-    return timm.create_model(name, pretrained=pretrained)
+    model = timm.create_model(name, pretrained=pretrained)
+    about: Any = model.pretrained_cfg
+    return Normalised(model, about.get("mean"), about.get("std"))
 
 
 def _torchvision(name: str, pretrained: bool) -> nn.Module:
     from torchvision import models  # noqa: PLC0415
 
+    name, _, wanted = name.partition("/")
     if name not in models.list_models(module=models):
         raise unknown("model of torchvision", name, models.list_models(module=models))
-    return models.get_model(name, weights="DEFAULT" if pretrained else None)
+    kinds = models.get_model_weights(name)
+    if wanted and wanted not in kinds.__members__:
+        raise unknown(f"weights of {name}", wanted, kinds.__members__)
+    weights = kinds[wanted] if wanted else kinds.DEFAULT  # pyright: ignore[reportAttributeAccessIssue]
+    shown = weights.transforms()
+    model = models.get_model(name, weights=weights if pretrained else None)
+    return Normalised(model, shown.mean, shown.std)
 
 
 def _hugging_face(name: str, pretrained: bool) -> nn.Module:
     try:
         from transformers import (  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
             AutoConfig,
+            AutoImageProcessor,
             AutoModelForImageClassification,
         )
     except ImportError as error:
         raise MissingExtra("transformers", "hf") from error
     if pretrained:
-        return AutoModelForImageClassification.from_pretrained(name, use_safetensors=True)
-    return AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name))
+        model = AutoModelForImageClassification.from_pretrained(name, use_safetensors=True)
+    else:
+        model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name))
+    shown = AutoImageProcessor.from_pretrained(name)
+    wanted = getattr(shown, "do_normalize", True)
+    return Normalised(model, *((shown.image_mean, shown.image_std) if wanted else (None, None)))
 
 
 def _from_file(path: str, spec: str) -> nn.Module:
@@ -102,7 +136,7 @@ def _from_file(path: str, spec: str) -> nn.Module:
     else:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     try:
-        model.load_state_dict(weights)
+        (model.model if isinstance(model, Normalised) else model).load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"the weights in {path} do not fit {spec}: {error}") from error
     return model

@@ -1,7 +1,9 @@
-"""The architecture of the embedded classifiers: a small residual network for grey images."""
+"""The architecture of the embedded classifiers, and the normalisation that other models lack."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -58,3 +60,28 @@ class SmallResNet(nn.Module):
         x = self.stem((x - self.mean) / self.std)
         x = self.stage3(self.stage2(self.stage1(x)))
         return self.head(self.pool(x).flatten(1))
+
+
+class Normalised(nn.Module):
+    """A model behind the normalisation that it was trained with: takes pixels in [0, 1].
+
+    Args:
+        model: takes normalised pixels.
+        mean, std: of each channel; None where the model takes pixels as they are.
+    """
+
+    def __init__(
+        self, model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.mean: Tensor | None
+        self.std: Tensor | None
+        for name, value in (("mean", mean), ("std", std)):
+            shown = None if value is None else torch.tensor(value).view(-1, 1, 1)
+            self.register_buffer(name, shown, persistent=False)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Any:
+        if self.mean is None or self.std is None:
+            return self.model(x)
+        return self.model((x - self.mean) / self.std)

@@ -12,12 +12,14 @@ from typing import Any
 
 from testtime._core.errors import MissingExtra, RunError, TesttimeError
 from testtime._core.files import atomic
-from testtime.bench.section import METRICS, Rows, Section
-from testtime.bench.tables import label, styles
+from testtime.bench.cells import label, parse_method, stream_words
+from testtime.bench.metrics import METRICS, setting
+from testtime.bench.section import Rows, Section
+from testtime.bench.tables import styles
 from testtime.streams.scenarios import Scenario
 
 NEEDED = frozenset(METRICS) | {
-    "method", "options", "model", "data", "stream", "severity", "batch_size", "seed", "domain",
+    "method", "options", "model", "data", "stream", "scenario", "severity", "batch_size", "seed", "domain",
     "position", "trace", "reliability", "weights_sha256", "samples_sha256", "version",
 }  # fmt: skip
 
@@ -95,8 +97,7 @@ def _groups(rows: Rows) -> list[Rows]:
     """Rows of one model on one stream each."""
     groups: dict[tuple[Any, ...], Rows] = {}
     for row in rows:
-        own = (row["stream"], row["severity"], row["batch_size"], row.get("scenario"))
-        groups.setdefault((row["model"], row["data"], *own), []).append(row)
+        groups.setdefault(setting(row), []).append(row)
     return list(groups.values())
 
 
@@ -123,15 +124,29 @@ def _command(rows: Rows) -> str:
     seeds = sorted({row["seed"] for row in rows})
     data = list(dict.fromkeys(row["data"] for row in rows))
     streams = [_stream(text) for text in dict.fromkeys(row.get("scenario") for row in rows)]
-    plain = all(row["options"] == "{}" for row in rows)
-    if not plain or len(data) > 1 or seeds != list(range(len(seeds))) or None in streams:
-        return "<p>No command makes this run; it was made from Python, with the cells above.</p>"
-    methods = ",".join(dict.fromkeys(row["method"] for row in rows))
-    models = ",".join(dict.fromkeys(row["model"] for row in rows))
-    command = ["testtime", "bench", "--data", data[0], "--model", models, "--methods", methods]
+    methods = [_method(row) for row in rows]
+    whole = len({(*setting(row), label(row), row["seed"]) for row in rows})
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    known = None not in [*streams, *methods] and len(data) == 1
+    product = len(models) * len(streams) * len(set(methods)) * len(seeds)
+    if not known or seeds != list(range(len(seeds))) or whole != product:
+        return "<p>No single command makes this run; its cells are those of the tables above.</p>"
+    command = ["testtime", "bench", "--data", data[0], "--model", ",".join(models)]
+    command += ["--methods", ",".join(map(str, dict.fromkeys(methods)))]
     command += [word for stream in streams for word in ("--stream", str(stream))]
-    command += ["--seeds", str(len(seeds)), "--out", "DIR"]
-    return f"<pre>{escape(shlex.join(command))}</pre>"
+    command += ["--seeds", str(len(seeds))]
+    for name, usual in (("device", "cpu"), ("threads", 1)):
+        given = rows[0].get(name, usual)
+        command += [f"--{name}", str(given)] * (given != usual)
+    return f"<pre>{escape(shlex.join([*command, '--out', 'DIR']))}</pre>"
+
+
+def _method(row: dict[str, Any]) -> str | None:
+    """A method with its options as `--methods` reads it; None where it has no such form."""
+    try:
+        return label(row) if parse_method(label(row)) == (row["method"], row["options"]) else None
+    except TesttimeError:
+        return None
 
 
 def _stream(toml: str | None) -> str | None:
@@ -142,19 +157,3 @@ def _stream(toml: str | None) -> str | None:
         return words if Scenario.parse(words) == scenario else None
     except TesttimeError:
         return None
-
-
-def stream_words(scenario: Scenario) -> str:
-    """What of a scenario differs from the defaults, as words of `--stream`.
-
-    Example:
-        >>> stream_words(Scenario.parse("gradual,dirichlet,batch_size=16"))
-        'pattern=gradual,labels=dirichlet,batch_size=16'
-    """
-    plain = Scenario(pattern=scenario.pattern, rounds=scenario.rounds)
-    words = [f"pattern={scenario.pattern}"]
-    words += [f"rounds={scenario.rounds}"] * (scenario.rounds != 1)
-    for name, value in vars(scenario).items():
-        if value != getattr(plain, name):
-            words.append(f"{name}={'+'.join(value) if name == 'domains' else value}")
-    return ",".join(words)

@@ -6,23 +6,24 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from testtime.bench.metrics import BINS, summarise
-from testtime.bench.tables import derived, heat, label, number, summary, swatch
+from testtime._core.errors import TesttimeError
+from testtime.bench.cells import label
+from testtime.bench.metrics import BINS, ranked
+from testtime.bench.tables import heat, number, summary, swatch
 from testtime.bench.traces import Visits, error_over_time, visits
+from testtime.streams.scenarios import Scenario
 
 Rows = list[dict[str, Any]]
-METRICS = (
-    "error", "nll", "brier", "ece", "clean_error", "seconds_per_batch", "forwards_per_sample",
-    "backwards_per_sample", "peak_memory_mb",
-)  # fmt: skip
-
 STRONG = 4
 """Methods besides the source that are drawn at full strength at first: the best ones."""
 
 FACTS = {
     "Model": "model", "Weights (SHA-256)": "weights_sha256", "Data": "data",
-    "Samples, in order (SHA-256)": "samples_sha256", "Stream": "stream", "Severity": "severity",
-    "Batch size": "batch_size", "Seeds": "seed", "Version of testtime": "version",
+    "Preprocessing": "preprocessing", "Samples, in order (SHA-256)": "samples_sha256",
+    "Stream": "stream", "Severity": "severity", "Batch size": "batch_size",
+    "Order of labels": "order", "Reset to source": "reset_rule", "Seeds": "seed",
+    "Device": "device", "Threads": "threads", "Machine": "machine",
+    "Version of torch": "torch_version", "Version of testtime": "version",
 }  # fmt: skip
 
 
@@ -37,17 +38,9 @@ class Section:
     def __init__(self, rows: Rows, look: dict[str, dict[str, int]]) -> None:
         self.rows = rows
         self.look = look
-        first = rows[0]
-        self.name = (
-            f"{first['model']} · {first['stream']}, severity {first['severity']}, "
-            f"batches of {first['batch_size']} · {first['data']}"
-        )
-        table = summarise(rows)
-        self.source = next((r for r in table if label(r) == "source"), None)
-        self.records = sorted(
-            (derived(r, self.source) for r in table),
-            key=lambda r: r["error"] if math.isfinite(r["error"]) else math.inf,
-        )
+        self.name = f"{rows[0]['model']} · {_words(rows[0])} · {rows[0]['data']}"
+        (self.records,) = ranked(rows)
+        self.source = next((r for r in self.records if label(r) == "source"), None)
         self.own: dict[str, Rows] = {}
         for row in rows:
             self.own.setdefault(label(row), []).append(row)
@@ -143,12 +136,26 @@ class Section:
     def _provenance(self) -> str:
         lines: list[str] = []
         for name, key in FACTS.items():
-            values = dict.fromkeys(str(row[key]) for row in self.rows)
+            values = dict.fromkeys(str(row[key]) for row in self.rows if key in row)
             text = ("<br>" if "SHA" in name else ", ").join(map(escape, values))
             lines.append(f"<dt>{name}</dt><dd>{text}</dd>")
         if scenario := self.rows[0].get("scenario"):
             lines.append(f"<dt>Scenario (TOML)</dt><dd><pre>{escape(scenario)}</pre></dd>")
         return f"<dl>{''.join(lines)}</dl>"
+
+
+def _words(row: dict[str, Any]) -> str:
+    """A stream in words; severity and batch size always, other choices where they are unusual."""
+    text = f"{row['stream']}, severity {row['severity']}, batches of {row['batch_size']}"
+    try:
+        scenario = Scenario.from_toml(row.get("scenario") or "?")
+    except TesttimeError:
+        return text
+    if scenario.samples is not None:
+        text += f", {scenario.samples} samples a domain"
+    if scenario.rounds > 1:
+        text += f", {scenario.rounds} rounds"
+    return text
 
 
 def pooled(rows: Rows) -> list[dict[str, float]]:

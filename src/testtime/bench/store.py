@@ -1,11 +1,16 @@
 """Results on disk: one Parquet piece for each finished cell, written wholly or not at all."""
 
+import fcntl
 import json
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import testtime as tt
 from testtime._core.errors import MissingExtra, RunError
 from testtime._core.files import atomic
+from testtime.bench.cells import Cell
 
 PLAN = "run.json"
 
@@ -38,22 +43,66 @@ def read_cell(out: Path, key: str) -> list[dict[str, Any]] | None:
     if not path.exists():
         return None
     try:
-        return parquet.read_table(path).to_pylist()
-    except (arrow.ArrowException, OSError):
+        rows = parquet.read_table(path).to_pylist()
+    except (arrow.ArrowException, OSError, ValueError):
         return None
+    return rows if rows and all(row.get("cell") == key for row in rows) else None
 
 
-def write_plan(out: Path, cells: dict[str, Any]) -> None:
-    """Notes which cells a run consists of; cells noted before stay."""
+def write_plan(out: Path, cells: Iterable[Cell]) -> None:
+    """Notes which cells a run consists of; cells noted before stay.
+
+    A cell that another version of the library has run makes way for the same cell of this one.
+
+    Raises:
+        RunError: the note of an earlier run is damaged, or the folder cannot be written.
+    """
+    _parquet()  # tells of a missing package before anything is written
+    wanted = {cell.key: {**vars(cell), "version": tt.__version__} for cell in cells}
+    with _alone(out):
+        noted = _read_plan(out) if (out / PLAN).exists() else {}
+        new = [_unversioned(record) for record in wanted.values()]
+        kept = {
+            key: record
+            for key, record in noted.items()
+            if key in wanted or _unversioned(record) not in new
+        }
+        if noted.keys() != kept.keys() | wanted.keys():
+            with atomic(out / PLAN) as part:
+                part.write_text(json.dumps({**kept, **wanted}, indent=1))
+
+
+def _unversioned(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != "version"}
+
+
+@contextmanager
+def _alone(out: Path) -> Generator[None, None, None]:
+    """Keeps other runs from noting at the same time; a process that dies lets go."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise RunError(
+            f"results cannot be written to {out}: {error}. Give another --out."
+        ) from error
+
+
+def _read_plan(out: Path) -> dict[str, dict[str, Any]]:
+    """Key -> record of each cell that was noted."""
     path = out / PLAN
     try:
-        noted = json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise RunError(f"{path} is damaged: {error}. Use another folder.") from error
-    if noted.keys() >= cells.keys():
-        return
-    with atomic(path) as part:
-        part.write_text(json.dumps({**noted, **cells}, indent=1))
+        noted = json.loads(path.read_text("utf-8"))
+        if not isinstance(noted, dict) or not all(isinstance(r, dict) for r in noted.values()):
+            raise ValueError("it is no table of cells")
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} is damaged: {error}. Delete this file and give the same testtime bench "
+            "command again: cells that are finished are found, and not run again."
+        ) from error
+    return noted
 
 
 def read_run(out: str | Path, *, partial: bool = False) -> list[dict[str, Any]]:
@@ -67,16 +116,18 @@ def read_run(out: str | Path, *, partial: bool = False) -> list[dict[str, Any]]:
         RunError: when the folder holds no run, or one that has not finished.
     """
     out = Path(out)
-    if not (out / PLAN).exists():
+    if not (out / PLAN).is_file():
         raise RunError(
-            f"{out} holds no run: it has no {PLAN}. Make one: testtime bench --out {out}"
+            f"{out} holds no run: it has no {PLAN}. Make one: testtime bench --methods tent "
+            f"--out {out}"
         )
-    plan = json.loads((out / PLAN).read_text())
+    plan = _read_plan(out)
     found = {key: read_cell(out, key) for key in plan}
     missing = [key for key, rows in found.items() if rows is None]
-    if missing and (not partial or len(missing) == len(plan)):
+    if len(missing) == len(plan) or (missing and not partial):
         raise RunError(
             f"{out} is half-written: {len(missing)} of {len(plan)} cells are missing. Give the "
-            f"same testtime bench command with --out {out} again; it goes on where it stopped."
+            f"same testtime bench command with --out {out} again, which goes on where it stopped; "
+            "or show what there is: testtime report --partial."
         )
     return [row for key in plan for row in found[key] or ()]

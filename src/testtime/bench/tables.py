@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from testtime.bench.cells import label
+
 SLOTS = 6
 """Colours besides the grey of the source model; further methods repeat them with another dash."""
 
@@ -18,21 +20,16 @@ COLUMNS = (
     ("time", "Time", "× source", "Median seconds per batch over the source model's"),  # noqa: RUF001
     ("forwards_per_sample", "Forward", "per sample", "Forward passes per sample"),
     ("backwards_per_sample", "Backward", "per sample", "Backward passes per sample"),
-    ("peak_memory_mb", "Memory", "MB", "Peak beyond what was held before; coarse on a CPU"),
+    (
+        "peak_memory_mb",
+        "Memory",
+        "MB",
+        "Peak while the stream ran: model, data and all; on a GPU what torch held",
+    ),
 )
 """Key, heading, unit and explanation of each column of the summary."""
 
 DIGITS = {"nll": 3, "brier": 3, "ece": 3, "peak_memory_mb": 1}
-
-
-def label(record: dict[str, Any]) -> str:
-    """A method's name, with its options where they are not the defaults.
-
-    Example:
-        >>> label({"method": "tent", "options": '{"lr": 0.01}'})
-        'tent {"lr": 0.01}'
-    """
-    return record["method"] + ("" if record["options"] == "{}" else f" {record['options']}")
 
 
 def styles(labels: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -67,19 +64,6 @@ def swatch(style: dict[str, int]) -> str:
         '<svg class="swatch" width="22" height="10" aria-hidden="true"><path d="M0 5H22" '
         f'style="stroke:var(--m{style["slot"]})"{dash}/></svg>'
     )
-
-
-def derived(record: dict[str, Any], source: dict[str, Any] | None) -> dict[str, Any]:
-    """The record with `gain`, `relative` and `time` against the source; NaN where there is none."""
-    if source is None:
-        return record | {"gain": math.nan, "relative": math.nan, "time": math.nan}
-    gain = source["error"] - record["error"]
-    seconds = source["seconds_per_batch"]
-    return record | {
-        "gain": gain,
-        "relative": gain / source["error"] if source["error"] > 0 else math.nan,
-        "time": record["seconds_per_batch"] / seconds if seconds > 0 else math.nan,
-    }
 
 
 def summary(records: Sequence[dict[str, Any]], look: dict[str, dict[str, int]]) -> str:

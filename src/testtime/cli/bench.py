@@ -2,88 +2,149 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from testtime.cli.show import Json, exits, print_json, print_table, progress
+from testtime.cli.show import Json, Watch, exits, print_json, print_table
+
+if TYPE_CHECKING:
+    from testtime.bench.cells import Cell
 
 
 @exits
 def bench(
-    methods: str = typer.Option(..., help="Names with commas between; `source` is always run."),
-    out: Path = typer.Option(..., help="Folder of results; if it exists, the run goes on."),  # noqa: B008
-    data: str = typer.Option("fashion-mnist:sample", help="fashion-mnist, digits, folder:PATH"),
-    model: str = typer.Option("embedded:batch", help="Names with commas: embedded:group, timm:…"),
+    methods: str = typer.Option(
+        ...,
+        help="Names with commas between, options in brackets: 'tent,tent(lr=0.01)'. 'all' is every "
+        "method; 'source', no adaptation, is always run. See: testtime methods",
+    ),
+    out: Path = typer.Option(  # noqa: B008
+        ..., help="Folder of results. What is finished there is kept, so a run can go on, and grow."
+    ),
+    data: str = typer.Option(
+        "fashion-mnist:sample",
+        help="Data set: fashion-mnist:sample, fashion-mnist, digits, or folder:PATH with a folder "
+        "of images for each class.",
+    ),
+    model: str = typer.Option(
+        "embedded:batch",
+        help="Models with commas between: embedded:batch, embedded:group, timm:NAME, "
+        "torchvision:NAME, hf:NAME, file:PATH@NAME.",
+    ),
     stream: list[str] = typer.Option(  # noqa: B008
-        ["continual"], help="Scenario, e.g. sorted,batch_size=16. May be given again."
+        ["continual"],
+        help="How data arrives: a pattern (stationary, reset, continual, gradual, recurring, mixed), "
+        "then options, as sorted,batch_size=16,severity=3. May be given again.",
     ),
     seeds: int = typer.Option(3, min=1, help="Seeds 0 to N - 1."),
+    jobs: int = typer.Option(1, min=1, help="Cells (method, model, stream, seed) run at once."),
+    device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, ..."),
+    threads: int = typer.Option(1, min=1, help="Threads of torch in each cell."),
     json: bool = Json,
 ) -> None:
-    """Compare methods on a stream; an interrupted run goes on with the same command.
+    """Compare methods on a stream of shifting data.
 
-    Example: testtime bench --methods tent,eata --stream continual,batch_size=200 --out runs/a
+    An interrupted run goes on with the same command. The same folder with more methods, seeds,
+    models or streams adds to what is there.
+
+    Example: testtime bench --methods "tent,sar(lr=0.01)" --stream sorted,batch_size=16 --out runs/a
     """
-    rows = execute(methods.split(","), model.split(","), data, stream, seeds, out)
+    from testtime.bench.cells import split_methods  # noqa: PLC0415
+
+    cells = cells_of(
+        split_methods(methods), model.split(","), data, stream, seeds,
+        device=device, threads=threads,
+    )  # fmt: skip
+    rows = execute(cells, out, jobs=jobs)
     if json:
         print_json(rows)
     else:
         print_summary(rows)
-        typer.echo(f"\nHTML report: testtime report {out}")
+        typer.echo(f"\nHTML report with plots: testtime report {out}")
 
 
-def execute(
+def cells_of(
     methods: Sequence[str], models: Sequence[str], data: str, streams: Sequence[str], seeds: int,
-    out: Path,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Runs the cells with a progress bar, and returns their rows."""
-    from testtime._core.registry import find  # noqa: PLC0415
-    from testtime.bench.runner import Cell, plan, run  # noqa: PLC0415
+    *, device: str = "cpu", threads: int = 1,
+) -> "list[Cell]":  # fmt: skip
+    """The cells that a command names."""
+    from testtime.bench.cells import plan  # noqa: PLC0415
     from testtime.streams.scenarios import Scenario  # noqa: PLC0415
 
-    for name in methods:
-        find("method", name)
-    scenarios = [Scenario.parse(text) for text in streams]
-    cells = plan(methods=methods, models=models, data=data, streams=scenarios, seeds=seeds)
-    with progress() as bar:
-        whole = bar.add_task("all", total=len(cells))
-        part = bar.add_task("", total=None, visible=False)
+    return plan(
+        methods=methods, models=[name.strip() for name in models if name.strip()], data=data,
+        streams=[Scenario.parse(text) for text in streams], seeds=seeds, device=device,
+        threads=threads,
+    )  # fmt: skip
 
-        def start(cell: Cell, batches: int) -> None:
-            bar.reset(
-                part, total=batches, description=f"{cell.method} seed {cell.seed}", visible=True
-            )
 
-        return run(
-            cells, out, on_start=start,
-            on_batch=lambda: bar.advance(part), on_done=lambda _: bar.advance(whole),
-        )  # fmt: skip
+def execute(cells: "Sequence[Cell]", out: Path, *, jobs: int = 1) -> list[dict[str, Any]]:
+    """Runs the cells while telling of it on standard error, and returns their rows."""
+    from testtime.bench.cells import label  # noqa: PLC0415
+    from testtime.bench.runner import run  # noqa: PLC0415
+
+    with Watch(len(cells)) as watch:
+
+        def name(cell: "Cell") -> str:
+            return f"{label(vars(cell))} seed {cell.seed}"
+
+        def notice(cell: "Cell", kind: str, count: int) -> None:
+            if kind == "start":
+                watch.begin(cell.key, name(cell), count)
+            else:
+                watch.advance(cell.key)
+
+        def done(cell: "Cell", rows: list[dict[str, Any]] | None, now: bool) -> None:
+            if rows is None:
+                said = "failed"
+            elif not now:
+                said = "was finished before"
+            else:
+                said = f"{sum(row['error'] for row in rows) / len(rows):.2f} % error"
+            watch.end(cell.key, f"{name(cell)}: {said}")
+
+        return run(cells, out, jobs=jobs, on_notice=notice, on_done=done)
 
 
 def print_summary(rows: list[dict[str, Any]]) -> None:
-    """One line for each method, the lowest error first."""
-    from testtime.bench.metrics import summarise  # noqa: PLC0415
+    """One line for each method, the lowest error first; a table for each model and stream."""
+    from testtime.bench.cells import label, stream_words  # noqa: PLC0415
+    from testtime.bench.metrics import ranked  # noqa: PLC0415
+    from testtime.streams.scenarios import Scenario  # noqa: PLC0415
 
-    table = summarise(rows)
-    sources = {(r["model"], r["stream"]): r for r in table if r["method"] == "source"}
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in table:
-        groups.setdefault((record["model"], record["stream"]), []).append(record)
-    for key, records in groups.items():
-        base = sources[key]
+    columns = ["method", "error %", "gain", "NLL", "Brier", "ECE", "clean %", "time", "fwd/bwd",
+               "MB"]  # fmt: skip
+    several = len({row["seed"] for row in rows}) > 1
+    for place, records in enumerate(ranked(rows)):
+        first = records[0]
+        words = stream_words(Scenario.from_toml(first["scenario"]))
+        typer.echo(("\n" if place else "") + f"{first['model']} on {first['data']}, {words}")
         lines = [
             (
-                r["method"],
-                f"{r['error']:.1f} ± {r['error_std']:.1f}",
-                f"{base['error'] - r['error']:+.1f}",
-                f"{r['nll']:.2f}",
-                f"{r['ece']:.3f}",
-                f"{r['clean_error']:.1f}",
-                f"{r['seconds_per_batch'] / base['seconds_per_batch']:.1f}",
-                f"{r['forwards_per_sample']:.1f} / {r['backwards_per_sample']:.1f}",
+                label(r),
+                number(r["error"], 1) + (f" ± {number(r['error_std'], 1)}" if several else ""),
+                "" if r["method"] == "source" else number(r["gain"], 1, sign=True),
+                number(r["nll"], 2),
+                number(r["brier"], 2),
+                number(r["ece"], 2),
+                number(r["clean_error"], 1),
+                number(r["time"], 1),
+                f"{r['forwards_per_sample']:.2g}/{r['backwards_per_sample']:.2g}",
+                number(r["peak_memory_mb"], 0),
             )
-            for r in sorted(records, key=lambda r: r["error"])
+            for r in records
         ]
-        columns = ["method", "error %", "gain", "NLL", "ECE", "clean %", "time", "fwd / bwd"]
-        print_table(columns, lines, title=f"{key[0]}, {key[1]} stream")
+        print_table(columns, lines, tight=True)
+    typer.echo(
+        "mean over domains" + (" ± standard deviation over seeds" if several else "") + "; clean: "
+        "error on clean data afterwards; time: source = 1;\nfwd/bwd: passes for each sample; "
+        "MB: peak memory with model and data"
+    )
+
+
+def number(value: float, digits: int, *, sign: bool = False) -> str:
+    """A number for people; a dash for what is not finite."""
+    from math import isfinite  # noqa: PLC0415
+
+    return f"{value:{'+' if sign else ''}.{digits}f}" if isfinite(value) else "-"

@@ -1,10 +1,10 @@
-"""`testtime demo`: the main job on embedded data, in about a minute."""
+"""`testtime demo`: the main job on embedded data, in less than a minute."""
 
 from pathlib import Path
 
 import typer
 
-from testtime.cli.bench import execute, print_summary
+from testtime.cli.bench import cells_of, execute, print_summary
 from testtime.cli.show import Json, exits, print_json
 
 METHODS = ("bn-adapt", "tent", "eta", "eata", "sar", "deyo", "lame")
@@ -16,12 +16,16 @@ def demo(
     out: Path = typer.Option(Path("testtime-demo"), help="Folder of results."),  # noqa: B008
     json: bool = Json,
 ) -> None:
-    """Adapt a classifier to fifteen kinds of corrupted images; table and HTML report.
+    """Try it: adapt a classifier to fifteen kinds of corrupted images.
 
-    Fashion-MNIST images that the embedded model was not trained on, 600 for each corruption, arrive
-    in batches of 200 without labels. A second call with the same folder shows the same results.
+    Ends with a table and an HTML report with plots. Fashion-MNIST images that the embedded model
+    was not trained on, 600 for each corruption, arrive in batches of 200 without labels. A second
+    call with the same folder shows the same results.
+
+    Example: testtime demo --out my-demo
     """
-    rows = execute(METHODS, ["embedded:batch"], "fashion-mnist:sample", [STREAM], 1, out)
+    cells = cells_of(METHODS, ["embedded:batch"], "fashion-mnist:sample", [STREAM], 1)
+    rows = execute(cells, out)
     if json:
         print_json(rows)
         return

@@ -11,12 +11,19 @@ from testtime.cli.show import Json, exits, print_json
 @exits
 def report(
     run: Path = typer.Argument(..., help="Folder that testtime bench wrote."),  # noqa: B008
+    partial: bool = typer.Option(False, "--partial", help="Show a run that has not finished."),
     json: bool = Json,
 ) -> None:
-    """Print a run's table and write its plots to report.html in the folder."""
+    """Show a run: its table, and one HTML file with plots.
+
+    The file is report.html in the folder; it needs no network and no other file. With --json
+    the result rows are printed instead, one for each method, domain and seed.
+
+    Example: testtime report runs/a
+    """
     from testtime.bench.store import read_run  # noqa: PLC0415
 
-    rows = read_run(run)
+    rows = read_run(run, partial=partial)
     if json:
         print_json(rows)
         return

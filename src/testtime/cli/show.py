@@ -3,15 +3,22 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 Json = typer.Option(False, "--json", help="Print JSON for machines instead of a table.")
 
@@ -35,9 +42,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
-    """A table on standard output; numbers stand at the right."""
-    table = Table(title=title or None, title_justify="left", box=None, header_style="bold")
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", tight: bool = False
+) -> None:
+    """A table on standard output; numbers stand at the right, `tight` puts columns close."""
+    table = Table(
+        title=title or None, title_justify="left", box=None, header_style="bold",
+        padding=(0, 1, 0, 0) if tight else (0, 1), pad_edge=not tight,
+    )  # fmt: skip
     for place, name in enumerate(columns):
         numbers = all(row[place][:1] in "0123456789-+ " for row in rows if row[place])
         table.add_column(name, justify="right" if place and numbers else "left", overflow="fold")
@@ -56,13 +68,14 @@ def exits(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        from testtime._core.errors import TesttimeError  # noqa: PLC0415
+        from testtime._core.errors import TesttimeError, WorkFailed  # noqa: PLC0415
 
         try:
             command(*args, **kwargs)
         except TesttimeError as error:
-            Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {error}", highlight=False)
-            raise typer.Exit(2) from error
+            console = Console(stderr=True, soft_wrap=True)
+            console.print(Text("error:", "red"), Text(str(error)), highlight=False)
+            raise typer.Exit(1 if isinstance(error, WorkFailed) else 2) from error
         except KeyboardInterrupt as error:
             Console(stderr=True).print("interrupted; the same command goes on from here")
             raise typer.Exit(1) from error
@@ -70,10 +83,45 @@ def exits(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-@contextmanager
-def progress() -> Iterator[Progress]:
-    """A progress bar on standard error."""
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield bar
+class Watch:
+    """Tells of a run on standard error: bars on a terminal, a line for each finished cell in a log.
+
+    Args:
+        cells: how many there are.
+    """
+
+    def __init__(self, cells: int) -> None:
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(),
+                   TimeRemainingColumn())  # fmt: skip
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._live, self._cells, self._done = console.is_terminal, cells, 0
+        self._whole = self._bar.add_task("all", total=cells)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "Watch":
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._bar.stop()
+
+    def begin(self, key: str, name: str, steps: int) -> None:
+        """A cell begins."""
+        self._tasks[key] = self._bar.add_task(name, total=steps)
+
+    def advance(self, key: str) -> None:
+        """A cell has taken a step."""
+        self._bar.advance(self._tasks[key])
+
+    def end(self, key: str, line: str) -> None:
+        """A cell has ended, well or not."""
+        self._done += 1
+        self._bar.advance(self._whole)
+        if key in self._tasks:
+            self._bar.remove_task(self._tasks.pop(key))
+        if not self._live:
+            sys.stderr.write(f"[{self._done}/{self._cells}] {line}\n")
+            sys.stderr.flush()

@@ -1,0 +1,202 @@
+"""One cell, from its record to its rows: a pure function, but for the time and memory it takes."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import testtime as tt
+from testtime._core.errors import InputError
+from testtime._core.seeds import generator
+from testtime.adaptation.knowledge import fingerprint
+from testtime.adaptation.outputs import read_logits
+from testtime.bench.cells import Cell
+from testtime.bench.machine import PeakMemory, check_device, describe_machine, torch_threads
+from testtime.bench.metrics import Score
+from testtime.bench.models import load_model, preprocessing
+from testtime.streams.batches import Batch, Stream
+from testtime.streams.data import labels_of, load_data, stack
+from testtime.streams.scenarios import Scenario
+
+CLEAN_SAMPLES = 2000
+"""Clean samples that the error after the stream is measured on, at most."""
+
+SOURCE_SAMPLES = 2000
+"""Source samples that a method may see before the stream, at most; 2000 as in EATA."""
+
+
+def run_cell(
+    cell: Cell,
+    *,
+    on_start: Callable[[int], None] | None = None,
+    on_batch: Callable[[], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Runs one cell: a row for each domain of its stream.
+
+    Args:
+        cell: from `plan`.
+        on_start: called with the number of batches before the first.
+        on_batch: called after each batch.
+
+    Raises:
+        InputError: the device is not here, or the model cannot run on the data.
+        TesttimeError: whatever loading the data and the model, or the method, complains of.
+    """
+    with torch_threads(cell.threads):
+        return _run(cell, on_start or (lambda _: None), on_batch or (lambda: None))
+
+
+def _run(
+    cell: Cell, on_start: Callable[[int], None], on_batch: Callable[[], None]
+) -> list[dict[str, Any]]:
+    device = check_device(cell.device)
+    memory = PeakMemory(device)
+    scenario = Scenario.from_toml(cell.stream)
+    dataset = load_data(cell.data)
+    model = load_model(cell.model).to(device)
+    _check_fit(cell, model, dataset, device)
+    stream = scenario.stream(dataset, seed=cell.seed)
+    adapter = _adapter(cell, model, scenario, device)
+    on_start(len(stream))
+    domains: dict[str, Domain] = {}
+    seconds: list[float] = []
+    for number, batch in enumerate(stream):
+        if batch.reset:
+            adapter.reset()
+        inputs = batch.inputs.to(device)
+        _wait(device)
+        start = time.perf_counter()
+        logits = read_logits(adapter(inputs))
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+        _share_out(domains, number, batch, logits.cpu())
+        on_batch()
+    peak, counts = memory.megabytes(), adapter.counts
+    before, after = _clean_errors(dataset, scenario, model, adapter, device)
+    common = {
+        **vars(cell),
+        "cell": cell.key,
+        "stream": _name(scenario),
+        "scenario": cell.stream,
+        "pattern": scenario.pattern,
+        "order": scenario.labels,
+        "reset_rule": "at each domain" if scenario.pattern == "reset" else "never",
+        "severity": scenario.severity,
+        "batch_size": scenario.batch_size,
+        "clean_error": after,
+        "source_clean_error": before,
+        "seconds_per_batch": median(seconds),
+        "forwards_per_sample": counts.forwards / counts.samples,
+        "backwards_per_sample": counts.backwards / counts.samples,
+        "peak_memory_mb": peak,
+        "preprocessing": preprocessing(model),
+        "weights_sha256": fingerprint(model),
+        "samples_sha256": _order_hash(stream),
+        "version": tt.__version__,
+        "torch_version": torch.__version__,
+        "machine": describe_machine(device),
+    }
+    return [
+        {**common, "domain": name, "position": position, **domain.row()}
+        for position, (name, domain) in enumerate(domains.items())
+    ]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _check_fit(cell: Cell, model: nn.Module, dataset: Dataset[Any], device: torch.device) -> None:
+    """Refuses a model that cannot run on the data, with both shapes in the message."""
+    images, _ = stack(dataset, [0])
+    try:
+        with torch.no_grad():
+            read_logits(model(images.to(device)))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{cell.model} cannot run on {cell.data}, whose images have the shape "
+            f"{tuple(images.shape[1:])}: {error}. Give a model made for such images, or other data."
+        ) from error
+
+
+def _adapter(cell: Cell, model: nn.Module, scenario: Scenario, device: torch.device) -> tt.Adapter:
+    source = None
+    if tt.methods()[cell.method].needs:
+        held = load_data(cell.data, split="train")
+        parts = _draw(held, SOURCE_SAMPLES, size=max(scenario.batch_size, 16))
+        loader = (images.to(device) for images, _ in parts)
+        source = tt.fit_source(model, loader, methods=[cell.method])
+    options = json.loads(cell.options)
+    return tt.adapt(model, cell.method, seed=cell.seed, source=source, **options)
+
+
+def _draw(dataset: Dataset[Any], limit: int, *, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the same samples in the same order for every cell, drawn over the whole set."""
+    chance = generator(0, "bench", "draw")
+    index = torch.randperm(len(labels_of(dataset)), generator=chance)[:limit]
+    return (stack(dataset, part) for part in index.split(size))
+
+
+def _clean_errors(
+    dataset: Dataset[Any],
+    scenario: Scenario,
+    model: nn.Module,
+    adapter: tt.Adapter,
+    device: torch.device,
+) -> tuple[float, float]:
+    """Error on clean samples of the source model, and of the adapted one, which learns no more.
+
+    In batches of the stream's size; of 64 where single samples arrive.
+    """
+    before, after = Score(), Score()
+    size = scenario.batch_size if scenario.batch_size > 1 else 64
+    with torch.no_grad():
+        for images, labels in _draw(dataset, CLEAN_SAMPLES, size=size):
+            inputs = images.to(device)
+            before.add(read_logits(model(inputs)), labels)
+            after.add(read_logits(adapter.predict(inputs)), labels)
+    return before.result()["error"], after.result()["error"]
+
+
+class Domain:
+    """What was answered in one domain: its metrics, and its error in each batch."""
+
+    def __init__(self) -> None:
+        self.score = Score()
+        self.trace: list[dict[str, Any]] = []
+
+    def add(self, number: int, logits: Tensor, labels: Tensor) -> None:
+        """Takes in a batch, or the part of it that is of this domain."""
+        error = self.score.add(logits, labels)
+        self.trace.append({"batch": number, "samples": len(labels), "error": error})
+
+    def row(self) -> dict[str, Any]:
+        """What belongs to the domain in a result row."""
+        return {**self.score.result(), "trace": self.trace}
+
+
+def _share_out(domains: dict[str, Domain], number: int, batch: Batch, logits: Tensor) -> None:
+    for name in dict.fromkeys(batch.domains):
+        mine = torch.tensor([domain == name for domain in batch.domains])
+        domains.setdefault(name, Domain()).add(number, logits[mine], batch.labels[mine])
+
+
+def _order_hash(stream: Stream) -> str:
+    digest = hashlib.sha256()
+    for sample in stream.order():
+        digest.update(repr(tuple(sample)).encode())
+    return digest.hexdigest()
+
+
+def _name(scenario: Scenario) -> str:
+    words = [scenario.pattern]
+    words += [scenario.labels] * (scenario.labels != "shuffled")
+    words += [scenario.distribution] * (scenario.distribution != "natural")
+    return " ".join(words)
