@@ -135,21 +135,22 @@ def test_a_method_that_fails_leaves_the_others_running(tmp_path, monkeypatch):
     ("change", "error", "says"),
     [
         ({"data": "fashion-mnit"}, UnknownName, "fashion-mnist"),
-        ({"data": "digits"}, InputError, "cannot run on digits"),
+        ({"models": ["file:x.pt@embedded:batch"]}, InputError, "no file x.pt"),
         ({"models": ["embedded:bach"]}, UnknownName, "embedded:batch"),
         ({"device": "cuda:99"}, InputError, "no device"),
     ],
 )
 def test_what_the_source_cannot_run_on_ends_the_run(tmp_path, change, error, says):
-    if change.get("data") == "digits":
-        pytest.importorskip("sklearn")
-        change = {**change, "models": ["file:x.pt@embedded:batch"]}
-        says, error = "no file x.pt", InputError
     stream = Scenario(domains=("fog",), samples=20)
     base = {"methods": ["tent"], "models": ["embedded:batch"], "data": "fashion-mnist:sample",
             "streams": [stream], "seeds": 1}  # fmt: skip
     with pytest.raises(error, match=says):
         run(plan(**(base | change)), tmp_path, jobs=0)
+    assert not (tmp_path / "run.json").exists()
+    first = run(plan(**base), tmp_path, jobs=0)
+    with pytest.raises(error, match=says):
+        run(plan(**(base | change)), tmp_path, jobs=0)
+    assert read_run(tmp_path) == first  # a slip of the pen leaves no trace
 
 
 def test_a_model_for_other_images_is_refused_with_both_shapes(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from typing import Any
 
 from testtime._core.errors import OptionError, WorkFailed
 from testtime.bench.cells import Cell
-from testtime.bench.store import read_cell, write_cell, write_plan
+from testtime.bench.store import forget, read_cell, write_cell, write_plan
 from testtime.bench.workers import Failure, Notice, Outcome, attempt, run_all
 
 
@@ -53,7 +53,7 @@ def run(
     if jobs < 0:
         raise OptionError(f"jobs is {jobs}; expected 0 or more processes.")
     out, done = Path(out), on_done or (lambda cell, rows, now: None)
-    write_plan(out, cells)
+    new = write_plan(out, cells)
     found: dict[str, list[dict[str, Any]]] = {}
     missing: dict[str, Cell] = {}
     for cell in cells:
@@ -68,6 +68,7 @@ def run(
         if isinstance(outcome, Failure):
             error = outcome.error()
             if cell.method == "source" and error is not None:
+                forget(out, new - found.keys())
                 raise error
             failed.append((cell, outcome))
             done(cell, None, True)

@@ -49,8 +49,8 @@ def read_cell(out: Path, key: str) -> list[dict[str, Any]] | None:
     return rows if rows and all(row.get("cell") == key for row in rows) else None
 
 
-def write_plan(out: Path, cells: Iterable[Cell]) -> None:
-    """Notes which cells a run consists of; cells noted before stay.
+def write_plan(out: Path, cells: Iterable[Cell]) -> set[str]:
+    """Notes which cells a run consists of, and gives the keys that are new; others stay.
 
     A cell that another version of the library has run makes way for the same cell of this one.
 
@@ -68,8 +68,23 @@ def write_plan(out: Path, cells: Iterable[Cell]) -> None:
             if key in wanted or _unversioned(record) not in new
         }
         if noted.keys() != kept.keys() | wanted.keys():
-            with atomic(out / PLAN) as part:
-                part.write_text(json.dumps({**kept, **wanted}, indent=1))
+            _note(out, kept | wanted)
+    return wanted.keys() - noted.keys()
+
+
+def forget(out: Path, keys: Iterable[str]) -> None:
+    """Takes cells out of the plan that nothing can run, so that they are not missed."""
+    with _alone(out):
+        gone = set(keys)
+        _note(out, {key: record for key, record in _read_plan(out).items() if key not in gone})
+
+
+def _note(out: Path, records: dict[str, Any]) -> None:
+    if not records:
+        (out / PLAN).unlink(missing_ok=True)
+        return
+    with atomic(out / PLAN) as part:
+        part.write_text(json.dumps(records, indent=1), "utf-8")
 
 
 def _unversioned(record: dict[str, Any]) -> dict[str, Any]:

@@ -45,10 +45,12 @@ def bench(
 ) -> None:
     """Compare methods on a stream of shifting data.
 
-    An interrupted run goes on with the same command. The same folder with more methods, seeds,
-    models or streams adds to what is there.
+    An interrupted run goes on with the same command. The same folder with more
+    methods, seeds, models or streams adds to what is there.
 
-    Example: testtime bench --methods "tent,sar(lr=0.01)" --stream sorted,batch_size=16 --out runs/a
+    Example: testtime bench --methods "tent,sar(lr=0.01)" --seeds 3 --out runs/a
+
+    Exit codes: 0 done, 1 a cell failed (the others are kept), 2 the call was wrong.
     """
     from testtime.bench.cells import split_methods  # noqa: PLC0415
 

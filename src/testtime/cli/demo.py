@@ -18,9 +18,9 @@ def demo(
 ) -> None:
     """Try it: adapt a classifier to fifteen kinds of corrupted images.
 
-    Ends with a table and an HTML report with plots. Fashion-MNIST images that the embedded model
-    was not trained on, 600 for each corruption, arrive in batches of 200 without labels. A second
-    call with the same folder shows the same results.
+    Ends with a table and an HTML report with plots. Fashion-MNIST images that the
+    embedded model was not trained on, 600 for each corruption, arrive in batches
+    of 200 without labels. A second call with the same folder shows the same.
 
     Example: testtime demo --out my-demo
     """

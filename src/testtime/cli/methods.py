@@ -12,7 +12,10 @@ def methods(
     name: str = typer.Argument("", help="A method, for its algorithm, options and paper."),
     json: bool = Json,
 ) -> None:
-    """List the methods, or show the algorithm, options and paper of one."""
+    """List the methods, or show the algorithm, options and paper of one.
+
+    Example: testtime methods tent
+    """
     import testtime as tt  # noqa: PLC0415
     from testtime._core.registry import find  # noqa: PLC0415
 

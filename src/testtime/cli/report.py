@@ -16,8 +16,9 @@ def report(
 ) -> None:
     """Show a run: its table, and one HTML file with plots.
 
-    The file is report.html in the folder; it needs no network and no other file. With --json
-    the result rows are printed instead, one for each method, domain and seed.
+    The file is report.html in the folder; it needs no network and no other file.
+    With --json the result rows are printed instead, one for each method, domain
+    and seed, with the error in percent.
 
     Example: testtime report runs/a
     """
