@@ -1,11 +1,15 @@
 """The command line, called in this process."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
+from rows import make
+from testtime._core.errors import WorkFailed
 from testtime._core.registry import Entry
+from testtime.cli.bench import print_summary
 from testtime.cli.main import app
 from testtime.papers.reproduction import reproduce
 
@@ -37,6 +41,8 @@ def test_papers():
         (["methods", "tnet"], "did you mean tent"),
         (["bench", "--methods", "tnet", "--out", "x"], "did you mean tent"),
         (["bench", "--methods", "tent", "--stream", "contiual", "--out", "x"], "continual"),
+        (["bench", "--methods", "tent(lrr=1)", "--out", "x"], "did you mean lr"),
+        (["bench", "--methods", "tent(lr", "--out", "x"], "tent(lr=0.01)"),
         (["report", "nowhere"], "holds no run"),
         (["reproduce", "tnet"], "tent"),
     ],
@@ -112,3 +118,42 @@ def test_reproduce_refuses_a_paper_without_a_check_and_no_seeds(one_check):
     assert (without.exit_code, without.stdout) == (2, "")
     assert "no small check yet; there are: tent" in " ".join(without.stderr.split())
     assert call(app, ["reproduce", "tent", "--seeds", "0"]).exit_code == 2
+
+
+def test_methods_with_options_are_rows_of_their_own(tmp_path):
+    words = ["bench", "--methods", "tent,tent(lr=0.01)", "--seeds", "1", "--out", str(tmp_path),
+             "--stream", "continual,domains=fog,samples=40,batch_size=20", "--jobs", "2"]  # fmt: skip
+    done = call(app, words, env={"COLUMNS": "80"})
+    assert done.exit_code == 0
+    assert {"source", "tent", "tent(lr=0.01)"} <= set(done.stdout.split())
+    assert max(map(len, done.stdout.splitlines()[1:5])) <= 80
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3
+    assert all(re.fullmatch(r"\[\d/3\] .+ seed 0: \d+\.\d\d % error", line) for line in lines)
+
+
+def test_reports_of_what_is_not_whole(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text("{")
+    assert call(app, ["report", str(tmp_path)]).exit_code == 2
+    path.write_text('{"0123": {"method": "tent"}}')
+    done = call(app, ["report", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "half-written: 1 of 1 cells" in done.stderr
+    assert call(app, ["report", str(tmp_path), "--partial"]).exit_code == 2
+
+
+def test_a_table_without_its_source(capsys):
+    rows = [row for row in make() if row["method"] != "source"]
+    print_summary(rows)
+    assert "tent" in capsys.readouterr().out
+
+
+def test_work_that_failed_ends_with_one_and_names_the_cell(tmp_path, monkeypatch):
+    def fails(cells, out, **options):
+        raise WorkFailed("1 of 2 cells failed:\n  tent[a] on m: memory")
+
+    monkeypatch.setattr("testtime.bench.runner.run", fails)
+    done = call(app, ["bench", "--methods", "tent", "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "tent[a] on m: memory" in done.stderr

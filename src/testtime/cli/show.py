@@ -83,6 +83,14 @@ def exits(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def progress() -> Progress:
+    """A progress bar on standard error, to be entered; none where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
 class Watch:
     """Tells of a run on standard error: bars on a terminal, a line for each finished cell in a log.
 
@@ -91,22 +99,17 @@ class Watch:
     """
 
     def __init__(self, cells: int) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(),
-                   TimeRemainingColumn())  # fmt: skip
-        self._bar = Progress(*columns, console=console, transient=True)
-        self._live, self._cells, self._done = console.is_terminal, cells, 0
+        self._bar = progress()
+        self._live, self._cells, self._done = not self._bar.disable, cells, 0
         self._whole = self._bar.add_task("all", total=cells)
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "Watch":
-        if self._live:
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._bar.stop()
+        self._bar.stop()
 
     def begin(self, key: str, name: str, steps: int) -> None:
         """A cell begins."""

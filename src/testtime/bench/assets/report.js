@@ -75,7 +75,7 @@
     const tall = Math.max(...methods.flatMap((m) => finite(m.time[mode[i]])), 1);
     draw(node, traces, layout({ height: (narrow ? 300 : 380) + room, margin: { l: left, r: right, t: room, b: 48 },
       hovermode: "x unified", shapes, annotations,
-      xaxis: axis({ title: { text: "Batch" }, range, showgrid: false, hoverformat: ",d", tickformat: ",d", nticks: narrow ? 5 : 12,
+      xaxis: axis({ title: { text: "Batch" }, range, showgrid: false, hoverformat: ",d", tickformat: ",d", ...(last <= (narrow ? 6 : 12) ? { tick0: 1, dtick: 1 } : { nticks: narrow ? 5 : 12 }),
         unifiedhovertitle: { text: "Batch %{x:,d}" } }),
       yaxis: axis({ title: { text: "Error in percent" }, range: [0, Math.min(tall * 1.06, 101)], automargin: false }) }), true);
     const seen = methods[0].time.window;
