@@ -18,7 +18,7 @@ def named(*methods):
         ("tent", "{}"),
         (" tent ( lr = 0.01 ) ", '{"lr": 0.01}'),
         ("tent(lr=1)", '{"lr": 1.0}'),
-        ("tent(lr=-1e-3)", '{"lr": -0.001}'),
+        ("tent(lr=2e-3)", '{"lr": 0.002}'),
         ("tent(steps=2, lr=0.001)", '{"steps": 2}'),
         ("tent(episodic=True)", '{"episodic": true}'),
         ("tent()", "{}"),
