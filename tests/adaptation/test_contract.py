@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -31,6 +31,7 @@ from testtime._core.errors import (
 from testtime._core.files import digest
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.engine import Engine
+from testtime.adaptation.knowledge import fingerprint
 from testtime.adaptation.methods.tent import tent
 from testtime.adaptation.outputs import read_logits
 
@@ -53,9 +54,13 @@ def test_all_methods_are_here():
     assert set(expected.split()) <= set(ALL)
 
 
+KINDS = ["batch", "sync", "group", "layer", "instance", "frozen", "rms"]
+
+
 @each
-def test_the_model_is_borrowed(name):
-    model = tiny()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_is_borrowed(name, kind):
+    model = tiny(kind)
     model.head.bias.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     flags = [(p.requires_grad, p.grad) for p in model.parameters()]
@@ -251,7 +256,7 @@ def test_two_streams_share_a_model(name):
 
 
 @each
-@pytest.mark.parametrize("kind", ["batch", "sync", "group", "layer", "instance", "frozen", "rms"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_normalisation(name, kind):
     model = tiny(kind)
     adapter = adapter_of(name, model)
@@ -506,17 +511,43 @@ def test_memory_is_bounded(name):
     assert go(10) >= go(60) - 8
 
 
+MIXED = {"bn-adapt": [{}, {"prior": 16}, {"alpha": 0.3}, {"momentum": 0.1}]}
+MIXED |= {"cotta": [{"threshold": 0.0}]}
+
+
 @each
-def test_export_is_a_plain_model(name):
-    adapter = adapter_of(name)
-    xs = batches(4)
-    for x in xs[:3]:
-        adapter(x)
-    exported = adapter.export()
-    assert type(exported) is type(adapter.model)
-    if name not in ("lame", "cotta", "memo"):  # what these answer is not a model's own output
-        with torch.no_grad():
-            torch.testing.assert_close(exported(xs[3]), adapter.predict(xs[3]))
+@pytest.mark.parametrize("kind", ["batch", "sync", "group", "instance", "frozen", "rms"])
+def test_export_is_a_plain_model(name, kind):
+    for options in MIXED.get(name, [{}]):
+        adapter = adapter_of(name, tiny(kind), **options)
+        xs = batches(3)
+        for x in xs:
+            adapter(x)
+        exported = adapter.export()
+        assert type(exported) is type(adapter.model)
+        before = copy.deepcopy(exported.state_dict())
+        x = xs[0][:1] if name == "memo" else xs[0]  # each image alone
+        for model, dtype in ((exported, torch.float32), (copy.deepcopy(exported), torch.float64)):
+            with torch.no_grad():
+                answer = model.to(dtype)(x.to(dtype)).float()
+            if name != "lame":  # which corrects the answer
+                torch.testing.assert_close(answer, adapter.predict(x), rtol=1e-3, atol=1e-4)
+        assert all(torch.equal(value, before[key]) for key, value in exported.state_dict().items())
+
+
+@each
+def test_reset_follows_a_model_that_was_changed(name):
+    model, xs = tiny(), batches(3)
+    adapter = adapter_of(name, model)
+    adapter(xs[0])
+    with torch.no_grad():
+        model.norm1 = nn.BatchNorm2d(6).eval()
+        model.head = nn.Linear(8, 5)
+        model.load_state_dict({k: v * 0.9 for k, v in tiny().state_dict().items()}, assign=True)
+    adapter.reset()
+    fresh = tt.adapt(model, adapter.recipe, source=adapter._source and replace(
+        adapter._source, model=fingerprint(model)))  # fmt: skip
+    assert all(torch.equal(adapter(x), fresh(x)) for x in xs)
 
 
 class Wrapped(nn.Module):

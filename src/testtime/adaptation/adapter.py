@@ -28,8 +28,8 @@ from testtime.adaptation.checks import check_input, expected_rank
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
-from testtime.adaptation.layers import norm_layers
-from testtime.adaptation.loan import Normaliser, lock_of
+from testtime.adaptation.layers import NormLayer, norm_layers
+from testtime.adaptation.loan import Restated, lock_of
 from testtime.adaptation.look import look, named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.prediction import from_teacher, student
@@ -167,8 +167,12 @@ class Adapter:
     # --- state --------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Back to the source model: tensors, optimizer, statistics, memories and random state."""
-        with self._lock:
+        """Back to the source model: tensors, optimizer, statistics, memories and random state.
+
+        The source is the model as it now is: weights and modules may have been replaced.
+        """
+        with self._lock, self._engine.loan.lock:
+            self._engine, self._seen = self._build(order=[]), None
             self._state = self._engine.fresh()
             self.counts = self.counts._replace(resets=self.counts.resets + 1)
 
@@ -204,8 +208,10 @@ class Adapter:
     def export(self) -> nn.Module:
         """A plain copy of the model with what was learned, in eval mode.
 
-        Layers that use batch statistics, or mix them, do so in the copy too. Corrections of the
-        answer (LAME) are not part of a model and are left out.
+        It answers as `predict` does. Layers that use batch statistics, or mix them, do so in the
+        copy too. What is done around the model is left out: corrections of the answer (LAME),
+        averages over views (CoTTA); and MEMO looks at each image alone, so it is the copy's answer
+        for batches of one that is `predict`'s.
         """
         with self._lock, self._engine.loan.lock, torch.no_grad():
             copy = deepcopy(self.model).eval()
@@ -216,22 +222,25 @@ class Adapter:
             for name, value in tensors.items():
                 own[name].copy_(value)
             for layer in norm_layers(copy):
-                if layer.has_statistics:
-                    self._settle(layer, averages)
+                self._settle(layer, averages)
             return copy
 
-    def _settle(self, layer: Any, averages: dict[str, Tensor] | None) -> None:
-        module, statistics = layer.module, self.recipe.statistics
-        if isinstance(statistics, RunningStatistics) and averages:
+    def _settle(self, layer: NormLayer, averages: dict[str, Tensor] | None) -> None:
+        module: Any = layer.module
+        statistics = self.recipe.statistics
+        if not layer.has_statistics:
+            ours = isinstance(statistics, BatchStatistics | RunningStatistics)
+            if ours and layer.kind == "instance":  # an image's own statistics, as in the loan
+                module.track_running_stats = False
+                module.running_mean = module.running_var = None
+        elif isinstance(statistics, RunningStatistics) and averages:
             module.running_mean.copy_(averages[f"{layer.name}.mean"])
             module.running_var.copy_(averages[f"{layer.name}.var"])
         elif isinstance(statistics, BatchStatistics) and hasattr(module, "track_running_stats"):
             module.track_running_stats = False
             module.running_mean = module.running_var = None
         elif isinstance(statistics, BatchStatistics | MixedStatistics):
-            source = self._engine.loan.source_moments(layer)
-            kept = type(source)(source.mean.clone(), source.var.clone())
-            module.register_forward_pre_hook(Normaliser(layer.name, layer.eps, kept, statistics))
+            module.register_forward_pre_hook(Restated(layer.eps, statistics))
 
     # --- what it does -------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer
-from testtime.adaptation.moments import moments, normalise
+from testtime.adaptation.moments import moments, normalise, wide
 from testtime.adaptation.parts.statistics import (
     BatchStatistics,
     MixedStatistics,
@@ -152,6 +152,8 @@ class Loan:
             if isinstance(statistics, BatchStatistics | RunningStatistics):
                 for module in self.tracked:
                     put(module.__dict__, "track_running_stats", False)
+                    for key in ("running_mean", "running_var"):  # torch would write to them
+                        put(module._buffers, key, None)
             plain = isinstance(statistics, BatchStatistics) and ranks.alone and len(x) > 1
             for layer in () if isinstance(statistics, SourceStatistics) else self.norms:
                 buffers = layer.module._buffers
@@ -250,3 +252,25 @@ class Normaliser:
             self.fresh[f"{self.name}.var"] = new.var.detach()
             return new if statistics.robust else batch
         return batch
+
+
+@dataclass(frozen=True)
+class Restated:
+    """A pre-hook for exported layers: scales and shifts what comes in, so that the layer, which
+    normalises with the statistics it stored, in effect normalises with the chosen ones.
+
+    It reads the stored ones off the layer, so that they move, change type and are saved with it.
+    """
+
+    eps: float
+    statistics: BatchStatistics | MixedStatistics
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        stored = Moments(module._buffers["running_mean"], module._buffers["running_var"])  # type: ignore[arg-type]
+        used, values = moments(x, ALONE)
+        if isinstance(self.statistics, MixedStatistics):
+            used = self.statistics.blend(stored, used, samples=len(x), values=values)
+        scale = ((stored.var + self.eps) / (used.var + self.eps)).sqrt()
+        centred = (x - wide(used.mean, x)) * wide(scale, x)
+        return ((centred + wide(stored.mean, x)).to(x.dtype), *args[1:])

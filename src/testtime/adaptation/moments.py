@@ -30,7 +30,7 @@ class _Moments(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         values = x.numel() // x.shape[1]
         slope = 2 / values * grads[1]
-        return torch.addcmul(_wide(grads[0] / values - slope * mean, x), _wide(slope, x), x)
+        return torch.addcmul(wide(grads[0] / values - slope * mean, x), wide(slope, x), x)
 
 
 class _Normalise(torch.autograd.Function):
@@ -90,5 +90,6 @@ def normalise(x: Tensor, used: Moments, eps: float) -> Tensor:
     return _Normalise.apply(x, used.mean, used.var, eps).to(dtype)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _wide(value: Tensor, x: Tensor) -> Tensor:
+def wide(value: Tensor, x: Tensor) -> Tensor:
+    """One value for each channel of x, so shaped that it meets x."""
     return value.view(1, -1, *[1] * (x.dim() - 2))
