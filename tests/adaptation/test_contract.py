@@ -492,6 +492,34 @@ def test_nothing_but_the_state_outlives_a_step(name, monkeypatch):
                 assert value.untyped_storage().nbytes() <= 8
 
 
+PASSES = {  # forward and backward passes for each sample, as the algorithms need them
+    "source": (1, 0), "bn-adapt": (1, 0), "lame": (1, 0), "tent": (1, 1), "eta": (1, 1),
+    "eata": (1, 1), "rdumb": (1, 1), "sar": (2, 2), "deyo": (2, 1), "ostta": (2, 1),
+    "cotta": (2 + 1 + 1, 1), "memo": (2 + 1, 2), "rotta": (3, 1),
+}  # fmt: skip
+
+
+@each
+def test_the_plan_says_what_a_step_costs(name):
+    adapter = adapter_of(name)
+    plan = adapter.plan()
+    if name in PASSES:
+        assert (plan.forwards, plan.backwards) == PASSES[name]
+    for x in batches(3):
+        adapter(x)
+    counts = adapter.counts
+    if plan.forwards is not None and plan.backwards is not None:
+        assert counts.samples <= counts.forwards <= plan.forwards * counts.samples
+        assert counts.backwards <= plan.backwards * counts.samples
+        if name in ("tent", "ostta", "cotta", "memo"):  # nothing is left out of the batch
+            assert counts.forwards == plan.forwards * counts.samples
+            assert counts.backwards == plan.backwards * counts.samples
+    adapted = sum(tensor.nbytes for tensor in adapter.snapshot().tensors.values())
+    assert plan.bytes >= adapted
+    if name == "tent":  # the tensors, two moments, and the random state
+        assert plan.bytes == adapter.plan().bytes == 3 * adapted + torch.get_rng_state().nbytes
+
+
 @each
 def test_memory_is_bounded(name):
     adapter = adapter_of(name)

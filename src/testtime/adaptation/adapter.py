@@ -3,7 +3,7 @@
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -54,6 +54,10 @@ class Plan:
         layers: normalisation layers by kind.
         statistics: what layers with stored statistics normalise with.
         ordered: whether layers are known in order of execution, or only as registered.
+        forwards, backwards: passes through the model that a step costs for each sample, at most;
+            None when the method does not tell.
+        bytes: held beside the model, by tensors that adapt, optimizer, teacher, moving averages and
+            what is in memory by now.
     """
 
     tensors: tuple[str, ...]
@@ -62,12 +66,17 @@ class Plan:
     layers: dict[str, int]
     statistics: str
     ordered: bool
+    forwards: float | None
+    backwards: float | None
+    bytes: int
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.layers.items()) or "none"
         return (
             f"adapts {len(self.tensors)} tensors, {self.values} values, {self.share:.3%} of the "
-            f"model; normalisation layers: {kinds}; statistics: {self.statistics}"
+            f"model; normalisation layers: {kinds}; statistics: {self.statistics}; "
+            f"at most {self.forwards or '?'} forward and {self.backwards if self.forwards else '?'} "
+            f"backward passes for each sample; {self.bytes} bytes held"
         )
 
 
@@ -245,7 +254,10 @@ class Adapter:
     # --- what it does -------------------------------------------------------------------------
 
     def plan(self, x: Tensor | None = None) -> Plan:
-        """What will change. Layers are in order of execution once a batch, or `x`, was seen."""
+        """What will change, and what a step costs.
+
+        Layers are in order of execution once a batch, or `x`, was seen.
+        """
         with self._lock, _computing():
             if x is not None:
                 self._admit(x)
@@ -256,9 +268,16 @@ class Adapter:
                 kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
             values = sum(tensor.numel() for tensor in tensors.values())
             total = sum(parameter.numel() for parameter in self.model.parameters())
+            forwards, backwards = self.recipe.passes or (None, None)
+            held = dict(vars(self._state))
+            if self.recipe.optimizer is not None:  # what it holds from its first step on
+                now = list(tensors.values())
+                zeros = [torch.zeros_like(tensor) for tensor in now]
+                _, held["optimizer"] = self.recipe.optimizer.step(held["optimizer"], now, zeros)
             return Plan(
                 tuple(tensors), values, values / max(total, 1), kinds,
-                describe(self.recipe.statistics), self._seen is not None,
+                describe(self.recipe.statistics), self._seen is not None, forwards, backwards,
+                _bytes(held),
             )  # fmt: skip
 
     # --- inside -------------------------------------------------------------------------------
@@ -302,19 +321,21 @@ class Adapter:
 
     def _admit(self, x: Tensor) -> Tensor:
         """The batch, checked; the first one is also used to see the model run."""
-        complaint: TesttimeError | None = None
+        complaint: Exception | None = None
         try:
             check_input(x, self.recipe, expected=self._expected, device=self._engine.device)
-        except TesttimeError as error:
+            if x.is_inference():
+                x = x.clone()
+            kind = x.shape[1:], x.dtype
+            # with other ranks, a batch that the model refuses must not fail in mid-step on one
+            if self._seen is None or (self._seen != kind and not self._ranks.alone):
+                with self._engine.loan.lock:
+                    self._guard(x, lambda: self._look(x))
+                self._seen = kind
+        except Exception as error:
             complaint = error
         if not self._ranks.agree(complaint, self._engine.device):
             raise complaint or InputError("another rank was given a batch that it refused")
-        if x.is_inference():
-            x = x.clone()
-        if self._seen is None:
-            with self._engine.loan.lock:
-                self._guard(x, lambda: self._look(x))
-            self._seen = x.shape[1:], x.dtype
         alone = len(x) == 1 and self._ranks.alone and bool(self._engine.loan.norms)
         if alone and isinstance(self.recipe.statistics, BatchStatistics):
             warnings.warn(
@@ -461,6 +482,14 @@ def _check_model(model: Any) -> None:
                 "the model was built under torch.inference_mode(), so nothing can learn through "
                 "it. Build or load it outside."
             )
+
+
+def _bytes(tree: Any) -> int:
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    if isinstance(tree, dict):
+        tree = tree.values()
+    return sum(map(_bytes, tree)) if isinstance(tree, Iterable) and type(tree) is not str else 0
 
 
 def _detached(output: Any) -> Any:

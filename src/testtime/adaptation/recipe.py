@@ -9,10 +9,10 @@ from typing import Any
 from testtime._core.errors import OptionError
 from testtime._core.options import whole
 from testtime.adaptation.parts.knowledge import Need
-from testtime.adaptation.parts.optimizer import Optimizer
+from testtime.adaptation.parts.optimizer import Optimizer, SharpnessAware
 from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.scope import Scope, nothing
-from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
+from testtime.adaptation.parts.statistics import RunningStatistics, SourceStatistics, Statistics
 
 EVIDENCE = (
     "inputs", "logits", "entropies", "features", "augmented", "augmented_features", "teacher",
@@ -136,6 +136,23 @@ class Recipe:
     def asks_for(self, name: str) -> bool:
         """Whether any part reads `name`."""
         return any(name in reads(part) for _, part in self._callables())
+
+    @property
+    def passes(self) -> tuple[float, float] | None:
+        """The most forward and backward passes that a step costs, for each sample.
+
+        A procedure tells it as `passes`; None when it does not.
+        """
+        if self.procedure is not None:
+            return getattr(self.procedure, "passes", None)
+        if not self.learns:
+            return (2.0 if isinstance(self.statistics, RunningStatistics) else 1.0), 0.0
+        asked = sum(self.asks_for(name) for name in ("source", "forward", "augmented"))
+        forwards = 1.0 + asked + (self.teacher is not None)
+        if self.views is not None:  # of the teacher, and the source's confidence in the batch
+            forwards += self.views.count
+        rounds = self.steps * (2 if isinstance(self.optimizer, SharpnessAware) else 1)
+        return rounds * forwards + self.answer_after, rounds * (1.0 + self.asks_for("augmented"))
 
     @property
     def dense(self) -> bool:

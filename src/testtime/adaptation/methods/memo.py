@@ -46,6 +46,11 @@ class EachImage:
         """Whether inputs must be images in [0, 1]."""
         return needs_pixels(self.augment)
 
+    @property
+    def passes(self) -> tuple[float, float]:
+        """Forward and backward passes for each image: its copies, and its answer."""
+        return self.count + 1.0, float(self.count)
+
     def step(self, engine: Engine, x: Tensor, state: State) -> Step:
         """Adapts to, and answers, one image after the other."""
         outputs: list[Any] = []

@@ -66,6 +66,11 @@ class BalancedMemory:
         """Whether inputs must be images in [0, 1]."""
         return needs_pixels(self.augment)
 
+    @property
+    def passes(self) -> tuple[float, float]:
+        """Passes for each sample: its answer; teacher and student on the bank in every update."""
+        return 1 + 2 * self.capacity / self.every, self.capacity / self.every
+
     def badness(self, item: Item, clock: int, classes: int) -> float:
         """1 / (1 + exp(-age / capacity)) + uncertainty / ln C: old and uncertain is bad."""
         age = (clock - item.born) / self.capacity
