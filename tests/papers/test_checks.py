@@ -42,9 +42,9 @@ EDGES = {
          {"eta, Fisher distance": 1.0}],
     ),
     "sar": (
-        {"source": 70.0, "tent": 10.0, "eta": 12.0, "sar without recovery": 12.0, "sar": 30.0,
+        {"source": 70.0, "tent": 10.0, "eta without redundancy": 12.0, "sar without recovery": 12.0, "sar": 30.0,
          "source, one pass": 70.0, "tent at 1e-2, one pass": 69.9},
-        [{"eta": 12.1}, {"sar without recovery": 12.1}, {"tent": 12.1, "sar": 40.0}, {"sar": 29.9},
+        [{"eta without redundancy": 12.1}, {"sar without recovery": 12.1}, {"tent": 12.1, "sar": 40.0}, {"sar": 29.9},
          {"sar": 70.0}, {"tent at 1e-2, one pass": 70.0}],
     ),
     "deyo": (

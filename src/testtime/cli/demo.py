@@ -1,5 +1,6 @@
 """`testtime demo`: the main job on embedded data, in less than a minute."""
 
+import os
 from pathlib import Path
 
 import typer
@@ -25,7 +26,7 @@ def demo(
     Example: testtime demo --out my-demo
     """
     cells = cells_of(METHODS, ["embedded:batch"], "fashion-mnist:sample", [STREAM], 1)
-    rows = execute(cells, out)
+    rows = execute(cells, out, jobs=os.cpu_count() or 1)
     if json:
         print_json(rows)
         return
