@@ -61,6 +61,8 @@ class Engine:
         # a tied tensor adapts once
         own = (self.loan.canonical.get(name, name) for name in recipe.scope(model, norms))
         self.names = list(dict.fromkeys(own))
+        scales_and_shifts = {name for layer in norms for name in layer.tensors}
+        self.lean = scales_and_shifts.issuperset(self.names)
         self.feature_layer: nn.Module | None = None
         first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(()))
         self.device = first.device
@@ -115,6 +117,7 @@ class Engine:
         return self.loan.run(
             x, tensors, self.recipe.statistics,
             averages=averages, learn=learn, ranks=self.ranks, tap=tap,
+            lean=self.lean and torch.is_grad_enabled(),
         )  # fmt: skip
 
     def answer(self, evidence: Evidence) -> tuple[Any, Tensor]:

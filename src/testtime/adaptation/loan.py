@@ -1,9 +1,10 @@
 """A model on loan: run with other tensors in its places, and given back bit for bit."""
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer
+from testtime.adaptation.lean import Lean
 from testtime.adaptation.moments import moments, normalise, wide
 from testtime.adaptation.parts.statistics import (
     BatchStatistics,
@@ -41,6 +43,13 @@ def lock_of(model: nn.Module) -> threading.RLock:
         return lock
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` made or changed the module."""
+    dynamo = sys.modules.get("torch._dynamo")  # slow to import, and there if anything is compiled
+    made = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+    return made or module._compiled_call_impl is not None
+
+
 def no_features(model: nn.Module) -> ScopeError:
     """The error for a model whose features cannot be found."""
     return ScopeError(
@@ -67,6 +76,7 @@ class Loan:
         self.modules = list(model.modules())
         self.places, self.canonical = places(model)
         self.parameters = list(model.parameters())
+        self.own_functions = not any(map(is_compiled, self.modules))
         self.lock = lock_of(model)
 
     def source(self, name: str) -> Tensor:
@@ -90,6 +100,7 @@ class Loan:
         learn: bool = True,
         ranks: Ranks,
         tap: Callable[[], Any] | None = None,
+        lean: bool = False,
     ) -> tuple[Any, Averages | None]:
         """Runs the model on `x` and returns its output and the updated moving averages.
 
@@ -101,12 +112,13 @@ class Loan:
             learn: whether moving averages are updated by this batch, or only used.
             ranks: over whom batch statistics are taken.
             tap: context in which the model is run, e.g. one that records features.
+            lean: whether to keep for a backward only what one needs that reaches no convolution's
+                weight. It needs the model's own functions, so it has no effect on a compiled one.
         """
         fresh = {**averages, "seen": averages["seen"] + 1} if averages and learn else averages
         with self.lock, self._lent(tensors, statistics, averages, fresh, learn, ranks, x):
-            if tap is None:
-                return self.model(x), fresh
-            with tap():
+            keeping = Lean() if lean and self.own_functions else nullcontext()
+            with keeping, tap() if tap is not None else nullcontext():
                 return self.model(x), fresh
 
     @contextmanager

@@ -1,0 +1,202 @@
+"""Keeps for the backward only what it needs, where no convolution learns.
+
+torch keeps the input of every convolution, also of one that is frozen, whose backward needs only the
+shape; the result of every ReLU, of which it needs a bit for each value; and the input of every
+maximum pooling, of which it needs the shape. Of a convolution, its normalisation and its ReLU, the
+normalisation's input remains here, and a bit for each value.
+
+Answers and gradients are torch's to the last bit: the same kernels compute them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+class Shape(NamedTuple):
+    """How a tensor is laid out, without its values."""
+
+    sizes: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(x: Tensor) -> "Shape":
+        """The layout of x."""
+        return Shape(x.shape, x.stride(), x.dtype, x.device)
+
+    def empty(self) -> Tensor:
+        """A tensor laid out so, of any values; on a CPU its pages are never touched."""
+        return torch.empty_strided(self.sizes, self.strides, dtype=self.dtype, device=self.device)
+
+
+class _FrozenConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.how, ctx.shape = how, Shape.of(x)
+        return torch.convolution(x, weight, bias, *how)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        to_x, *_ = torch.ops.aten.convolution_backward(
+            grads[0], ctx.shape.empty(), weight, None, *ctx.how, [True, False, False]
+        )
+        return (to_x, *[None] * (2 + len(ctx.how)))
+
+
+class _BitReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+        y = torch.relu_(x) if inplace else torch.relu(x)
+        ctx.bits, ctx.shape = pack(y), Shape.of(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        passed = unpack(ctx.bits, ctx.shape).to(grads[0].dtype)
+        return torch.ops.aten.threshold_backward(grads[0], passed, 0), None
+
+
+class _ShapedMaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
+        y, places = torch.ops.aten.max_pool2d_with_indices(x, *how)
+        ctx.how, ctx.shape, ctx.places = how, Shape.of(x), places.to(torch.int32)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        to_x = torch.ops.aten.max_pool2d_with_indices_backward(
+            grads[0], ctx.shape.empty(), *ctx.how, ctx.places.long()
+        )
+        return (to_x, *[None] * len(ctx.how))
+
+
+def pack(y: Tensor) -> Tensor:
+    """Which values are not zero, a bit each, in the order in which they lie in memory.
+
+    Args:
+        y: of any shape, without gaps in memory.
+
+    Example:
+        >>> pack(torch.tensor([0.0, 3.0, 0.0, 1.0]))
+        tensor([80], dtype=torch.uint8)
+    """
+    flat = y.detach().as_strided((y.numel(),), (1,)).bool()
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.numpy()))
+    eights = F.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
+    return (eights << _places(flat.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, shape: Shape) -> Tensor:
+    """Which values were not zero, laid out as they were.
+
+    Example:
+        >>> unpack(torch.tensor([80], dtype=torch.uint8), Shape.of(torch.zeros(2, 2))).tolist()
+        [[False, True], [False, True]]
+    """
+    count = shape.sizes.numel()
+    if bits.device.type == "cpu":
+        flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).view(torch.bool)
+    else:
+        flat = ((bits[:, None] >> _places(bits.device)) & 1).bool().view(-1)[:count]
+    return flat.as_strided(shape.sizes, shape.strides)
+
+
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+
+
+class Lean(TorchFunctionMode):
+    """While it lasts, frozen convolutions, ReLUs and maximum poolings keep less.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).requires_grad_(False)
+        >>> x = torch.ones(1, 1, 4, 4, requires_grad=True)
+        >>> with Lean():
+        ...     name = type(model(x).grad_fn).__name__
+        >>> name
+        '_BitReLUBackward'
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kept = _KEPT.get(func)
+        if (
+            kept is None
+            or not args
+            or not torch.is_grad_enabled()
+            or not args[0].requires_grad
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return func(*args, **kwargs or {})
+        return kept(func, *args, **kwargs or {})
+
+
+def _conv(
+    func: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None,
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> Tensor:  # fmt: skip
+    sides = weight.dim() - 2
+    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if learns or isinstance(padding, str) or x.dim() != weight.dim():
+        return func(x, weight, bias, stride, padding, dilation, groups)
+    stride, padding, dilation = (_each(side, sides) for side in (stride, padding, dilation))
+    how = (stride, padding, dilation, False, [0] * sides, groups)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        lower = torch.get_autocast_dtype(kind)
+        x, weight = x.to(lower), weight.to(lower)
+        bias = None if bias is None else bias.to(lower)
+    return _FrozenConv.apply(x, weight, bias, *how)  # type: ignore[no-any-return]
+
+
+def _relu(func: Callable[..., Tensor], x: Tensor, inplace: bool = False) -> Tensor:
+    inplace = inplace or func in (torch.relu_, Tensor.relu_)
+    if not _dense(x) or (inplace and x._is_view()):
+        return func(x) if func is not F.relu else func(x, inplace)
+    return _BitReLU.apply(x, inplace)  # type: ignore[no-any-return]
+
+
+def _max_pool(
+    func: Callable[..., Tensor], x: Tensor, kernel_size: Any, stride: Any = None,
+    padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False, return_indices: bool = False,
+) -> Tensor:  # fmt: skip
+    if return_indices or x.dim() != 4:
+        more = {"return_indices": return_indices} if return_indices else {}
+        return func(x, kernel_size, stride, padding, dilation, ceil_mode, **more)
+    kernel_size, padding, dilation = (_each(v, 2) for v in (kernel_size, padding, dilation))
+    stride = _each(kernel_size if stride is None else stride, 2)
+    return _ShapedMaxPool.apply(x, kernel_size, stride, padding, dilation, ceil_mode)  # type: ignore[no-any-return]
+
+
+def _each(value: Any, sides: int) -> list[int]:
+    return list(value) if isinstance(value, tuple | list) else [value] * sides
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether the values of x lie in memory without gaps and overlaps."""
+    return x.is_contiguous() or (
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+_KEPT: dict[Any, Callable[..., Tensor]] = {
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv),
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), _relu),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool),
+}
+"""Functions whose backward needs less than torch keeps."""

@@ -1,0 +1,157 @@
+"""What is kept for the backward is less, and answers and gradients are torch's to the last bit."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import testtime as tt
+from testtime.adaptation.lean import Lean, Shape, pack, unpack
+from testtime.adaptation.loan import is_compiled
+
+NETS = ["resnet18", "vgg11_bn", "squeezenet1_1", "densenet121", "googlenet", "shufflenet_v2_x0_5"]
+
+
+def norms_learn(model: nn.Module) -> list[nn.Parameter]:
+    """Freezes all but scales and shifts, and gives these."""
+    model.eval().requires_grad_(False)
+    learnt = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for module in learnt:
+        module.train().requires_grad_(True)
+        module.track_running_stats, module.running_mean, module.running_var = False, None, None
+    return [p for m in learnt for p in m.parameters()]
+
+
+def answer_and_gradients(model, x, learnt, context):
+    with context:
+        z = model(x)
+    wanted = learnt or [x]
+    return z.detach(), torch.autograd.grad(z.float().square().sum(), wanted, allow_unused=True)
+
+
+def assert_same(model, x, learnt=()):
+    z, grads = answer_and_gradients(model, x, list(learnt), nullcontext())
+    lean_z, lean_grads = answer_and_gradients(model, x, list(learnt), Lean())
+    assert torch.equal(z, lean_z)
+    assert all(g is h is None or torch.equal(g, h) for g, h in zip(grads, lean_grads, strict=True))
+    assert any(g is not None and g.abs().sum() > 0 for g in grads)
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_networks(name, memory_format):
+    torch.manual_seed(0)
+    options = {"init_weights": True} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, weights=None, **options)
+    model = model.to(memory_format=memory_format)
+    learnt = norms_learn(model)
+    x = torch.rand(2, 3, 64, 64).to(memory_format=memory_format).requires_grad_(not learnt)
+    assert_same(model, x, learnt)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2),
+        nn.Conv2d(4, 6, (3, 1), dilation=2, padding=(1, 0), bias=False),
+        nn.Conv2d(4, 6, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv3d(4, 2, 2),
+        nn.ReLU(),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.MaxPool2d(2, dilation=2),
+    ],
+    ids=str,
+)
+def test_layers(layer):
+    sides = {nn.Conv1d: 1, nn.Conv3d: 3}.get(type(layer), 2)
+    source = torch.randn(3, 4, *[9] * sides, requires_grad=True)
+    model = nn.Sequential(nn.Identity(), layer).requires_grad_(False)
+
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return model(x * 2)  # no leaf, so that it may be written to
+
+    assert_same(Scaled(), source)
+
+
+def test_what_learns_still_gets_its_gradient():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU())
+    x = torch.randn(2, 2, 6, 6, requires_grad=True)
+    assert_same(model, x, list(model.parameters()))
+
+
+def test_views_and_slices_that_are_written_to():
+    class Halves(nn.Module):
+        def forward(self, x):
+            y = x * 1.0
+            y[:, :2].relu_()
+            return torch.relu(y.transpose(2, 3)) + y
+
+    assert_same(Halves(), torch.randn(2, 4, 5, 5, requires_grad=True))
+
+
+def test_autocast():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU())
+    model.requires_grad_(False)
+    x = torch.randn(2, 2, 9, 9, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(model, x)
+
+
+def test_no_number_passes_as_torch_lets_it_pass():
+    x = torch.tensor([-1.0, 0.0, 2.0, torch.nan, torch.inf, -torch.inf], requires_grad=True)
+    _, (grad,) = answer_and_gradients(nn.ReLU(), x, [], nullcontext())
+    _, (lean,) = answer_and_gradients(nn.ReLU(), x, [], Lean())
+    torch.testing.assert_close(lean, grad, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 3, 5, 7)])
+def test_bits_come_back(shape):
+    y = torch.randn(shape).relu()
+    assert torch.equal(unpack(pack(y), Shape.of(y)), y != 0)
+    if len(shape) == 4:
+        y = y.to(memory_format=torch.channels_last)
+        assert torch.equal(unpack(pack(y), Shape.of(y)), y != 0)
+
+
+def peak(step, x) -> int:
+    """Bytes that a step holds at most."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step(x)
+    held = top = 0
+    for event in sorted(found.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            top = max(top, held)
+    return top
+
+
+def test_a_step_holds_about_half():
+    model = torchvision.models.resnet18().eval()
+    x = torch.rand(2, 3, 96, 96)
+    adapter = tt.adapt(model, "tent")
+    adapter(x)
+    book = torchvision.models.resnet18()
+    learnt = norms_learn(book)
+
+    def textbook(x):
+        torch.autograd.grad(book(x).softmax(1).square().sum(), learnt)
+
+    def inference(x):
+        with torch.no_grad():
+            model(x)
+
+    held, theirs, plain = peak(adapter, x), peak(textbook, x), peak(inference, x)
+    assert held - plain < 0.6 * (theirs - plain)
+
+
+def test_a_compiled_model_keeps_its_own_graph():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    assert not is_compiled(model)
+    assert is_compiled(torch.compile(model, backend="eager"))
