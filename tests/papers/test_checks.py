@@ -101,7 +101,9 @@ def small(monkeypatch):
         return Images(torch.rand(64, 1, 16, 16, generator=random), torch.arange(64) % 10)
 
     def untrained(*_, norm="batch", classes=10, **__):
-        return network(norm, classes).eval().requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return network(norm, classes).eval().requires_grad_(False)
 
     stand_ins = {"digits": images, "trained": untrained, "train": untrained, "ROUNDS": 1,
                  "PASSES": 1, "STEPS": 2, "IMAGES": 6}  # fmt: skip

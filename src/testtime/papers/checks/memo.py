@@ -51,7 +51,9 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
 def share_that_fell(model: torch.nn.Module, sent: Images, *, seed: int) -> float:
     """In percent: images whose copies agree more after a step on them than before."""
     random = generator(seed, "digits", "copies")
-    adapter = tt.adapt(model, replace(memo(lr=RATE), views=None))  # the batch is one image's copies
+    adapter = tt.adapt(
+        model, replace(memo(lr=RATE), procedure=None)
+    )  # the batch is one image's copies
     fell = 0
     for image in sent.images.split(1):
         copies = augmix_view(image.expand(COPIES, -1, -1, -1), random)
