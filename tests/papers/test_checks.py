@@ -72,6 +72,7 @@ EDGES = {
          "distance, restoration 0.01": 1.0, "distance, restoration 0": 1.1},
         [{"cotta": 80.0}, {"cotta, clean afterwards": 98.4}, {"distance, restoration 0": 1.0}],
     ),
+    "roid": ({"roid": 82.1, "bn-adapt": 80.0}, [{"roid": 82.0}]),
     "rotta": (
         {"source": 60.0, "bn-adapt": 60.0, "tent": 60.0, "cotta": 60.0, "rotta": 70.0},
         [{name: 60.1} for name in ("source", "bn-adapt", "tent", "cotta")],

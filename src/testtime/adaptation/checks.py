@@ -57,7 +57,7 @@ def check_input(
         raise InputError(
             f"{bad} of {len(x)} samples hold NaN or infinite values. Drop or mend them."
         )
-    parts = (recipe.views, recipe.procedure)
+    parts = (recipe.views, recipe.procedure, recipe.objective)
     own = recipe.augment is not None and needs_pixels(recipe.augment)
     if own or any(getattr(part, "pixels", False) for part in parts):
         low, high = (float(value) for value in torch.aminmax(x))

@@ -288,6 +288,7 @@ class Engine:
     def _loss(self, evidence: Evidence, weights: Tensor | None) -> tuple[Tensor | None, Any]:
         """The loss, or None when no sample may teach; and how many do."""
         recipe = self.recipe
+        evidence.weights = weights
         terms: list[Tensor] = []
         used: Any = len(evidence.logits)
         if recipe.objective is not None:

@@ -51,6 +51,7 @@ class Evidence:
         self.teacher_averages = state.teacher_averages
         wanted = engine.recipe.asks_for("features") or engine.recipe.asks_for("augmented_features")
         self._tapped = wanted if tapped is None else tapped
+        self.weights: Tensor | None = None
         self._features: list[Tensor] = []
         self._augmented_features: list[Tensor] = []
 
@@ -106,12 +107,16 @@ class Evidence:
     @property
     def forward(self) -> Callable[[Tensor], Tensor]:
         """Runs the adapted model on other inputs, without a gradient, and gives logits."""
+        return torch.no_grad()(self.forward_with_gradient)
+
+    @property
+    def forward_with_gradient(self) -> Callable[[Tensor], Tensor]:
+        """Runs the adapted model on other inputs, for a loss, and gives logits."""
 
         def run(inputs: Tensor) -> Tensor:
-            with torch.no_grad():
-                output, _ = self.engine.run(
-                    inputs, self.tensors, averages=self.state.averages, learn=self.learn
-                )
+            output, _ = self.engine.run(
+                inputs, self.tensors, averages=self.state.averages, learn=self.learn
+            )
             return rows(read_logits(output))
 
         return run

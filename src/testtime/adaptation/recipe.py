@@ -16,8 +16,8 @@ from testtime.adaptation.parts.statistics import RunningStatistics, SourceStatis
 
 EVIDENCE = (
     "inputs", "logits", "entropies", "features", "augmented", "augmented_features", "teacher",
-    "source", "forward", "classes", "generator", "ranks", "ages", "tensors", "source_tensors",
-    "known",
+    "source", "forward", "forward_with_gradient", "weights", "classes", "generator", "ranks",
+    "ages", "tensors", "source_tensors", "known",
 )  # fmt: skip
 """What a part may ask to see, by naming it in its signature."""
 CALLED = ("objective", "batch_objective", "penalty", "prediction")
@@ -99,6 +99,11 @@ class Recipe:
                     raise OptionError(
                         f"the {question} {describe(part)} reads the answers for changed copies, "
                         "but the recipe makes none; add augment=..."
+                    )
+                if name == "weights" and not self.selections:
+                    raise OptionError(
+                        f"the {question} {describe(part)} reads the weights of samples, but the "
+                        "recipe selects none; add selection=..."
                     )
                 if name == "teacher" and self.teacher is None:
                     raise OptionError(

@@ -20,6 +20,16 @@ def teacher_cross_entropy(logits: Tensor, teacher: Tensor) -> Tensor:
     return measure.cross_entropy(at_least_single(teacher.detach()).softmax(-1), logits)
 
 
+def symmetric_cross_entropy(logits: Tensor, others: Tensor) -> Tensor:
+    """Mean of the cross-entropies of two predictions against each other; gradients flow to both.
+
+    -1/2 sum_c q_c ln p_c - 1/2 sum_c p_c ln q_c
+    """
+    logits, others = at_least_single(logits), at_least_single(others)
+    one = measure.cross_entropy(others.softmax(-1), logits)
+    return 0.5 * one + 0.5 * measure.cross_entropy(logits.softmax(-1), others)
+
+
 def marginal_entropy(logits: Tensor, ranks: Ranks) -> Tensor:
     """Entropy of the mean prediction of the batch."""
     return measure.entropy_of_probs(ranks.mean(at_least_single(logits).softmax(-1)))

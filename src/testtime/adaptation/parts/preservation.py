@@ -41,6 +41,27 @@ class StochasticRestoration:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourcePull:
+    """Averages what adapts with the source after each step: m tensors + (1 - m) source.
+
+    Args:
+        momentum: m; 0.99 in ROID.
+    """
+
+    momentum: float
+
+    def __post_init__(self) -> None:
+        in_range(0, 1, momentum=self.momentum)
+
+    def __call__(self, tensors: list[Tensor], source: list[Tensor]) -> list[Tensor]:
+        if self.momentum == 1:
+            return tensors
+        kept = torch._foreach_mul(tensors, self.momentum)
+        pull = torch._foreach_mul(source, 1 - self.momentum)
+        return [now + was.to(now.dtype) for now, was in zip(kept, pull, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FisherPenalty:
     """Distance from the source, weighed by Fisher information: weight * sum_j F_j (t_j - s_j)^2.
 

@@ -1,4 +1,4 @@
-"""Changed copies of a batch, drawn with a generator of one's own: CoTTA's and AugMix-like."""
+"""Changed copies of a batch, drawn with a generator of one's own: CoTTA's, ROID's, AugMix-like."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 def needs_pixels(augment: Augment) -> bool:
     """Whether the copies are made of images in [0, 1]; an augmentation of the caller's is trusted."""
-    return augment in (cotta_view, augmix_view)
+    return augment in (cotta_view, roid_view, augmix_view)
 
 
 def plain(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -34,6 +34,19 @@ def cotta_view(x: Tensor, generator: torch.Generator) -> Tensor:
 
     Reference: Wang et al., Continual Test-Time Domain Adaptation, CVPR 2022, and its code.
     """
+    return _jitter(x, generator, padding="replicate", rough=True)
+
+
+def roid_view(x: Tensor, generator: torch.Generator) -> Tensor:
+    """CoTTA's transform without blur and noise, padded by reflection.
+
+    Reference: Marsden, Döbler, Yang, Universal Test-Time Adaptation, WACV 2024, and its code.
+    """
+    return _jitter(x, generator, padding="reflect", rough=False)
+
+
+def _jitter(x: Tensor, generator: torch.Generator, *, padding: str, rough: bool) -> Tensor:
+    """Colours and geometry of CoTTA's transform; blur and noise where it is to be rough."""
     from torchvision.transforms.v2 import functional as T  # noqa: PLC0415
 
     def draw(low: float, high: float) -> float:
@@ -55,7 +68,7 @@ def cotta_view(x: Tensor, generator: torch.Generator) -> Tensor:
         else:
             x = x.clamp(1e-8, 1).pow(draw(0.7, 1.3))
     height, width = x.shape[-2:]
-    x = F.pad(x, (width // 2, width // 2, height // 2, height // 2), mode="replicate")
+    x = F.pad(x, (width // 2, width // 2, height // 2, height // 2), mode=padding)
     limit = [side / 16 for side in (x.shape[-1], x.shape[-2])]
     x = T.affine(
         x,
@@ -65,12 +78,15 @@ def cotta_view(x: Tensor, generator: torch.Generator) -> Tensor:
         shear=[0.0, 0.0],
         interpolation=T.InterpolationMode.BILINEAR,
     )
-    x = T.gaussian_blur(x, [5, 5], [draw(0.001, 0.5)] * 2)
+    if rough:
+        x = T.gaussian_blur(x, [5, 5], [draw(0.001, 0.5)] * 2)
     x = T.center_crop(x, [height, width])
     if draw(0, 1) < 0.5:
         x = x.flip(-1)
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return (x + 0.005 * noise).clamp(0, 1)
+    if rough:
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        x = x + 0.005 * noise
+    return x.clamp(0, 1)
 
 
 def _contrast(x: Tensor, factor: float) -> Tensor:
