@@ -3,10 +3,12 @@
 Nothing here comes from the library: copies of the whole model, `torch.optim`, loops.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from reference.methods import configured, entropy
 
@@ -60,3 +62,76 @@ class Roid:
             for p, source in zip(self.learnt, self.source, strict=True):
                 p.copy_(self.m * p + (1 - self.m) * source)
         return self.corrected(z.detach())
+
+
+class MeanTeacher:
+    """A student that learns in all its weights and a teacher that follows."""
+
+    def __init__(self, model: nn.Module, lr: float, m: float, view: View) -> None:
+        self.model, _ = configured(model)
+        self.model.requires_grad_(True)
+        self.teacher = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr)
+        self.m, self.view = m, view
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            for a, b in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
+                a.copy_(self.m * a + (1 - self.m) * b)
+
+
+def seen(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features and logits."""
+    kept = []
+    hook = model.head.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    logits = model(x)
+    hook.remove()
+    return kept[0], logits
+
+
+def prototypes(model: nn.Module, loader: list, classes: int) -> Tensor:
+    model, _ = configured(model)
+    g = torch.cat([seen(model, x)[0] for x, _ in loader]).detach()
+    y = torch.cat([y for _, y in loader])
+    return torch.stack([g[y == c].mean(0) for c in range(classes) if (y == c).any()])
+
+
+class Rmt(MeanTeacher):
+    def __init__(
+        self, model: nn.Module, lr: float, m: float, view: View, mu: Tensor, projector: nn.Module,
+        replay: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, lr, m, view)
+        self.mu, self.projector, self.replay = mu, projector, replay
+        self.optimizer.add_param_group({"params": projector.parameters()})
+
+    def contrast(self, views: list[Tensor]) -> Tensor:
+        h = [F.normalize(self.projector(v), dim=1) for v in views]
+        points = [(v, i) for v in range(3) for i in range(len(h[0]))]
+        losses = []
+        for a in points:
+            others = [b for b in points if b != a]
+            likeness = torch.stack([h[a[0]][a[1]] @ h[b[0]][b[1]] / 0.1 for b in others])
+            log_p = likeness.log_softmax(0)
+            losses += [-log_p[[k for k, b in enumerate(others) if b[1] == a[1]]].mean()]
+        return torch.stack(losses).mean()
+
+    def warm_up(self, loader: list[Tensor]) -> None:
+        for i, x in enumerate(loader):
+            self.optimizer.param_groups[0]["lr"] = 1e-2 * (i + 1) / len(loader)
+            self.step(sce(self.model(x), self.teacher(x)).mean())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        g, z = seen(self.model, x)
+        g2, z2 = seen(self.model, self.view(x))
+        t = self.teacher(x)
+        m = torch.stack([self.mu[F.cosine_similarity(self.mu, row[None]).argmax()] for row in g])
+        loss = (0.5 * sce(z, t) + 0.5 * sce(z2, t)).mean() + self.contrast([m, g, g2])
+        if self.replay is not None:
+            xs, ys = self.replay()
+            loss = loss + F.cross_entropy(self.model(xs), ys)
+        self.step(loss)
+        return (z + t).detach()

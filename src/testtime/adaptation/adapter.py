@@ -271,7 +271,7 @@ class Adapter:
             forwards, backwards = self.recipe.passes or (None, None)
             held = dict(vars(self._state))
             if self.recipe.optimizer is not None:  # what it holds from its first step on
-                now = list(tensors.values())
+                now = [*tensors.values(), *self._state.beside.values()]
                 zeros = [torch.zeros_like(tensor) for tensor in now]
                 _, held["optimizer"] = self.recipe.optimizer.step(held["optimizer"], now, zeros)
             return Plan(
@@ -434,7 +434,13 @@ class Adapter:
                     f"{tuple(tensor.shape)} on {tensor.device}, and this model has "
                     f"{'no such tensor' if source is None else f'{tuple(source.shape)} on {source.device}'}."
                 )
-        for held in (state.tensors, state.averages, state.teacher, state.teacher_averages):
+        for held in (
+            state.tensors,
+            state.beside,
+            state.averages,
+            state.teacher,
+            state.teacher_averages,
+        ):
             for name, tensor in (held or {}).items():
                 if not tensor.isfinite().all():
                     raise StateError(f"{what} holds NaN or infinite values of {name}.")

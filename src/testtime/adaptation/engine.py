@@ -80,11 +80,18 @@ class Engine:
         recipe = self.recipe
         with self.loan.lock:  # another adapter may have tensors in the model's places
             tensors, averages = self.source_tensors(self.names), self._source_averages()
+        teacher, beside = dict(tensors), {}
+        if recipe.start is not None and self.known:
+            tensors, teacher = recipe.start(self.known)
+        if recipe.beside is not None and self.known:
+            beside = recipe.beside.init(self.seed, self.device, self.known)
+        learning = [*tensors.values(), *beside.values()]
         return State(
             tensors=tensors,
-            optimizer=recipe.optimizer.init(list(tensors.values())) if recipe.optimizer else {},
+            beside=beside,
+            optimizer=recipe.optimizer.init(learning) if recipe.optimizer else {},
             averages=averages,
-            teacher=dict(tensors) if recipe.teacher else None,
+            teacher=teacher if recipe.teacher else None,
             teacher_averages=averages if recipe.teacher else None,
             selection=[p.init() if hasattr(p, "init") else None for p in recipe.selections],
             generator=generator(self.seed, "adapter", device=self.device).get_state(),
@@ -196,7 +203,7 @@ class Engine:
 
     def leaves(self, state: State) -> dict[str, Tensor]:
         """The adapted tensors as leaves of a new graph."""
-        return {name: t.detach().requires_grad_() for name, t in state.tensors.items()}
+        return _leaves(state.tensors)
 
     def learn(self, evidence: Evidence) -> tuple[State, Outcome, dict[str, Any]]:
         """One step on what the evidence shows: loss, gradient, optimizer, teacher, restoration."""
@@ -213,9 +220,12 @@ class Engine:
         grads = self._gradient(loss, evidence)
         if isinstance(optimizer, SharpnessAware) and _finite(loss, grads):
             with torch.no_grad():
-                worst = optimizer.worst(list(evidence.tensors.values()), grads)
-            there = {n: t.requires_grad_() for n, t in zip(state.tensors, worst, strict=True)}
-            evidence = Evidence(self, state, there, evidence.inputs)
+                worst = optimizer.worst(list(evidence.learning.values()), grads)
+            there = dict(zip(evidence.learning, worst, strict=True))
+            beside = {name: there.pop(name) for name in state.beside}
+            evidence = Evidence(
+                self, replace(state, beside=beside), _leaves(there), evidence.inputs
+            )
             with torch.enable_grad():
                 again, _ = self._select(evidence, state.selection)
                 both = again if weights is None else (weights * (again != 0))
@@ -241,26 +251,30 @@ class Engine:
         recipe = self.recipe
         assert recipe.optimizer is not None
         with torch.no_grad():
-            now = list(state.tensors.values())
-            moved, optimizer = recipe.optimizer.step(state.optimizer, now, grads)
+            now = [*state.tensors.values(), *state.beside.values()]
+            stepped, optimizer = recipe.optimizer.step(state.optimizer, now, grads)
+            moved, beside = stepped[: len(state.tensors)], stepped[len(state.tensors) :]
             teacher = state.teacher
+            followed = [] if teacher is None else list(teacher.values())
             if teacher is not None:
-                followed = recipe.teacher.follow(list(teacher.values()), moved)
-                teacher = dict(zip(teacher, followed, strict=True))
+                followed = recipe.teacher.follow(followed, moved)
             if recipe.restoration is not None:
                 offered = {
                     "tensors": moved,
                     "source": [self.loan.source(name) for name in state.tensors],
-                    "grads": grads,
+                    "grads": grads[: len(moved)],
+                    "teacher": followed,
                     "generator": self.generator,
                 }
                 asked = reads(recipe.restoration)
-                moved = recipe.restoration(**{name: offered[name] for name in asked})
+                restored = recipe.restoration(**{name: offered[name] for name in asked})
+                moved, followed = restored if "teacher" in asked else (restored, followed)
         state = replace(
             state,
             tensors=dict(zip(state.tensors, moved, strict=True)),
+            beside=dict(zip(state.beside, beside, strict=True)),
             optimizer=optimizer,
-            teacher=teacher,
+            teacher=None if teacher is None else dict(zip(teacher, followed, strict=True)),
             averages=evidence.averages,
             teacher_averages=evidence.teacher_averages,
         )
@@ -302,8 +316,7 @@ class Engine:
                     terms.append(
                         self.ranks.sum(torch.where(teaching, weights * values, 0.0).sum()) / used
                     )
-        if recipe.batch_objective is not None:
-            terms.append(evidence.ask(recipe.batch_objective))
+        terms.extend(evidence.ask(part) for part in recipe.batch_objectives)
         if not terms:
             return None, used
         if recipe.penalty is not None:
@@ -313,11 +326,15 @@ class Engine:
     def _gradient(self, loss: Tensor, evidence: Evidence) -> list[Tensor]:
         """Gradients of what adapts, and of nothing else; zero for tensors the loss never meets."""
         self.backwards += len(evidence.student_inputs)
-        grads = gradients(loss, evidence.tensors)
+        grads = gradients(loss, evidence.learning)
         if self.ranks.alone:
             return grads
         share = 1.0 / torch.distributed.get_world_size(self.ranks.group)
         return [self.ranks.sum(grad) * share for grad in grads]
+
+
+def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
 def gradients(loss: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:

@@ -51,6 +51,7 @@ class Evidence:
         self.teacher_averages = state.teacher_averages
         wanted = engine.recipe.asks_for("features") or engine.recipe.asks_for("augmented_features")
         self._tapped = wanted if tapped is None else tapped
+        self.beside = {n: t.detach().requires_grad_() for n, t in state.beside.items()}
         self.weights: Tensor | None = None
         self._features: list[Tensor] = []
         self._augmented_features: list[Tensor] = []
@@ -147,6 +148,11 @@ class Evidence:
         """The features of that copy."""
         _ = self.augmented
         return self._augmented_features[-1].flatten(1)
+
+    @property
+    def learning(self) -> dict[str, Tensor]:
+        """All that gets a gradient: the adapted tensors, and what learns beside them."""
+        return {**self.tensors, **self.beside}
 
     @property
     def known(self) -> dict[str, dict[str, Tensor]]:

@@ -144,6 +144,17 @@ class SourceBatch:
         """The source model's features (B, d): input of the last linear layer, or as named."""
         return self._seen.features
 
+    @property
+    def own_features(self) -> Tensor:
+        """The same under the method's statistics, for a method that reads features."""
+        with torch.enable_grad():  # the same forward serves gradients
+            return self._evidence.features.detach()
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the loader gives labels."""
+        return self._labels is not None
+
     @cached_property
     def _evidence(self) -> Evidence:
         state = self.engine.fresh()

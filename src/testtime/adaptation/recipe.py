@@ -17,10 +17,10 @@ from testtime.adaptation.parts.statistics import RunningStatistics, SourceStatis
 EVIDENCE = (
     "inputs", "logits", "entropies", "features", "augmented", "augmented_features", "teacher",
     "source", "forward", "forward_with_gradient", "weights", "classes", "generator", "ranks",
-    "ages", "tensors", "source_tensors", "known",
+    "ages", "tensors", "source_tensors", "beside", "known",
 )  # fmt: skip
 """What a part may ask to see, by naming it in its signature."""
-CALLED = ("objective", "batch_objective", "penalty", "prediction")
+CALLED = ("objective", "penalty", "prediction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,8 @@ class Recipe:
         scope: which tensors may change.
         statistics: what layers with stored statistics normalise with.
         objective: what is minimised, one value for each sample (dense logits: for each pixel).
-        batch_objective: what is minimised besides, one value for the batch; all samples count.
+        batch_objective: what is minimised besides, one value for the batch; all samples count. Of
+            several (a tuple) the values add up.
         penalty: what is minimised besides, a function of the adapted tensors and of what is known.
         selection: which samples may teach, and how much: weights, 0 for those that may not. The
             objective is averaged over those that may. Of several selections (a tuple) the weights
@@ -44,7 +45,12 @@ class Recipe:
         views: changed copies that the teacher averages.
         augment: makes the one changed copy that parts see as `augmented`.
         restoration: returns adapted tensors towards the source after each step; it names what it
-            reads, out of `tensors`, `source`, `grads` (lists) and `generator`.
+            reads, out of `tensors`, `source`, `grads`, `teacher` (lists) and `generator`; one that
+            reads the teacher gives tensors and teacher.
+        beside: learns along with the model's tensors, e.g. a projector: `init(seed, device, known)`
+            gives tensors of its own by name, which parts read as `beside`.
+        start: where a stream begins when that is not the source: `start(known)` gives the adapted
+            tensors and the teacher's.
         recovery: when to give up and go back to the source.
         prediction: what is answered, as logits.
         optimizer: how a step is taken.
@@ -66,13 +72,15 @@ class Recipe:
     scope: Scope = nothing
     statistics: Statistics = field(default_factory=SourceStatistics)
     objective: Callable[..., Any] | None = None
-    batch_objective: Callable[..., Any] | None = None
+    batch_objective: Any = None
     penalty: Any = None
     selection: Any = None
     teacher: Any = None
     views: Any = None
     augment: Any = None
     restoration: Any = None
+    beside: Any = None
+    start: Any = None
     recovery: Any = None
     prediction: Callable[..., Any] = student
     optimizer: Optimizer | None = None
@@ -125,17 +133,22 @@ class Recipe:
     @property
     def selections(self) -> tuple[Any, ...]:
         """The selections, none, one or several."""
-        if self.selection is None:
-            return ()
-        return self.selection if isinstance(self.selection, tuple) else (self.selection,)
+        return _several(self.selection)
+
+    @property
+    def batch_objectives(self) -> tuple[Any, ...]:
+        """The objectives of a batch, none, one or several."""
+        return _several(self.batch_objective)
 
     def _parts(self) -> list[Any]:
-        own = [getattr(self, part.name) for part in fields(self) if part.name != "selection"]
-        return [*own, *self.selections]
+        several = ("selection", "batch_objective")
+        own = [getattr(self, part.name) for part in fields(self) if part.name not in several]
+        return [*own, *self.selections, *self.batch_objectives]
 
     def _callables(self) -> list[tuple[str, Callable[..., Any]]]:
         named = [(name, getattr(self, name)) for name in CALLED]
         named += [("selection", part) for part in self.selections]
+        named += [("batch_objective", part) for part in self.batch_objectives]
         return [(name, part) for name, part in named if part is not None]
 
     def asks_for(self, name: str) -> bool:
@@ -152,17 +165,24 @@ class Recipe:
             return getattr(self.procedure, "passes", None)
         if not self.learns:
             return (2.0 if isinstance(self.statistics, RunningStatistics) else 1.0), 0.0
-        asked = sum(self.asks_for(name) for name in ("source", "forward", "augmented"))
-        forwards = 1.0 + asked + (self.teacher is not None)
+        again = sum(self.asks_for(name) for name in ("augmented", "forward_with_gradient"))
+        asked = sum(self.asks_for(name) for name in ("source", "forward"))
+        forwards = 1.0 + asked + again + (self.teacher is not None)
         if self.views is not None:  # of the teacher, and the source's confidence in the batch
             forwards += self.views.count
         rounds = self.steps * (2 if isinstance(self.optimizer, SharpnessAware) else 1)
-        return rounds * forwards + self.answer_after, rounds * (1.0 + self.asks_for("augmented"))
+        return rounds * forwards + self.answer_after, rounds * (1.0 + again)
 
     @property
     def dense(self) -> bool:
         """Whether every part can work on dense logits, where each pixel is a sample."""
         return all(getattr(part, "dense", True) for part in self._parts())
+
+
+def _several(parts: Any) -> tuple[Any, ...]:
+    if parts is None:
+        return ()
+    return parts if isinstance(parts, tuple) else (parts,)
 
 
 def reads(part: Callable[..., Any]) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ class State:
 
     Attributes:
         tensors: what adapts, in float32 where the model is in half precision.
+        beside: what learns beside the model.
         optimizer: state of the optimizer.
         averages: moving averages of normalisation statistics, with `RunningStatistics`.
         teacher, teacher_averages: the same of the teacher.
@@ -35,6 +36,7 @@ class State:
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    beside: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     averages: dict[str, Tensor] | None = None
     teacher: dict[str, Tensor] | None = None

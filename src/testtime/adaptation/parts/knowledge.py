@@ -7,6 +7,7 @@ evidence, a dictionary of tensors.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+import torch
 from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
@@ -65,3 +66,50 @@ class Fisher:
     def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
         """Their mean over batches."""
         return {name: value / batches for name, value in total.items()}
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Mean feature of each class, under the method's statistics: `means` (K, d).
+
+    By label where the loader gives labels, else by predicted class; classes without samples are
+    left out.
+    """
+
+    name: ClassVar[str] = "prototypes"
+
+    def add(self, total: "Known", batch: "SourceBatch") -> "Known":
+        """Adds the features of a batch to the sums of their classes."""
+        features = at_least_single(batch.own_features)
+        labels = batch.labels if batch.labelled else batch.logits.argmax(-1)
+        member = F.one_hot(labels.long(), batch.logits.shape[-1]).to(features.dtype)
+        sums, counts = member.T @ features, member.sum(0)
+        if total:
+            sums, counts = total["sums"] + sums, total["counts"] + counts
+        return {"sums": sums, "counts": counts}
+
+    def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
+        """The means of the classes that there are samples of."""
+        seen = total["counts"] > 0
+        return {"means": total["sums"][seen] / total["counts"][seen, None]}
+
+
+@dataclass(frozen=True)
+class LabelledSamples:
+    """The source samples themselves, to be seen again: `inputs` (n, ...) and `labels` (n,)."""
+
+    name: ClassVar[str] = "labelled samples"
+
+    def add(self, total: "Known", batch: "SourceBatch") -> "Known":
+        """Keeps a batch."""
+        number = len(total) // 2
+        return {
+            **total, f"inputs {number}": batch.inputs, f"labels {number}": batch.labels.long()
+        }  # fmt: skip
+
+    def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
+        """All that were kept."""
+        return {
+            key: torch.cat([total[f"{key} {number}"] for number in range(batches)])
+            for key in ("inputs", "labels")
+        }

@@ -30,6 +30,13 @@ def symmetric_cross_entropy(logits: Tensor, others: Tensor) -> Tensor:
     return 0.5 * one + 0.5 * measure.cross_entropy(logits.softmax(-1), others)
 
 
+def agreement_with_teacher(logits: Tensor, augmented: Tensor, teacher: Tensor) -> Tensor:
+    """Symmetric cross-entropy with the teacher, half of the batch's and half of a changed copy's."""
+    teacher = teacher.detach()
+    plain = symmetric_cross_entropy(logits, teacher)
+    return 0.5 * plain + 0.5 * symmetric_cross_entropy(augmented, teacher)
+
+
 def marginal_entropy(logits: Tensor, ranks: Ranks) -> Tensor:
     """Entropy of the mean prediction of the batch."""
     return measure.entropy_of_probs(ranks.mean(at_least_single(logits).softmax(-1)))

@@ -39,7 +39,7 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
         yield (
             name,
             fmean(
-                accuracy(adapter, stream(held, domain, seed=seed, visit=visit))
+                accuracy(adapter, stream(held, domain, seed=seed, visit=visit, repeats=2))
                 for visit in range(ROUNDS)
                 for domain in DOMAINS
             ),
