@@ -21,6 +21,8 @@ EASY = {  # small memories, few views, and margins that every sample passes
     "sar": {"margin": 2.0, "recover_below": 0.0},
     "deyo": {"entropy_margin": 2.0, "drop_margin": -1.0},
     "cotta": {"views": 2, "threshold": 1.0},
+    "psmt": {"views": 2, "threshold": 1.0},
+    "petal": {"views": 2, "threshold": 1.0},
     "rotta": {"capacity": 4, "every": 4},
     "memo": {"views": 2},
 }

@@ -37,6 +37,8 @@ from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.prediction import from_teacher, student
 
 SMALL = {"memo": {"views": 2}, "cotta": {"views": 2}, "rotta": {"capacity": 16, "every": 16}}
+SMALL |= {"psmt": {"views": 2}, "petal": {"views": 2}}
+WHOLE = ("cotta", "memo", "rmt", "psmt", "petal")  # adapt all weights
 ALL = sorted(tt.methods())
 LEARNING = [name for name in ALL if name not in ("source", "bn-adapt", "lame")]
 each = pytest.mark.parametrize("name", ALL)
@@ -309,7 +311,7 @@ def test_bad_input_changes_nothing(name, bad, says):
     assert adapter.counts == counts
 
 
-@pytest.mark.parametrize("name", [n for n in LEARNING if n not in ("cotta", "memo")])
+@pytest.mark.parametrize("name", [n for n in LEARNING if n not in WHOLE])
 def test_a_step_that_is_not_finite_changes_nothing(name):
     model = tiny()
     adapter = adapter_of(name, model)
@@ -681,7 +683,7 @@ def test_dense_logits(name):
         assert adapter(x).shape == (16, 5, 8, 8)
 
 
-@pytest.mark.parametrize("name", ["deyo", "lame", "cotta", "rotta", "memo"])
+@pytest.mark.parametrize("name", ["deyo", "lame", "rotta", "roid", *WHOLE])
 def test_dense_logits_are_refused_where_a_sample_has_one_answer(name):
     with pytest.raises(InputError, match="dense"):
         adapter_of(name, Wrapped("dense").eval())(batches(1)[0])
@@ -814,9 +816,9 @@ def test_source_knowledge_of_another_model_is_refused(tmp_path):
 
 
 def test_pixels_out_of_range_are_refused_where_copies_are_made():
-    for name in ("cotta", "rotta", "memo"):
+    for name in ("rotta", "roid", *WHOLE):
         with pytest.raises(InputError, match="normalisation inside the model"):
-            tt.adapt(tiny(), name)(batches(1)[0] * 4 - 2)
+            adapter_of(name)(batches(1)[0] * 4 - 2)
 
 
 def test_events_are_told():

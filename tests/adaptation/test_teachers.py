@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import testtime as tt
 from models import batches, tiny
 from reference import teachers as reference
-from testtime._core.errors import InputError
+from reference.methods import configured
+from testtime._core.errors import InputError, NeedsSource
+from testtime.adaptation.methods.petal import petal
 from testtime.adaptation.methods.rmt import contrast, rmt
 from testtime.adaptation.methods.roid import (
     CertainAndDiverse,
@@ -15,7 +19,8 @@ from testtime.adaptation.methods.roid import (
     roid,
     soft_likelihood_ratio,
 )
-from testtime.adaptation.parts.objective import symmetric_cross_entropy
+from testtime.adaptation.parts.objective import symmetric_cross_entropy, symmetric_with_teacher
+from testtime.adaptation.parts.preservation import FisherPenalty, LeastImportant, quantile
 from testtime.adaptation.parts.views import cotta_view, plain, roid_view
 from testtime.adaptation.ranks import Ranks
 from testtime.measures.entropy import entropy
@@ -214,3 +219,136 @@ def test_rmt_warms_up_on_source_batches():
 def test_rmt_replays_only_labelled_samples():
     with pytest.raises(InputError, match="labels"):
         tt.fit_source(tiny(), batches(2), methods=[rmt(replay=1.0)])
+
+
+def fisher_of_all(model, xs) -> dict[str, Tensor]:
+    own, _ = configured(model)
+    own.requires_grad_(True)
+    total = {name: torch.zeros_like(p) for name, p in own.named_parameters()}
+    for x in xs:
+        own.zero_grad()
+        z = own(x)
+        torch.nn.functional.cross_entropy(z, z.argmax(1)).backward()
+        for name, p in own.named_parameters():
+            total[name] += p.grad**2 / len(xs)
+    return total
+
+
+@given(
+    values=st.lists(st.floats(-5, 5, width=32) | st.just(0.0), min_size=1, max_size=30),
+    share=st.floats(0, 1),
+)
+def test_quantile_is_that_of_the_sorted_entries(values, share):
+    x = torch.tensor(values)
+    place = share * (len(x) - 1)
+    ordered = x.sort().values
+    low, high = ordered[int(place)], ordered[min(int(place) + 1, len(x) - 1)]
+    close(quantile([x[:3], x[3:, None]], share), low + (high - low) * (place - int(place)), 1e-6)
+
+
+def test_the_least_important_are_the_share_that_was_asked_for():
+    draws = torch.Generator().manual_seed(0)
+    grads = [torch.randn(40, 25, generator=draws), torch.randn(1000, generator=draws)]
+    for share in (0.0, 0.003, 0.03, 0.5):
+        masks = LeastImportant(share=share).masks(grads)
+        assert abs(sum(int(mask.sum()) for mask in masks) - share * 2000) <= 1
+    kept = torch.cat([g[~m].abs() for g, m in zip(grads, masks, strict=True)])
+    gone = torch.cat([g[m].abs() for g, m in zip(grads, masks, strict=True)])
+    assert float(gone.max()) < float(kept.min())
+
+
+@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_psmt(kind):
+    model, xs = tiny(kind), batches(3, seed=5)
+    known = tt.fit_source(model, xs, methods=["psmt"])
+    expected = fisher_of_all(model, xs)
+    for name, value in expected.items():
+        close(known["fisher"][name], value)
+    options = {"momentum": 0.9, "share": 0.2}
+    adapter = tt.adapt(
+        model, "psmt", source=known, threshold=1.0, views=2, augment=darker, beta=5.0, **options
+    )
+    other = reference.Psmt(
+        tiny(kind), beta=5.0, fisher=expected, lr=1e-3, m=0.9, view=lambda x: 0.8 * x, share=0.2
+    )
+    assert_follows(adapter, other, other.model, skip=NOISE if kind == "batch" else ())
+    for name, value in other.teacher.named_parameters():
+        if name not in NOISE or kind == "group":
+            close(adapter.snapshot().teacher[name], value)
+
+
+def same_as_source(adapter) -> float:
+    source = dict(adapter.model.named_parameters())
+    same = [value == source[name] for name, value in adapter.snapshot().tensors.items()]
+    return float(torch.cat([s.flatten() for s in same]).float().mean())
+
+
+@pytest.mark.parametrize("name", ["psmt", "petal"])
+def test_a_share_of_the_weights_returns_to_the_source_bit_for_bit(name):
+    model = tiny("group")
+    known = tt.fit_source(model, labelled(3, seed=5), methods=[name])
+    for share in (0.0, 0.1, 0.5):
+        adapter = tt.adapt(model, name, source=known, share=share, augment=darker, views=1)
+        for x in batches(2):
+            adapter(x)
+        assert same_as_source(adapter) == pytest.approx(share, abs=0.02)
+
+
+def test_psmt_penalty_keeps_what_mattered():
+    penalty = FisherPenalty(weight=500.0)
+    theta = {"a": torch.tensor([1.0, 1.0], requires_grad=True)}
+    value = penalty(theta, {"a": torch.zeros(2)}, {"fisher": {"a": torch.tensor([1.0, 0.01])}})
+    assert float(value.detach()) == pytest.approx(505.0)
+    close(torch.autograd.grad(value, theta["a"])[0], [1000.0, 10.0])
+
+
+def test_psmt_asks_for_information_of_all_weights():
+    model = tiny()
+    known = tt.fit_source(model, batches(2), methods=["eata"])
+    with pytest.raises(NeedsSource, match="no fisher of conv"):
+        tt.adapt(model, "psmt", source=known)
+
+
+def test_petal_posterior():
+    model, loader = tiny(), labelled(3, seed=5)
+    known = tt.fit_source(model, loader, methods=[petal(passes=4, source_lr=1e-2)])
+    mean, var = reference.posterior(model, loader, 4, 1e-2)
+    assert set(known["posterior"]) == {f"{k} {n}" for k in ("mean", "var") for n in mean}
+    for name in mean:
+        close(known["posterior"][f"mean {name}"], mean[name], 1e-5)
+        torch.testing.assert_close(
+            known["posterior"][f"var {name}"], var[name], rtol=1e-2, atol=1e-9
+        )
+    with pytest.raises(InputError, match="as often as it is read"):
+        tt.fit_source(model, iter(loader), methods=["petal"])
+
+
+@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_petal(kind):
+    model, loader = tiny(kind), labelled(3, seed=5)
+    known = tt.fit_source(model, loader, methods=["petal"])
+    mean, var = reference.posterior(model, loader, 5, 1e-2)
+    adapter = tt.adapt(
+        model, "petal", source=known, rho=1e-6, momentum=0.9, share=0.2, threshold=1.0, views=2,
+        augment=darker,
+    )  # fmt: skip
+    other = reference.Petal(
+        tiny(kind), rho=1e-6, mean=mean, var=var, lr=1e-3, m=0.9, view=lambda x: 0.8 * x, share=0.2
+    )
+    assert_follows(adapter, other, other.model)
+    for name, value in other.teacher.named_parameters():
+        close(adapter.snapshot().teacher[name], value)
+
+
+def test_petal_without_posterior_and_restoration_is_cotta():
+    model = tiny()
+    known = tt.fit_source(model, labelled(2), methods=["petal"])
+    one = tt.adapt(model, "petal", source=known, rho=0.0, share=0.0, views=2)
+    other = tt.adapt(model, "cotta", restore=0.0, views=2)
+    for x in batches():
+        close(one(x), other(x), 1e-6)
+
+
+def test_petal_symmetric_loss():
+    close(symmetric_with_teacher(Z, T), symmetric_cross_entropy(Z, T))
+    assert petal(symmetric=True).objective is symmetric_with_teacher

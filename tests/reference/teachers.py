@@ -135,3 +135,81 @@ class Rmt(MeanTeacher):
             loss = loss + F.cross_entropy(self.model(xs), ys)
         self.step(loss)
         return (z + t).detach()
+
+
+def threshold(grads: list[Tensor], share: float) -> float:
+    """Quantile of all squared gradients, by sorting."""
+    g = torch.cat([grad.flatten() ** 2 for grad in grads]).sort().values
+    place = share * (len(g) - 1)
+    low, high = g[int(place)], g[min(int(place) + 1, len(g) - 1)]
+    return float(low + (high - low) * (place - int(place)))
+
+
+class Selective(MeanTeacher):
+    """Entries of little gradient return to the source."""
+
+    def __init__(self, model: nn.Module, lr: float, m: float, view: View, share: float) -> None:
+        super().__init__(model, lr, m, view)
+        self.source = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.share = share
+
+    def restore(self) -> dict[str, Tensor]:
+        own = dict(self.model.named_parameters())
+        limit = threshold([p.grad for p in own.values()], self.share)
+        masks = {n: p.grad**2 < limit for n, p in own.items()}
+        with torch.no_grad():
+            for n, p in own.items():
+                p[masks[n]] = self.source[n][masks[n]]
+        return masks
+
+
+class Psmt(Selective):
+    def __init__(self, model: nn.Module, beta: float, fisher: dict, **more) -> None:
+        super().__init__(model, **more)
+        self.beta, self.fisher = beta, fisher
+
+    def __call__(self, x: Tensor) -> Tensor:
+        t, s, s2 = self.teacher(self.view(x)), self.model(x), self.model(self.view(x))
+        loss = 0.5 * sce(s, t).mean() + 0.5 * sce(s2, t).mean()
+        for n, p in self.model.named_parameters():
+            loss = loss + self.beta * (self.fisher[n] * (p - self.source[n]) ** 2).sum()
+        self.step(loss)
+        masks = self.restore()
+        with torch.no_grad():
+            student = dict(self.model.named_parameters())
+            for n, p in self.teacher.named_parameters():
+                p.copy_(torch.where(masks[n], student[n], self.m * p + (1 - self.m) * student[n]))
+        return (t + s).detach()
+
+
+class Petal(Selective):
+    def __init__(self, model: nn.Module, rho: float, mean: dict, var: dict, **more) -> None:
+        super().__init__(model, **more)
+        self.rho, self.mean, self.var = rho, mean, var
+
+    def __call__(self, x: Tensor) -> Tensor:
+        t, s = self.teacher(self.view(x)), self.model(x)
+        loss = -(t.softmax(1) * s.log_softmax(1)).sum(1).mean()
+        for n, p in self.model.named_parameters():
+            loss = loss + self.rho * 0.5 * ((p - self.mean[n]) ** 2 / (self.var[n] + 1e-6)).sum()
+        self.step(loss)
+        self.restore()
+        return t
+
+
+def posterior(model: nn.Module, loader: list, passes: int, lr: float) -> tuple[dict, dict]:
+    """Mean and variance of the weights after each epoch but the first."""
+    model = copy.deepcopy(model).eval().requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
+    kept: list[dict] = []
+    for _ in range(passes):
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        kept.append({n: p.detach().clone().double() for n, p in model.named_parameters()})
+    stacks = {n: torch.stack([k[n] for k in kept[1:]]) for n in kept[0]}
+    return (
+        {n: s.mean(0).float() for n, s in stacks.items()},
+        {n: s.var(0, correction=0).float() for n, s in stacks.items()},
+    )

@@ -311,12 +311,14 @@ class Adapter:
         engine = Engine(
             self.model, self.recipe, norms, known=known, seed=self._seed, ranks=self._ranks
         )
-        missing = set(engine.names) - set(known["fisher"]) if "fisher" in known else ()
-        if missing:
-            raise NeedsSource(
-                f"source= holds no Fisher information of {min(missing)}. Call tt.fit_source with "
-                "the methods that you use."
-            )
+        for need in self.recipe.needs:
+            if getattr(need, "of_tensors", False):
+                held = {key.rpartition(" ")[2] for key in known[need.name]}
+                for name in set(engine.names) - held:
+                    raise NeedsSource(
+                        f"source= holds no {need.name} of {name}. Call tt.fit_source with the "
+                        "methods that you use."
+                    )
         return engine
 
     def _admit(self, x: Tensor) -> Tensor:

@@ -239,6 +239,7 @@ def fit_source(
                             batch = SourceBatch(x, labels, seen, engine)
                             total = totals.get((name, place), {})
                             totals[name, place] = need.add(total, batch)
+        totals = {key: _turned(needs[key[0]][0], total, number) for key, total in totals.items()}
         if not batches:
             raise InputError(
                 "the loader gave no batch; expected about 2000 source samples"
@@ -249,6 +250,12 @@ def fit_source(
         entries[name] |= needs[name][0].finish(total, samples=samples, batches=batches)
     by_method = {name: tuple(n.name for n in recipe.needs) for name, recipe in recipes.items()}
     return SourceKnowledge(fingerprint(model), samples, entries, by_method)
+
+
+def _turned(need: Any, total: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+    """The sums after a pass of that number is over."""
+    wants = hasattr(need, "turn") and number < getattr(need, "passes", 1)
+    return need.turn(total) if wants else total
 
 
 def _recipes(methods: Any) -> dict[str, Recipe]:

@@ -9,17 +9,8 @@ for each batch x:
     return t
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import Tensor
-
-from testtime._core.arrays import at_least_single
 from testtime._core.options import in_range, whole
 from testtime._core.registry import register
-from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.outputs import read_logits, with_logits
 from testtime.adaptation.parts.objective import teacher_cross_entropy
 from testtime.adaptation.parts.optimizer import Adam
 from testtime.adaptation.parts.prediction import from_teacher
@@ -27,47 +18,8 @@ from testtime.adaptation.parts.preservation import StochasticRestoration
 from testtime.adaptation.parts.scope import weights_and_biases
 from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.parts.teacher import MovingTeacher
-from testtime.adaptation.parts.views import Augment, cotta_view, needs_pixels
+from testtime.adaptation.parts.views import Augment, AveragedViews, cotta_view
 from testtime.adaptation.recipe import Recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class AveragedViews:
-    """The teacher's logits, averaged over changed copies where the source model is not sure.
-
-    The copies are forwarded one batch at a time: batch statistics are those of one view.
-
-    Args:
-        count: copies.
-        threshold: mean confidence of the source model below which they are made.
-        augment: makes a copy.
-    """
-
-    count: int
-    threshold: float
-    augment: Augment
-    dense: ClassVar[bool] = False
-
-    @property
-    def pixels(self) -> bool:
-        """Whether inputs must be images in [0, 1]."""
-        return needs_pixels(self.augment)
-
-    def wanted(self, evidence: Evidence) -> bool:
-        """Whether the source model is unsure of this batch; it is asked only if that matters."""
-        if self.threshold <= 0 or self.threshold >= 1:
-            return self.threshold >= 1
-        confidence = at_least_single(evidence.source).softmax(-1).amax(-1)
-        return float(evidence.ranks.mean(confidence)) < self.threshold
-
-    def average(self, evidence: Evidence, teach: Callable[[Tensor], Any]) -> Any:
-        """Output whose logits are the mean over the copies."""
-        total, output = 0.0, None
-        for _ in range(self.count):
-            output = teach(self.augment(evidence.inputs, evidence.generator))
-            total = total + read_logits(output)
-        assert isinstance(total, Tensor)
-        return with_logits(output, total / self.count)
 
 
 @register("method", paper="cotta")

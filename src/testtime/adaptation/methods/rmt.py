@@ -25,8 +25,9 @@ from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.registry import register
 from testtime._core.seeds import generator as seeded
+from testtime.adaptation.engine import gradients
 from testtime.adaptation.outputs import read_logits, rows
-from testtime.adaptation.parts.knowledge import LabelledSamples, Need, Prototypes
+from testtime.adaptation.parts.knowledge import LabelledSamples, Need, Prototypes, named, part_of
 from testtime.adaptation.parts.objective import agreement_with_teacher, symmetric_cross_entropy
 from testtime.adaptation.parts.optimizer import Adam
 from testtime.adaptation.parts.prediction import student_and_teacher
@@ -59,6 +60,7 @@ class WarmedUp:
     optimizer: Adam
     teacher: MovingTeacher
     name: ClassVar[str] = "warm-up"
+    of_tensors: ClassVar[bool] = True
 
     def add(self, total: Known, batch: "SourceBatch") -> Known:
         """One step on a batch, while there are any left."""
@@ -66,10 +68,10 @@ class WarmedUp:
         if done == self.steps:
             return total
         engine = batch.engine
-        now = {name: engine.source_tensors([name])[name] for name in engine.names}
-        student = _part(total, "student") or now
-        teacher = _part(total, "teacher") or now
-        moments = {"first": _part(total, "first"), "second": _part(total, "second")}
+        now = engine.source_tensors(engine.names)
+        student = part_of(total, "student") or now
+        teacher = part_of(total, "teacher") or now
+        moments = {"first": part_of(total, "first"), "second": part_of(total, "second")}
         state: dict[str, Any] = self.optimizer.init(list(student.values()))
         if done:
             state = {"steps": done} | {key: list(own.values()) for key, own in moments.items()}
@@ -82,20 +84,15 @@ class WarmedUp:
         answer = run(teacher)
         with torch.enable_grad():
             loss = symmetric_cross_entropy(run(leaves), answer).mean()
-        grads = list(
-            torch.autograd.grad(
-                loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
-        )
+        grads = gradients(loss, leaves)
         rising = replace(self.optimizer, lr=self.optimizer.lr * (done + 1) / self.steps)
         moved, state = rising.step(state, list(student.values()), grads)
         followed = self.teacher.follow(list(teacher.values()), moved)
-        held = {"student": moved, "teacher": followed, **{k: state[k] for k in moments}}
-        return {"done": torch.tensor(float(done + 1))} | {
-            f"{key} {name}": tensor
-            for key, own in held.items()
-            for name, tensor in zip(student, own, strict=True)
-        }
+        held = {"student": moved, "teacher": followed, **{key: state[key] for key in moments}}
+        total = {"done": torch.tensor(float(done + 1))}
+        for key, own in held.items():
+            total |= named(key, student, own)
+        return total
 
     def finish(self, total: Known, *, samples: int, batches: int) -> Known:
         """Student and teacher."""
@@ -106,11 +103,6 @@ class WarmedUp:
             )
         keep = ("student ", "teacher ")
         return {name: tensor for name, tensor in total.items() if name.startswith(keep)}
-
-
-def _part(total: Known, key: str) -> Known:
-    begin = f"{key} "
-    return {k.removeprefix(begin): tensor for k, tensor in total.items() if k.startswith(begin)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +122,7 @@ class FromWarmUp:
 
     def __call__(self, known: Mapping[str, Known]) -> tuple[Known, Known]:
         found = known[self.warmed.name]
-        return _part(found, "student"), _part(found, "teacher")
+        return part_of(found, "student"), part_of(found, "teacher")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from testtime._core.arrays import at_least_single
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from torch import Tensor
 
     from testtime.adaptation.knowledge import SourceBatch
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 class Need(Protocol):
     """Something to be known of source data, a frozen dataclass; equal needs are met once.
 
-    A need that must see the data several times has an attribute `passes`.
+    A need that must see the data several times has an attribute `passes`, and may have `turn(total)
+    -> total`, called when a pass is over. One that tells of each adapted tensor, as `name` or `what
+    name`, has an attribute `of_tensors`.
     """
 
     @property
@@ -41,6 +45,17 @@ class Need(Protocol):
         ...
 
 
+def named(key: str, names: "Iterable[str]", tensors: "Iterable[Tensor]") -> "Known":
+    """One tensor for each name, as `key name`; `part_of` finds them again."""
+    return {f"{key} {name}": tensor for name, tensor in zip(names, tensors, strict=True)}
+
+
+def part_of(known: "Mapping[str, Tensor]", key: str) -> "Known":
+    """The tensors that `named` called by `key`, by the rest of their names."""
+    begin = f"{key} "
+    return {k.removeprefix(begin): tensor for k, tensor in known.items() if k.startswith(begin)}
+
+
 @dataclass(frozen=True)
 class Fisher:
     """Fisher information of the tensors that adapt, from the model's own predictions.
@@ -54,6 +69,7 @@ class Fisher:
     """
 
     name: ClassVar[str] = "fisher"
+    of_tensors: ClassVar[bool] = True
 
     def add(self, total: "Known", batch: "SourceBatch") -> "Known":
         """Adds the squared gradients of a batch."""

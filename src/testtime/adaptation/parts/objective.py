@@ -30,6 +30,11 @@ def symmetric_cross_entropy(logits: Tensor, others: Tensor) -> Tensor:
     return 0.5 * one + 0.5 * measure.cross_entropy(logits.softmax(-1), others)
 
 
+def symmetric_with_teacher(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Symmetric cross-entropy of each prediction with the teacher's, which gets no gradient."""
+    return symmetric_cross_entropy(logits, teacher.detach())
+
+
 def agreement_with_teacher(logits: Tensor, augmented: Tensor, teacher: Tensor) -> Tensor:
     """Symmetric cross-entropy with the teacher, half of the batch's and half of a changed copy's."""
     teacher = teacher.detach()

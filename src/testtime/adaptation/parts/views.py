@@ -2,12 +2,18 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
+from testtime.adaptation.outputs import read_logits, with_logits
+
+if TYPE_CHECKING:
+    from testtime.adaptation.evidence import Evidence
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """Takes images (B, C, H, W) in [0, 1] and a generator, gives changed images of that shape."""
@@ -21,6 +27,45 @@ def needs_pixels(augment: Augment) -> bool:
 def plain(x: Tensor, generator: torch.Generator) -> Tensor:
     """The images as they are."""
     return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class AveragedViews:
+    """The teacher's logits, averaged over changed copies where the source model is not sure.
+
+    The copies are forwarded one batch at a time: batch statistics are those of one view.
+
+    Args:
+        count: copies.
+        threshold: mean confidence of the source model below which they are made.
+        augment: makes a copy.
+    """
+
+    count: int
+    threshold: float
+    augment: Augment
+    dense: ClassVar[bool] = False
+
+    @property
+    def pixels(self) -> bool:
+        """Whether inputs must be images in [0, 1]."""
+        return needs_pixels(self.augment)
+
+    def wanted(self, evidence: "Evidence") -> bool:
+        """Whether the source model is unsure of this batch; it is asked only if that matters."""
+        if self.threshold <= 0 or self.threshold >= 1:
+            return self.threshold >= 1
+        confidence = at_least_single(evidence.source).softmax(-1).amax(-1)
+        return float(evidence.ranks.mean(confidence)) < self.threshold
+
+    def average(self, evidence: "Evidence", teach: Callable[[Tensor], Any]) -> Any:
+        """Output whose logits are the mean over the copies."""
+        total, output = 0.0, None
+        for _ in range(self.count):
+            output = teach(self.augment(evidence.inputs, evidence.generator))
+            total = total + read_logits(output)
+        assert isinstance(total, Tensor)
+        return with_logits(output, total / self.count)
 
 
 def cotta_view(x: Tensor, generator: torch.Generator) -> Tensor:
