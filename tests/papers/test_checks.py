@@ -59,6 +59,14 @@ EDGES = {
          "tent, last domain": 80.0},
         [{"known, rejected": 80.1}, {"tent, last domain": 80.1}],
     ),
+    "lerm": (
+        {"blobs, entropy": 39.9, "blobs, entropy, spread": 0.59, "blobs, lerm": 75.1,
+         "blobs, lerm, spread": 0.91, "tent, batches of 16": 80.0, "lerm, batches of 16": 80.0,
+         "tent, batches of 64": 80.0, "lerm, batches of 64": 80.0},
+        [{"blobs, entropy": 40.0}, {"blobs, entropy, spread": 0.6}, {"blobs, lerm": 75.0},
+         {"blobs, lerm, spread": 0.9}, {"tent, batches of 16": 80.1},
+         {"tent, batches of 64": 80.1}],
+    ),
     "lame": (
         {f"{name}, {order} {domain}": 80.0 + 3 * (name == "lame")
          for name in ("source", "lame") for order in ("correlated", "shuffled")

@@ -8,6 +8,7 @@ from testtime._core.arrays import at_least_single
 from testtime._core.options import in_range
 from testtime.adaptation.ranks import Ranks
 from testtime.measures import entropy as measure
+from testtime.measures.label_encoding import label_encoding_distance
 
 
 def entropy(entropies: Tensor) -> Tensor:
@@ -45,6 +46,12 @@ def agreement_with_teacher(logits: Tensor, augmented: Tensor, teacher: Tensor) -
 def marginal_entropy(logits: Tensor, ranks: Ranks) -> Tensor:
     """Entropy of the mean prediction of the batch."""
     return measure.entropy_of_probs(ranks.mean(at_least_single(logits).softmax(-1)))
+
+
+def label_encoding(logits: Tensor, ranks: Ranks) -> Tensor:
+    """Label-encoding risk of the batch: sure predictions, and every class among them."""
+    probs = at_least_single(logits).softmax(-1)
+    return label_encoding_distance(ranks.sum(probs.T @ probs), ranks.sum(probs.sum(0)))
 
 
 @dataclass(frozen=True, kw_only=True)
