@@ -25,6 +25,7 @@ EASY = {  # small memories, few views, and margins that every sample passes
     "petal": {"views": 2, "threshold": 1.0},
     "rotta": {"capacity": 4, "every": 4},
     "memo": {"views": 2},
+    "stamp": {"views": 2, "margin": 2.0, "agreement": False},
 }
 CLASSES = 7
 

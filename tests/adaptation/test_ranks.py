@@ -8,6 +8,7 @@ import torch.multiprocessing as mp
 import testtime as tt
 from models import batches, tiny
 from testtime._core.errors import InputError
+from testtime.adaptation.parts.views import plain
 
 OPTIONS = {
     "source": {},
@@ -20,6 +21,8 @@ OPTIONS = {
     "rdumb": {"lr": 1e-2, "margin": 0.9, "redundancy": 0.8, "reset_every": 3},
     "lame": {},
     "rotta": {"capacity": 16, "every": 16},
+    "lerm": {"lr": 1e-2},
+    "stamp": {"lr": 1e-2, "margin": 0.9, "capacity": 24, "views": 1, "augment": plain},
 }
 
 

@@ -59,6 +59,13 @@ EDGES = {
          "tent, last domain": 80.0},
         [{"known, rejected": 80.1}, {"tent, last domain": 80.1}],
     ),
+    "stamp": (
+        {"stamp at 0.25, unknown in memory": 0.24, "stamp at 0.25, AUROC": 80.1,
+         "bn-adapt, AUROC": 80.0, "tent, AUROC": 80.0, "stamp at 0.5, last domain": 78.0,
+         "tent, last domain": 80.0},
+        [{"stamp at 0.25, unknown in memory": 0.25}, {"bn-adapt, AUROC": 80.1},
+         {"tent, AUROC": 80.1}, {"tent, last domain": 80.1}],
+    ),
     "lerm": (
         {"blobs, entropy": 39.9, "blobs, entropy, spread": 0.59, "blobs, lerm": 75.1,
          "blobs, lerm, spread": 0.91, "tent, batches of 16": 80.0, "lerm, batches of 16": 80.0,

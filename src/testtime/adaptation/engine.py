@@ -159,6 +159,8 @@ class Engine:
             done = self._only_answer(x, state)
         else:
             done = self._learn_and_answer(x, state)
+        if recipe.outlier is not None:
+            done.measured["outlier"] = recipe.outlier(done.logits.detach())
         settled = replace(
             done.state,
             generator=self.generator.get_state(),

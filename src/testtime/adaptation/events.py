@@ -32,6 +32,8 @@ class Event:
         step: batches since the adapter was built, from 1.
         outcome: how the step ended.
         samples: samples in the batch.
+        measured: what the method measured, by name; of methods for open-set streams also "outlier",
+            a score (B,) for each sample, higher for those that are likely of no known class.
     """
 
     step: int

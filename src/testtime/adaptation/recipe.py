@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
+from torch import Tensor
+
 from testtime._core.errors import OptionError
 from testtime._core.options import whole
 from testtime.adaptation.parts.knowledge import Need
@@ -53,6 +55,8 @@ class Recipe:
             tensors and the teacher's.
         recovery: when to give up and go back to the source.
         prediction: what is answered, as logits.
+        outlier: says of each answer, from its logits, how likely its sample is of no known class;
+            told in the events as `measured["outlier"]`.
         optimizer: how a step is taken.
         steps: steps on each batch.
         answer_after: whether the answer comes from a forward after the last step.
@@ -83,6 +87,7 @@ class Recipe:
     start: Any = None
     recovery: Any = None
     prediction: Callable[..., Any] = student
+    outlier: Callable[[Tensor], Tensor] | None = None
     optimizer: Optimizer | None = None
     steps: int = 1
     answer_after: bool = False

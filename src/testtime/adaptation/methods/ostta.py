@@ -17,6 +17,7 @@ from testtime._core.errors import OptionError
 from testtime._core.registry import register
 from testtime.adaptation.methods.tent import tent
 from testtime.adaptation.parts.objective import Diversity
+from testtime.adaptation.parts.prediction import unsure
 from testtime.adaptation.recipe import Recipe
 
 
@@ -31,6 +32,9 @@ def confidence_rose(logits: Tensor, source: Tensor) -> Tensor:
 @register("method", paper="ostta")
 def ostta(*, base: Recipe | None = None, lr: float = 1e-3, diversity: float = 0.5) -> Recipe:
     """Learns from samples whose confidence has risen under adaptation; for open-set streams.
+
+    `adapter.events[-1].measured["outlier"]` scores how likely each sample of the last batch is of
+    no known class: 1 - its highest probability.
 
     Use when: the stream is long and holds things of no known class.
 
@@ -65,4 +69,5 @@ def ostta(*, base: Recipe | None = None, lr: float = 1e-3, diversity: float = 0.
         recipe,
         selection=(*recipe.selections, confidence_rose),
         batch_objective=Diversity(weight=diversity) if diversity else None,
+        outlier=unsure,
     )

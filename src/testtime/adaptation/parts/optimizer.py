@@ -3,7 +3,8 @@
 They reproduce `torch.optim`; old tensors are never written to, so that a state once taken stays.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,6 +91,43 @@ class Adam:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CosineAnnealed:
+    """Steps `base` with a rate that falls to zero along a cosine, and rises again after that.
+
+        rate = lr (1 + cos(pi t / period)) / 2      at step t = 0, 1, ...
+
+    A reset begins anew at t = 0.
+
+    Args:
+        base: the optimizer that takes the step.
+        period: steps until the rate is zero.
+
+    Reference: Loshchilov, Hutter, SGDR, ICLR 2017; `torch.optim.lr_scheduler.CosineAnnealingLR`.
+    """
+
+    base: SGD | Adam
+    period: int
+
+    def __post_init__(self) -> None:
+        whole(1, period=self.period)
+
+    def init(self, tensors: list[Tensor]) -> OptimizerState:
+        """No step yet."""
+        return {"steps": 0, "base": self.base.init(tensors)}
+
+    def step(
+        self, state: OptimizerState, tensors: list[Tensor], grads: list[Tensor]
+    ) -> tuple[list[Tensor], OptimizerState]:
+        """The base optimizer's step at the rate of now."""
+        steps = state["steps"]
+        share = (1 + math.cos(math.pi * steps / self.period)) / 2
+        moved, inner = replace(self.base, lr=share * self.base.lr).step(
+            state["base"], tensors, grads
+        )
+        return moved, {"steps": steps + 1, "base": inner}
+
+
+@dataclass(frozen=True, kw_only=True)
 class SharpnessAware:
     """Steps `base` with the gradient at the worst point nearby (Foret et al., ICLR 2021).
 
@@ -100,7 +138,7 @@ class SharpnessAware:
         rho: radius of the neighbourhood; 0.05 in the paper and in SAR.
     """
 
-    base: SGD | Adam
+    base: SGD | Adam | CosineAnnealed
     rho: float = 0.05
 
     def __post_init__(self) -> None:
@@ -123,7 +161,7 @@ class SharpnessAware:
         return self.base.step(state, tensors, grads)
 
 
-Optimizer = SGD | Adam | SharpnessAware
+Optimizer = SGD | Adam | CosineAnnealed | SharpnessAware
 
 
 def rate_for_batch(lr: float, batch_size: int) -> float:

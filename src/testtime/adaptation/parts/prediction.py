@@ -1,6 +1,8 @@
-"""What is answered? Logits whose softmax are the method's probabilities."""
+"""What is answered? Logits whose softmax are the method's probabilities; and is it to be trusted?"""
 
 from torch import Tensor
+
+from testtime.measures.confidence import confidence
 
 
 def student(logits: Tensor) -> Tensor:
@@ -16,3 +18,8 @@ def student_and_teacher(logits: Tensor, teacher: Tensor) -> Tensor:
 def from_teacher(teacher: Tensor) -> Tensor:
     """The teacher's logits."""
     return teacher
+
+
+def unsure(logits: Tensor) -> Tensor:
+    """How likely a sample is of no known class: 1 - the probability of the answer, in [0, 1)."""
+    return 1 - confidence(logits)

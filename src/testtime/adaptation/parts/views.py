@@ -1,4 +1,4 @@
-"""Changed copies of a batch, drawn with a generator of one's own: CoTTA's, ROID's, AugMix-like."""
+"""Changed copies of a batch, drawn with a generator of one's own: weak, CoTTA's, AugMix-like."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
+from testtime._core.errors import InputError
 from testtime.adaptation.outputs import read_logits, with_logits
 
 if TYPE_CHECKING:
@@ -141,6 +142,29 @@ def _contrast(x: Tensor, factor: float) -> Tensor:
         grey = (x * x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
     mean = grey.mean((1, 2, 3), keepdim=True)
     return (factor * x + (1 - factor) * mean).clamp(0, 1)
+
+
+def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to four pixels, black coming in, and half of them mirrored.
+
+    The usual weak augmentation of small images: a random crop after padding by four.
+
+    Raises:
+        InputError: when the batch holds no images.
+    """
+    if x.dim() != 4:
+        raise InputError(
+            f"crop_and_flip moves images (batch, channels, height, width); given {tuple(x.shape)}. "
+            "Give augment= a function of your own."
+        )
+    count, _, height, width = x.shape
+    top, left = torch.randint(0, 9, (2, count, 1), generator=generator, device=x.device)
+    rows = top + torch.arange(height, device=x.device)
+    columns = left + torch.arange(width, device=x.device)
+    each = torch.arange(count, device=x.device)[:, None, None]
+    moved = F.pad(x, (4, 4, 4, 4))[each, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+    mirrored = torch.rand(count, 1, 1, 1, generator=generator, device=x.device) < 0.5
+    return torch.where(mirrored, moved.flip(-1), moved)
 
 
 def augmix_view(x: Tensor, generator: torch.Generator) -> Tensor:
