@@ -59,6 +59,13 @@ EDGES = {
          "tent, last domain": 80.0},
         [{"known, rejected": 80.1}, {"tent, last domain": 80.1}],
     ),
+    "domainadaptor": (
+        {"source": 50.0, "mixture": 80.0, "mixture, clean": 90.0, "bn-adapt, clean": 90.0,
+         "largest error of the fold": 9e-5, "gradient of entropy, sure": 1.0,
+         "gradient of generalised entropy, sure": 1.1},
+        [{"source": 50.1}, {"bn-adapt, clean": 90.1}, {"largest error of the fold": 1e-4},
+         {"gradient of entropy, sure": 1.1}],
+    ),
     "stamp": (
         {"stamp at 0.25, unknown in memory": 0.24, "stamp at 0.25, AUROC": 80.1,
          "bn-adapt, AUROC": 80.0, "tent, AUROC": 80.0, "stamp at 0.5, last domain": 78.0,

@@ -34,6 +34,7 @@ from testtime.adaptation.look import look, named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import (
+    AdaptiveMixture,
     BatchStatistics,
     MixedStatistics,
     RunningStatistics,
@@ -248,7 +249,7 @@ class Adapter:
         elif isinstance(statistics, BatchStatistics) and hasattr(module, "track_running_stats"):
             module.track_running_stats = False
             module.running_mean = module.running_var = None
-        elif isinstance(statistics, BatchStatistics | MixedStatistics):
+        elif isinstance(statistics, BatchStatistics | MixedStatistics | AdaptiveMixture):
             module.register_forward_pre_hook(Restated(layer.eps, statistics))
 
     # --- what it does -------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.lean import Lean
 from testtime.adaptation.moments import moments, normalise, wide
 from testtime.adaptation.parts.statistics import (
+    AdaptiveMixture,
     BatchStatistics,
     MixedStatistics,
     Moments,
@@ -257,6 +258,8 @@ class Normaliser:
             if not self.ranks.alone:
                 samples = int(self.ranks.sum(x.new_tensor(float(samples))))
             return statistics.blend(self.source, batch, samples=samples, values=values)
+        if isinstance(statistics, AdaptiveMixture):
+            return statistics.blend(x, self.source, batch, values=values, ranks=self.ranks)
         if isinstance(statistics, RunningStatistics) and averages and self.fresh is not None:
             old = Moments(averages[f"{self.name}.mean"], averages[f"{self.name}.var"])
             new = statistics.update(old, batch, seen=int(averages["seen"]), values=values)
@@ -275,7 +278,7 @@ class Restated:
     """
 
     eps: float
-    statistics: BatchStatistics | MixedStatistics
+    statistics: BatchStatistics | MixedStatistics | AdaptiveMixture
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
@@ -283,6 +286,8 @@ class Restated:
         used, values = moments(x, ALONE)
         if isinstance(self.statistics, MixedStatistics):
             used = self.statistics.blend(stored, used, samples=len(x), values=values)
+        elif isinstance(self.statistics, AdaptiveMixture):
+            used = self.statistics.blend(x, stored, used, values=values, ranks=ALONE)
         scale = ((stored.var + self.eps) / (used.var + self.eps)).sqrt()
         centred = (x - wide(used.mean, x)) * wide(scale, x)
         return ((centred + wide(stored.mean, x)).to(x.dtype), *args[1:])

@@ -54,6 +54,39 @@ def label_encoding(logits: Tensor, ranks: Ranks) -> Tensor:
     return label_encoding_distance(ranks.sum(probs.T @ probs), ranks.sum(probs.sum(0)))
 
 
+def generalised_entropy(logits: Tensor) -> Tensor:
+    """GEM-T: T^2 H(softmax(z / T)), with a temperature T of each sample's own.
+
+    T is twice the deviation of its logits, so that sure predictions, too, have a gradient.
+
+    Reference: Zhang, Qi, Shi, Gao, DomainAdaptor, ICCV 2023.
+    """
+    cool, temperature = _cooled(logits)
+    return temperature.square() * measure.entropy(cool)
+
+
+def self_distillation(logits: Tensor) -> Tensor:
+    """GEM-SKD: T^2 CE(softmax(z), z / T), where the prediction itself teaches, without gradient."""
+    cool, temperature = _cooled(logits)
+    probs = at_least_single(logits.detach()).softmax(-1)
+    return temperature.square() * measure.cross_entropy(probs, cool)
+
+
+def augmented_distillation(logits: Tensor, augmented: Tensor) -> Tensor:
+    """GEM-Aug: T^2 CE(softmax(z_aug), z / T), where changed copies teach, without gradient."""
+    cool, temperature = _cooled(logits)
+    probs = at_least_single(augmented.detach()).softmax(-1)
+    return temperature.square() * measure.cross_entropy(probs, cool)
+
+
+def _cooled(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Centred logits divided by their temperature, and the temperature, which has no gradient."""
+    logits = at_least_single(logits)
+    temperature = 2 * logits.detach().std(-1)
+    centred = logits - logits.detach().mean(-1, keepdim=True)
+    return centred / temperature.clamp(min=1e-12)[..., None], temperature
+
+
 @dataclass(frozen=True, kw_only=True)
 class Diversity:
     """Minus the entropy of the batch's mean prediction, times a weight: rewards diverse batches."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from testtime._core.options import in_range
+from testtime.adaptation.ranks import Ranks
 
 
 class Moments(NamedTuple):
@@ -88,4 +89,60 @@ class RunningStatistics:
         )
 
 
-Statistics = SourceStatistics | BatchStatistics | MixedStatistics | RunningStatistics
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveMixture:
+    """A mixture of source and batch whose weight the images themselves decide (AdaMixBN).
+
+        d_ab = mean_ch (m_a - m_b)^2 + mean_ch (s_a - s_b)^2      of means m and deviations s
+        weight of the source = mean_i clip(1 - d_ts / (d_ts + d_is + d_it), 0, 1)
+
+    for the source s, the batch t (unbiased variance) and each of its images i. It is 1 where batch
+    and source agree, and falls as they part.
+
+    Reference: Zhang, Qi, Shi, Gao, DomainAdaptor, ICCV 2023.
+    """
+
+    def weight(
+        self, x: Tensor, source: Moments, batch: Moments, *, values: float, ranks: Ranks
+    ) -> Tensor:
+        """The weight of the source, from a layer's input (B, ch, ...) and the batch's moments."""
+        batch = unbiased(batch, values)
+        source = Moments(*(moment.to(batch.mean.dtype) for moment in source))
+        pixels = x.flatten(2) if x.dim() > 2 else x[..., None]
+        own = pixels.to(batch.mean.dtype)
+        alone = own.shape[-1] == 1  # a single pixel has no deviation
+        images = Moments(own.mean(-1), own.var(-1, correction=0 if alone else 1))
+        shift = _gap(batch, source)
+        apart = shift + _gap(images, source) + _gap(images, batch)
+        return ranks.mean((1 - shift / apart.clamp(min=1e-12)).clamp(0, 1))
+
+    def blend(
+        self, x: Tensor, source: Moments, batch: Moments, *, values: float, ranks: Ranks
+    ) -> Moments:
+        """Moments to normalise with: weight * source + (1 - weight) * batch."""
+        share = self.weight(x, source, batch, values=values, ranks=ranks)
+        batch = unbiased(batch, values)
+        return Moments(
+            share * source.mean + (1 - share) * batch.mean,
+            share * source.var + (1 - share) * batch.var,
+        )
+
+
+def unbiased(batch: Moments, values: float) -> Moments:
+    """Moments of `values` values a channel, with the unbiased variance for the biased one."""
+    return Moments(batch.mean, batch.var * (values / max(values - 1, 1)))
+
+
+def _gap(one: Moments, other: Moments) -> Tensor:
+    means = (one.mean - other.mean).square().mean(-1)
+    return means + (_deviation(one) - _deviation(other)).square().mean(-1)
+
+
+def _deviation(of: Moments) -> Tensor:
+    # the root of zero has no slope
+    return of.var.clamp(min=1e-12).sqrt()
+
+
+Statistics = (
+    SourceStatistics | BatchStatistics | MixedStatistics | AdaptiveMixture | RunningStatistics
+)
