@@ -99,6 +99,11 @@ EDGES = {
         {"source": 60.0, "bn-adapt": 60.0, "tent": 60.0, "cotta": 60.0, "rotta": 70.0},
         [{name: 60.1} for name in ("source", "bn-adapt", "tent", "cotta")],
     ),
+    "cafa": (
+        {"bn-adapt": 80.0, "tent": 81.5, "cafa": 80.8, "cafa, of the batch": 82.5},
+        [{"cafa": 80.7}, {"cafa, of the batch": 80.7, "tent": 81.0}, {"tent": 81.4},
+         {"tent": 81.9}],
+    ),
 }  # fmt: skip
 
 

@@ -78,7 +78,7 @@ class Posterior:
         engine = batch.engine
         now = part_of(total, "now") or engine.source_tensors(engine.names)
         directions = list(part_of(total, "direction").values()) or None
-        labels = batch.labels.long() if batch.labelled else batch.logits.argmax(-1)
+        labels = batch.labels_or_predictions
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in now.items()}
         with torch.enable_grad():
             output, _ = engine.loan.run(batch.inputs, leaves, SourceStatistics(), ranks=Ranks())

@@ -97,8 +97,8 @@ class Prototypes:
     def add(self, total: "Known", batch: "SourceBatch") -> "Known":
         """Adds the features of a batch to the sums of their classes."""
         features = at_least_single(batch.own_features)
-        labels = batch.labels if batch.labelled else batch.logits.argmax(-1)
-        member = F.one_hot(labels.long(), batch.logits.shape[-1]).to(features.dtype)
+        labels = batch.labels_or_predictions
+        member = F.one_hot(labels, batch.logits.shape[-1]).to(features.dtype)
         sums, counts = member.T @ features, member.sum(0)
         if total:
             sums, counts = total["sums"] + sums, total["counts"] + counts
@@ -129,3 +129,63 @@ class LabelledSamples:
             key: torch.cat([total[f"{key} {number}"] for number in range(batches)])
             for key in ("inputs", "labels")
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMoments:
+    """Mean and covariance of the features of each class: a Gaussian for each.
+
+    `count` (C,), `mean` (C, d) and `covariance`, (d, d) where classes share one, else (C, d, d), in
+    float64, with the divisor n. Classes are the labels where the loader gives them, else the
+    model's own predictions. One pass, stable however far the features are from zero: sums are of
+    deviations from means, merged batch by batch (Chan, Golub, LeVeque 1983).
+
+    Args:
+        tied: whether all classes share one covariance, that around their own means.
+    """
+
+    tied: bool = True
+    name: ClassVar[str] = "class_moments"
+
+    def add(self, total: "Known", batch: "SourceBatch") -> "Known":
+        """Merges the counts, means and sums of squared deviations of a batch."""
+        features, labels = batch.features.double(), batch.labels_or_predictions
+        classes, size = batch.logits.shape[-1], features.shape[1]
+        count = labels.bincount(minlength=classes).double()
+        mean = features.new_zeros(classes, size).index_add_(0, labels, features)
+        mean = mean / count.clamp(min=1)[:, None]
+        deviations = features - mean[labels]
+        if not total:
+            shape = (size, size) if self.tied else (classes, size, size)
+            total = {
+                "count": torch.zeros_like(count),
+                "mean": torch.zeros_like(mean),
+                "scatter": features.new_zeros(shape),
+            }
+        both = total["count"] + count
+        share = count / both.clamp(min=1)
+        apart, pull = mean - total["mean"], total["count"] * share
+        scatter = total["scatter"]
+        if self.tied:
+            scatter.addmm_(deviations.T, deviations).addmm_(apart.T, pull[:, None] * apart)
+        else:
+            for label in labels.unique():
+                own = deviations[labels == label]
+                scatter[label] += own.T @ own + pull[label] * apart[label].outer(apart[label])
+        return {
+            "count": both,
+            "mean": total["mean"] + share[:, None] * apart,
+            "scatter": scatter,
+        }
+
+    def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
+        """Means and covariances; a class without samples has those of the classes on average."""
+        count, mean, scatter = total["count"], total["mean"], total["scatter"]
+        absent, share = count == 0, count / count.sum()
+        mean = torch.where(absent[:, None], share @ mean, mean)
+        if self.tied:
+            return {"count": count, "mean": mean, "covariance": scatter / count.sum()}
+        own = scatter / count.clamp(min=1)[:, None, None]
+        pooled = torch.einsum("c,cij->ij", share, own)
+        covariance = torch.where(absent[:, None, None], pooled, own)
+        return {"count": count, "mean": mean, "covariance": covariance}
