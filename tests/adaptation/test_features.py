@@ -8,12 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import mahalanobis as scipy_mahalanobis
+from scipy.special import softmax
 from torch import Tensor
 
 import testtime as tt
 from models import batches, tiny
 from reference import features as reference
 from testtime._core.errors import InputError, NeedsSource
+from testtime._core.outcomes import Outcome
 from testtime.adaptation.methods.cafa import cafa, intra_and_inter, mahalanobis
 
 
@@ -81,7 +83,7 @@ def test_cafa(tied, reduction):
     learnt = dict(other.model.named_parameters())
     for name, value in adapter.snapshot().tensors.items():
         torch.testing.assert_close(value, learnt[name].detach(), rtol=0, atol=1e-4)
-        assert float((value - dict(model.named_parameters())[name]).abs().max()) > 1e-3
+        assert (value - dict(model.named_parameters())[name]).abs().max() > 1e-3
     assert [e.loss for e in adapter.events] == pytest.approx(other.losses, abs=1e-4)
 
 
@@ -152,3 +154,75 @@ def test_covariances_of_the_other_kind_are_refused():
     known = tt.fit_source(tiny(), labelled(2), methods="cafa")
     with pytest.raises(NeedsSource, match=r"cafa\(tied=False\)"):
         tt.adapt(tiny(), "cafa", tied=False, source=known)(batches(1)[0])
+
+
+@pytest.mark.parametrize(
+    ("confidence", "beta", "measure"),
+    [
+        ("softmax", 0.27, lambda scores: softmax(scores).max()),
+        ("score", 0.5, lambda scores: scores.max()),
+    ],
+)
+def test_adanpc(confidence, beta, measure):
+    model, loader = tiny(), labelled(4)
+    known = tt.fit_source(model, loader, methods="adanpc")
+    other = reference.Adanpc(model, loader, 5, 0.01, beta, measure)
+    adapter = tt.adapt(
+        model, "adanpc", k=5, tau=0.01, beta=beta, confidence=confidence, source=known
+    )
+    begin = len(other.memory)
+    for x in batches():
+        got, expected = adapter(x), other(x)
+        torch.testing.assert_close(got.exp(), expected.exp().float(), rtol=0, atol=1e-4)
+        memory = adapter.snapshot().memory
+        assert memory["labels"].tolist() == [c for _, c in other.memory[begin:]]
+        assert adapter.events[-1].measured["remembered"] == len(other.memory) - begin
+    assert 0 < len(other.memory) - begin < 160
+    directions = np.stack([g for g, _ in other.memory[begin:]])
+    np.testing.assert_allclose(memory["features"], directions, atol=1e-4)
+    assert sum(event.used for event in adapter.events) == len(directions)
+
+
+def test_adanpc_that_remembers_nothing_is_scikit_learns_classifier():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    model, loader = tiny(), labelled(4)
+    known = tt.fit_source(model, loader, methods="adanpc")
+    judge = neighbors.KNeighborsClassifier(
+        20, metric="cosine", algorithm="brute", weights=lambda d: softmax((1 - d) / 0.1, axis=1)
+    ).fit(known["feature_memory"]["features"], torch.cat([y for _, y in loader]))
+    adapter = tt.adapt(model, "adanpc", k=20, beta=1.1, source=known)
+    for x in batches(4):
+        with torch.no_grad():
+            g, _ = reference.features_and_logits(model, x)
+        got = adapter(x).softmax(1)
+        np.testing.assert_allclose(got, judge.predict_proba(g), rtol=0, atol=1e-4)
+    assert len(adapter.snapshot().memory["labels"]) == 0
+    assert {event.outcome for event in adapter.events} == {Outcome.NOTHING_RELIABLE}
+
+
+def test_adanpc_forgets_the_oldest_and_reset_brings_the_source_back():
+    model = tiny()
+    known = tt.fit_source(model, labelled(2), methods="adanpc")
+    adapter, unbounded = (
+        tt.adapt(model, "adanpc", beta=0.0, capacity=capacity, source=known)
+        for capacity in (40, None)
+    )
+    first = adapter(batches(1)[0])
+    unbounded(batches(1)[0])
+    for x in batches(4, seed=3):
+        adapter(x)
+        unbounded(x)
+    kept, everything = adapter.snapshot().memory, unbounded.snapshot().memory
+    assert len(everything["labels"]) == 80
+    assert torch.equal(kept["features"], everything["features"][-40:])
+    assert kept["features"].untyped_storage().nbytes() == kept["features"].numel() * 4
+    adapter.reset()
+    assert adapter.snapshot().memory is None
+    assert torch.equal(adapter(batches(1)[0]), first)
+
+
+def test_few_memories_all_vote():
+    model = tiny()
+    known = tt.fit_source(model, [batches(1, 3)[0]], methods="adanpc")
+    answer = tt.adapt(model, "adanpc", source=known)(batches(1)[0])
+    torch.testing.assert_close(answer.exp().sum(1), torch.ones(16), rtol=0, atol=1e-4)

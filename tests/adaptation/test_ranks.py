@@ -23,7 +23,14 @@ OPTIONS = {
     "rotta": {"capacity": 16, "every": 16},
     "lerm": {"lr": 1e-2},
     "stamp": {"lr": 1e-2, "margin": 0.9, "capacity": 24, "views": 1, "augment": plain},
+    "cafa": {"lr": 1e-2},
+    "adanpc": {"k": 5, "beta": 0.28},
 }
+
+
+def known(name: str) -> tt.SourceKnowledge | None:
+    needs = tt.methods()[name].needs
+    return tt.fit_source(tiny(), batches(2, seed=5), methods=name) if needs else None
 
 
 def work(rank: int, folder: str) -> None:
@@ -32,7 +39,9 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
     answers = {}
     for name, options in OPTIONS.items():
-        adapter = tt.adapt(tiny(), name, process_group=dist.group.WORLD, **options)
+        adapter = tt.adapt(
+            tiny(), name, source=known(name), process_group=dist.group.WORLD, **options
+        )
         given = [adapter(x[:10] if rank == 0 else x[10:]) for x in batches(4)]
         answers[name] = given, adapter.snapshot().tensors
     adapter = tt.adapt(tiny(), "tent", process_group=dist.group.WORLD)
@@ -59,7 +68,7 @@ def test_two_ranks_are_one(tmp_path):
         assert half["refused"] == [True] * 10
         assert half["after"].isfinite().all()
     for name, options in OPTIONS.items():
-        adapter = tt.adapt(tiny(), name, **options)
+        adapter = tt.adapt(tiny(), name, source=known(name), **options)
         for step, x in enumerate(batches(4)):
             joined = torch.cat([half[name][0][step] for half in halves])
             torch.testing.assert_close(joined, adapter(x), rtol=0, atol=2e-3)

@@ -104,6 +104,10 @@ EDGES = {
         [{"cafa": 80.7}, {"cafa, of the batch": 80.7, "tent": 81.0}, {"tent": 81.4},
          {"tent": 81.9}],
     ),
+    "adanpc": (
+        {"adanpc": 45.0, "adanpc, source memory": 40.0},
+        [{"adanpc, source memory": 40.1}],
+    ),
 }  # fmt: skip
 
 

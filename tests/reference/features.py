@@ -66,3 +66,34 @@ class Cafa:
         loss.backward()
         self.optimizer.step()
         return z.detach()
+
+
+class Adanpc:
+    """`confidence` takes the scores of a sample."""
+
+    def __init__(self, model, loader, k: int, tau: float, beta: float, confidence) -> None:
+        self.model, self.k, self.tau, self.beta = copy.deepcopy(model).eval(), k, tau, beta
+        self.confidence, self.memory = confidence, []
+        for x, y in loader:
+            self.memory += list(zip(self.directions(x)[0], y.tolist(), strict=True))
+
+    def directions(self, x: Tensor) -> tuple[list[np.ndarray], int]:
+        with torch.no_grad():
+            g, z = features_and_logits(self.model, x)
+        return [row / np.linalg.norm(row) for row in g.double().numpy()], z.shape[1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        directions, classes = self.directions(x)
+        answers, fresh = [], []
+        for g in directions:
+            near = sorted(((float(g @ m), c) for m, c in self.memory), key=lambda pair: -pair[0])
+            weights = np.exp(np.array([s for s, _ in near[: self.k]]) / self.tau)
+            scores = np.full(classes, 1e-5)
+            for w, (_, c) in zip(weights / weights.sum(), near, strict=False):
+                scores[c] += w
+            scores = np.minimum(scores, 1)
+            answers.append(scores)
+            if self.confidence(scores) >= self.beta:
+                fresh.append((g, int(scores.argmax())))
+        self.memory += fresh
+        return torch.as_tensor(np.log(np.stack(answers)))

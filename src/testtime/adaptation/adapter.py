@@ -358,7 +358,8 @@ class Adapter:
                 f"the model answered {len(x[:2])} samples with {len(logits)} predictions; expected "
                 "one prediction for each sample, along the first dimension."
             )
-        if logits.shape[1] < 2 and (self.recipe.learns or self.recipe.prediction is not student):
+        corrects = self.recipe.prediction is not student or self.recipe.procedure is not None
+        if logits.shape[1] < 2 and (self.recipe.learns or corrects):
             raise InputError(
                 "the model returns one number for each sample, whose softmax is always 1. For a "
                 "binary classifier z return two logits: torch.cat([torch.zeros_like(z), z], 1)."

@@ -139,8 +139,13 @@ class SourceBatch:
         """Class of each sample (B,): its label where the loader gives one, else the prediction.
 
         Raises:
-            InputError: the labels are no whole numbers (B,) from 0 to C - 1.
+            InputError: the labels are no whole numbers (B,) from 0 to C - 1, or the logits dense.
         """
+        if len(self.logits) != len(self.inputs):
+            raise InputError(
+                f"the model returns dense logits, {len(self.logits)} predictions for "
+                f"{len(self.inputs)} samples; what is needed here is of one class for each sample."
+            )
         if self._labels is None:
             return self.logits.argmax(-1)
         labels, classes = self._labels, self.logits.shape[-1]

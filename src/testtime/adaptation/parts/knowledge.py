@@ -189,3 +189,32 @@ class ClassMoments:
         pooled = torch.einsum("c,cij->ij", share, own)
         covariance = torch.where(absent[:, None, None], pooled, own)
         return {"count": count, "mean": mean, "covariance": covariance}
+
+
+@dataclass(frozen=True)
+class FeatureMemory:
+    """The features of all source samples, each of length one, and their classes.
+
+    `features` (n, d) and `labels` (n,). Classes are the labels where the loader gives them, else
+    the model's own predictions. It is as large as the source data that is read: 8 MB for a thousand
+    samples of 2048 features.
+    """
+
+    name: ClassVar[str] = "feature_memory"
+
+    def add(self, total: "Known", batch: "SourceBatch") -> "Known":
+        """Appends a batch."""
+        number = len(total) // 2
+        features = F.normalize(at_least_single(batch.features), dim=-1)
+        return {
+            **total,
+            f"features {number}": features,
+            f"labels {number}": batch.labels_or_predictions,
+        }
+
+    def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
+        """All of them in the order of the pass."""
+        return {
+            what: torch.cat([total[f"{what} {number}"] for number in range(batches)])
+            for what in ("features", "labels")
+        }

@@ -1,0 +1,184 @@
+"""AdaNPC: a non-parametric classifier for test-time adaptation.
+
+before: memory M = normalised source features and their labels
+for each batch x:
+    g = features of x, normalised
+    for each sample n:
+        s_j = cosine of g_n with its k nearest of M,  w = softmax(s / tau)
+        score_nc = min(1, sum of w_j over neighbours of class c + 1e-5)
+    M <- M with (g_n, argmax score_n) for all n whose max softmax(score_n) >= beta
+    return ln score
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from testtime._core.arrays import at_least_single
+from testtime._core.errors import OptionError
+from testtime._core.options import in_range, whole
+from testtime._core.outcomes import Outcome
+from testtime._core.registry import register
+from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.evidence import Evidence
+from testtime.adaptation.outputs import with_logits
+from testtime.adaptation.parts.knowledge import FeatureMemory
+from testtime.adaptation.recipe import Recipe
+from testtime.adaptation.state import State
+from testtime.measures.entropy import entropy
+
+Confidence = Literal["softmax", "score"]
+
+
+def vote(similarities: Tensor, labels: Tensor, *, k: int, tau: float, classes: int) -> Tensor:
+    """Share of each class (B, C) in the votes of the k most similar; at least 1e-5, at most 1.
+
+    Args:
+        similarities: of each sample to each that is remembered, (B, M).
+        labels: of those, (M,).
+        k: neighbours; all where there are fewer.
+        tau: temperature of the weights softmax(similarity / tau).
+        classes: C.
+
+    Example:
+        >>> vote(torch.tensor([[0.9, 0.8, 0.9]]), torch.tensor([0, 1, 1]), k=2, tau=0.1, classes=2)
+        tensor([[0.5000, 0.5000]])
+    """
+    nearest, places = similarities.topk(min(k, similarities.shape[1]))
+    weights = (nearest / tau).softmax(-1)
+    scores = weights.new_zeros(len(weights), classes).scatter_add_(1, labels[places], weights)
+    return (scores + 1e-5).clamp(max=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighbourVote:
+    """Answers with the vote of neighbours, and remembers the samples that it is sure of.
+
+    Args:
+        k: neighbours that vote.
+        tau: temperature of their weights.
+        beta: confidence from which a sample is remembered.
+        confidence: how it is measured: largest softmax of the scores, or largest score.
+        capacity: test samples that are remembered at most.
+    """
+
+    k: int
+    tau: float
+    beta: float
+    confidence: Confidence
+    capacity: int | None
+    dense: ClassVar[bool] = False
+    needs: ClassVar[tuple[FeatureMemory]] = (FeatureMemory(),)
+    passes: ClassVar[tuple[int, int]] = (1, 0)
+
+    def step(self, engine: Engine, x: Tensor, state: State) -> Step:
+        """Answers, then remembers."""
+        with torch.no_grad():
+            output, features, scores = self._vote(engine, x, state)
+            answer = scores.log()
+            features, scores = engine.ranks.gather(features), engine.ranks.gather(scores)
+            sure = (scores.softmax(-1) if self.confidence == "softmax" else scores).amax(-1)
+            kept = sure >= self.beta
+            old, old_labels = _remembered(state, features)
+            memory = {
+                "features": torch.cat([old, features[kept]]),
+                "labels": torch.cat([old_labels, scores.argmax(-1)[kept]]),
+            }
+            if self.capacity is not None:
+                # clones: a view would keep the forgotten ones in memory
+                memory = {name: own[-self.capacity :].clone() for name, own in memory.items()}
+        count = int(kept.sum())
+        told = {
+            "entropy": entropy(answer).mean(),
+            "used": count,
+            "remembered": len(memory["labels"]),
+        }
+        outcome = Outcome.STORED if count else Outcome.NOTHING_RELIABLE
+        return Step(
+            with_logits(output, answer), answer, replace(state, memory=memory), outcome, told
+        )
+
+    def predict(self, engine: Engine, x: Tensor, state: State) -> tuple[Any, Tensor]:
+        """The vote alone."""
+        output, _, scores = self._vote(engine, x, state)
+        return with_logits(output, scores.log()), scores.log()
+
+    def _vote(self, engine: Engine, x: Tensor, state: State) -> tuple[Any, Tensor, Tensor]:
+        seen = Evidence(engine, state, state.tensors, x, tapped=True)
+        features = F.normalize(at_least_single(seen.features), dim=-1)
+        source = seen.known["feature_memory"]
+        own, own_labels = _remembered(state, features)
+        similar = torch.cat([features @ source["features"].to(features).T, features @ own.T], 1)
+        labels = torch.cat([source["labels"], own_labels])
+        scores = vote(similar, labels, k=self.k, tau=self.tau, classes=seen.classes)
+        return seen.output, features, scores
+
+
+def _remembered(state: State, like: Tensor) -> tuple[Tensor, Tensor]:
+    if state.memory is None:
+        return like[:0], torch.zeros(0, dtype=torch.long, device=like.device)
+    return state.memory["features"].to(like), state.memory["labels"]
+
+
+@register("method", paper="adanpc", needs=("feature_memory",))
+def adanpc(
+    *,
+    k: int = 100,
+    tau: float = 0.1,
+    beta: float = 0.1,
+    confidence: Confidence = "softmax",
+    capacity: int | None = None,
+) -> Recipe:
+    """Answers with a vote of the nearest remembered samples, and remembers those it is sure of.
+
+    Needs the features and labels of source samples: `tt.fit_source(model, loader,
+    methods=["adanpc"])`. Where the loader gives no labels, the model's predictions serve. The
+    model stays as it is, and nothing is differentiated. Answers are logarithms of the scores.
+
+    Use when: the shift comes little by little, so that the samples of one domain are near enough to
+    label those of the next; and where a model may not be changed.
+
+    Not when: features may not be kept, or the first shifted batch is already far from the source:
+    wrong labels are remembered too. Without a `capacity` the memory grows with the stream.
+
+    Args:
+        k: neighbours that vote; 100 (code; its grid begins at 1).
+        tau: temperature of their weights; 0.1 (code; grid 0.01 to 0.5).
+        beta: confidence from which a sample is remembered; 0.1 (code; grid 0, 0.25, 0.75 and 1.1,
+            which remembers none).
+        confidence: softmax: largest softmax of the scores, as in the code. Scores being shares,
+            it lies between 1/C and e/(e + C - 1): 0.23 for ten classes, so that 0.1 accepts every
+            sample there. score: the largest score itself, from 1/C to 1.
+        capacity: test samples that are remembered at most, the oldest are forgotten first; source
+            samples stay. None: all, as in the code.
+
+    The paper trains the network with the loss of the vote; here any network will do. Its variant
+    with a further batch normalisation of the features is left out.
+
+    Example:
+        >>> from testtime import adapt, fit_source
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> x, y = torch.randn(90, 4), torch.arange(90) % 3
+        >>> adapter = adapt(model, "adanpc", source=fit_source(model, [(x, y)], methods="adanpc"))
+        >>> adapter(torch.randn(16, 4)).shape
+        torch.Size([16, 3])
+        >>> len(adapter.snapshot().memory["labels"])
+        16
+
+    Reference: Zhang et al., AdaNPC: Exploring Non-Parametric Classifier for Test-Time Adaptation,
+        ICML 2023.
+    """
+    whole(1, k=k)
+    in_range(0, tau=tau, beta=beta)
+    if tau == 0:
+        raise OptionError("tau is 0; expected a number above 0")
+    if capacity is not None:
+        whole(1, capacity=capacity)
+    if confidence not in ("softmax", "score"):
+        raise OptionError(f"confidence is {confidence!r}; expected 'softmax' or 'score'")
+    return Recipe(
+        procedure=NeighbourVote(k=k, tau=tau, beta=beta, confidence=confidence, capacity=capacity)
+    )
