@@ -26,6 +26,7 @@ EASY = {  # small memories, few views, and margins that every sample passes
     "rotta": {"capacity": 4, "every": 4},
     "memo": {"views": 2},
     "stamp": {"views": 2, "margin": 2.0, "agreement": False},
+    "simatta": {"e_low": 9.0, "steps": 3},
 }
 CLASSES = 7
 

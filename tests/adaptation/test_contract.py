@@ -41,6 +41,7 @@ SMALL = {"memo": {"views": 2}, "cotta": {"views": 2}, "rotta": {"capacity": 16, 
 SMALL |= {"psmt": {"views": 2}, "petal": {"views": 2}}
 WHOLE = ("cotta", "memo", "rmt", "psmt", "petal")  # adapt all weights
 SMALL |= {"stamp": {"views": 2, "capacity": 16, "margin": 0.8}}
+SMALL |= {"simatta": {"e_low": 2.0, "steps": 3}}
 ALL = sorted(tt.methods())
 LEARNING = [name for name in ALL if name not in ("source", "bn-adapt", "lame")]
 CORRECTING = ("lame", "adanpc")

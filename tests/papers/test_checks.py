@@ -108,6 +108,11 @@ EDGES = {
         {"adanpc": 45.0, "adanpc, source memory": 40.0},
         [{"adanpc, source memory": 40.1}],
     ),
+    "simatta": (
+        {"simatta, rotated": 70.0, "tent, rotated": 60.0, "simatta, labels": 89.0,
+         "simatta, clean afterwards": 95.0, "random queries, clean afterwards": 94.9},
+        [{"tent, rotated": 60.1}, {"simatta, labels": 90.0}, {"simatta, clean afterwards": 94.9}],
+    ),
 }  # fmt: skip
 
 

@@ -8,8 +8,9 @@ import copy
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from reference.methods import configured
+from reference.methods import configured, entropy
 
 
 def features_and_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,3 +98,81 @@ class Adanpc:
                 fresh.append((g, int(scores.argmax())))
         self.memory += fresh
         return torch.as_tensor(np.log(np.stack(answers)))
+
+
+class Simatta:
+    """With k-means of scikit-learn; `draws` is the generator of the adapter that it is held beside."""
+
+    def __init__(
+        self, model, oracle, budget, lr, e_high, e_low, clusters, cold_start, steps, draws
+    ) -> None:
+        self.model, self.frozen = copy.deepcopy(model), copy.deepcopy(model)
+        self.oracle, self.left, self.lr, self.draws, self.steps = oracle, budget, lr, draws, steps
+        self.e_high, self.e_low, self.k, self.cold_start = e_high, e_low, clusters, cold_start
+        self.target, self.sure, self.seen, self.asked = [], [], 0, []  # target: [x, label, weight]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            g, z = features_and_logits(self.model, x)
+            self.ask(x, g, [i for i, h in enumerate(entropy(z)) if h >= self.e_high])
+            z0 = self.frozen(x)
+            for i in entropy(z0).argsort()[:100].tolist():
+                if entropy(z0)[i] < self.e_low:
+                    self.sure.append((x[i], z0[i].argmax()))
+        self.learn()
+        self.k, self.seen = self.k + 1, self.seen + len(x)
+        return z
+
+    def ask(self, x: Tensor, g: Tensor, high: list[int]) -> None:
+        from sklearn.cluster import KMeans
+
+        if self.left <= 0 or not (high or self.target):
+            return
+        seed = int(torch.randint(2**31 - 1, (), generator=self.draws))
+        if not high:
+            self.target = [(a, y, w + 1) for a, y, w in self.target]
+            return
+        old = [features_and_logits(self.model, a[None])[0][0] for a, _, _ in self.target]
+        points = torch.stack(old + [g[i] for i in high]).numpy()
+        weights = [w for _, _, w in self.target] + [1.0] * len(high)
+        means = KMeans(min(self.k, len(points)), n_init=10, random_state=seed)
+        means.fit(points, sample_weight=weights)
+        wanted, grown = [], list(self.target)
+        for c, centre in enumerate(means.cluster_centers_):
+            own = [i for i, label in enumerate(means.labels_) if label == c]
+            anchors = [i for i in own if i < len(old)]
+            for i in anchors:
+                a, y, w = self.target[i]
+                grown[i] = (a, y, w + len(own) / len(anchors))
+            if own and not anchors:
+                best = min(own, key=lambda i: np.linalg.norm(points[i] - centre))
+                wanted.append((len(own), high[best - len(old)]))
+        wanted = sorted(wanted, key=lambda pair: -pair[0])[: self.left]
+        self.target = grown + [(x[i], self.oracle(self.seen + i), float(n)) for n, i in wanted]
+        self.asked += [self.seen + i for _, i in wanted]
+        self.left -= len(wanted)
+
+    def learn(self) -> None:
+        groups = [group for group in (self.sure, self.target) if group]
+        a = len(self.target) / max(len(self.target) + len(self.sure), 1)
+        if len(groups) == 2 and len(self.sure) < self.cold_start:
+            a = min(0.2, a)
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=self.lr, momentum=0.9)
+        lowest, worse, losses = np.inf, 0, []
+        while groups and worse <= 5 and len(losses) != self.steps:
+            ces = []
+            for group in groups:
+                drawn = torch.randint(len(group), (16,), generator=self.draws).tolist()
+                inputs = torch.stack([group[i][0] for i in drawn])
+                ces.append(
+                    F.cross_entropy(self.model(inputs), torch.tensor([group[i][1] for i in drawn]))
+                )
+            loss = (1 - a) * ces[0] + a * ces[1] if len(ces) == 2 else ces[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(ces[-1].item())
+            if len(losses) % 5 == 0:
+                mean = np.mean(losses[-5:])
+                worse = 0 if mean < lowest else worse + 1
+                lowest = min(lowest, mean)

@@ -204,6 +204,8 @@ def _names(call: Callable[..., Any]) -> tuple[str, ...]:
 def describe(part: Any) -> str:
     """A part as text that is the same in every process: names of functions, values of options.
 
+    It is whom a state belongs to, so a field that says nothing of it has `field(repr=False)`.
+
     Example:
         >>> describe(student)
         'student'
@@ -211,7 +213,8 @@ def describe(part: Any) -> str:
     if inspect.isfunction(part):
         return part.__name__
     if is_dataclass(part) and not isinstance(part, type):
-        options = ", ".join(f"{f.name}={describe(getattr(part, f.name))}" for f in fields(part))
+        shown = [f.name for f in fields(part) if f.repr]
+        options = ", ".join(f"{name}={describe(getattr(part, name))}" for name in shown)
         return f"{type(part).__name__}({options})"
     if isinstance(part, tuple):
         return f"({', '.join(map(describe, part))})"
