@@ -31,10 +31,8 @@ class Need(Protocol):
     name`, has an attribute `of_tensors`.
     """
 
-    @property
-    def name(self) -> str:
-        """What it is called in a file and in the evidence."""
-        ...
+    name: ClassVar[str]
+    """What it is called in a file and in the evidence."""
 
     def add(self, total: "Known", batch: "SourceBatch") -> "Known":
         """The sums after one more batch; `total` is empty at first."""
