@@ -42,9 +42,10 @@ SMALL |= {"psmt": {"views": 2}, "petal": {"views": 2}}
 WHOLE = ("cotta", "memo", "rmt", "psmt", "petal")  # adapt all weights
 SMALL |= {"stamp": {"views": 2, "capacity": 16, "margin": 0.8}}
 SMALL |= {"simatta": {"e_low": 2.0, "steps": 3}}
+SMALL |= {"vcotta": {"views": 2}, "tesla": {"views": 2}}
 ALL = sorted(tt.methods())
 LEARNING = [name for name in ALL if name not in ("source", "bn-adapt", "lame")]
-CORRECTING = ("lame", "adanpc")
+CORRECTING = ("lame", "adanpc", "vcotta")
 """Methods that answer with something else than what the model says, which no export can hold."""
 each = pytest.mark.parametrize("name", ALL)
 
@@ -241,7 +242,7 @@ def test_predict_changes_nothing(name):
     told = adapter.predict(xs[1])
     assert adapter.snapshot() is mark
     assert torch.equal(told, adapter.predict(xs[1]))
-    if name != "memo":  # answers after its step
+    if name not in ("memo", "tesla"):  # which answer after their step
         torch.testing.assert_close(adapter(xs[1]), told)
 
 
@@ -510,6 +511,7 @@ PASSES = {  # forward and backward passes for each sample, as the algorithms nee
     "source": (1, 0), "bn-adapt": (1, 0), "lame": (1, 0), "tent": (1, 1), "eta": (1, 1),
     "eata": (1, 1), "rdumb": (1, 1), "sar": (2, 2), "deyo": (2, 1), "ostta": (2, 1),
     "cotta": (2 + 1 + 1, 1), "memo": (2 + 1, 2), "rotta": (3, 1), "cafa": (1, 1), "adanpc": (1, 0),
+    "vcotta": (2 * 3 + 1, 1), "tesla": (2 + 3 + 2 + 1, 1 + 2),
 }  # fmt: skip
 
 
@@ -525,7 +527,7 @@ def test_the_plan_says_what_a_step_costs(name):
     if plan.forwards is not None and plan.backwards is not None:
         assert counts.samples <= counts.forwards <= plan.forwards * counts.samples
         assert counts.backwards <= plan.backwards * counts.samples
-        if name in ("tent", "ostta", "cotta", "memo"):  # nothing is left out of the batch
+        if name in ("tent", "ostta", "cotta", "memo", "vcotta", "tesla"):  # nothing is left out
             assert counts.forwards == plan.forwards * counts.samples
             assert counts.backwards == plan.backwards * counts.samples
     adapted = sum(tensor.nbytes for tensor in adapter.snapshot().tensors.values())
@@ -771,7 +773,10 @@ def test_half_precision(name):
 
 @each
 def test_channels_last_changes_no_answer(name):
-    plain, last = adapter_of(name), adapter_of(name, tiny().to(memory_format=torch.channels_last))
+    models = tiny(), tiny().to(memory_format=torch.channels_last)
+    for model in models:  # normalisation removes it: Adam would make steps of rounding noise
+        model.conv2.bias = None
+    plain, last = (adapter_of(name, model) for model in models)
     for x in batches(2):
         answer = last(x.contiguous(memory_format=torch.channels_last))
         torch.testing.assert_close(plain(x), answer, rtol=1e-4, atol=1e-4)
@@ -828,7 +833,7 @@ def test_source_knowledge_of_another_model_is_refused(tmp_path):
 
 
 def test_pixels_out_of_range_are_refused_where_copies_are_made():
-    for name in ("rotta", "roid", *WHOLE):
+    for name in ("rotta", "roid", "vcotta", "tesla", *WHOLE):
         with pytest.raises(InputError, match="normalisation inside the model"):
             adapter_of(name)(batches(1)[0] * 4 - 2)
 

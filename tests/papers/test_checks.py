@@ -113,6 +113,20 @@ EDGES = {
          "simatta, clean afterwards": 95.0, "random queries, clean afterwards": 94.9},
         [{"tent, rotated": 60.1}, {"simatta, labels": 90.0}, {"simatta, clean afterwards": 94.9}],
     ),
+    "vcotta": (
+        {"vcotta": 80.0, "cotta": 80.0, "vcotta, Brier score": 0.2, "cotta, Brier score": 0.2,
+         "vcotta, nats from the source": 9.0,
+         "vcotta without divergence, nats from the source": 9.1},
+        [{"cotta": 80.1}, {"cotta, Brier score": 0.19}, {"vcotta, nats from the source": 9.1}],
+    ),
+    "tesla": (
+        {"tent": 80.0, "tesla": 80.1, "tesla, mu 0.99": 80.0, "tesla, mu 0.99, not flipped": 80.0,
+         "tesla, mu 0.99, calibration error": 5.0,
+         "tesla, mu 0.99, not flipped, calibration error": 5.1,
+         "tesla, entropy of hard images": 0.6, "tesla, entropy of plain images": 0.5},
+        [{"tesla": 80.0}, {"tesla, mu 0.99": 79.9}, {"tesla, mu 0.99, calibration error": 5.1},
+         {"tesla, entropy of hard images": 0.5}],
+    ),
 }  # fmt: skip
 
 

@@ -296,7 +296,7 @@ class Adapter:
                 "this one."
             )
 
-    def _build(self, order: list[str]) -> Engine:
+    def _build(self, order: list[str], feature_layer: nn.Module | None = None) -> Engine:
         norms = norm_layers(self.model, order)
         device = next(iter(self.model.parameters()), torch.zeros(())).device
         known: dict[str, dict[str, Tensor]] = {}
@@ -310,8 +310,9 @@ class Adapter:
             own = self._source[need.name]
             known[need.name] = {name: value.to(device) for name, value in own.items()}
         engine = Engine(
-            self.model, self.recipe, norms, known=known, seed=self._seed, ranks=self._ranks
-        )
+            self.model, self.recipe, norms, known=known, seed=self._seed, ranks=self._ranks,
+            feature_layer=feature_layer,
+        )  # fmt: skip
         for need in self.recipe.needs:
             if getattr(need, "of_tensors", False):
                 held = {key.rpartition(" ")[2] for key in known[need.name]}
@@ -369,8 +370,7 @@ class Adapter:
                 f"the model returns dense logits {tuple(logits.shape)}; this method needs one "
                 "prediction for each sample. Use tent, eta, eata, sar, ostta or bn-adapt."
             )
-        engine = self._build(found.order)
-        engine.feature_layer = found.feature_layer
+        engine = self._build(found.order, found.feature_layer)
         if self.recipe.asks_for("features") and found.feature_layer is None:
             with engine.loan.recording(None, []):
                 pass

@@ -44,6 +44,7 @@ class Engine:
         known: what is known of the source data: need -> tensors by name.
         seed: of the random parts.
         ranks: the processes that adapt together.
+        feature_layer: the layer whose input are the features, once the model was seen to run.
     """
 
     def __init__(
@@ -55,15 +56,19 @@ class Engine:
         known: dict[str, dict[str, Tensor]] | None = None,
         seed: int = 0,
         ranks: Ranks,
+        feature_layer: nn.Module | None = None,
     ) -> None:
         self.recipe, self.ranks, self.seed, self.known = recipe, ranks, seed, known or {}
         self.loan = Loan(model, norms)
+        scope: Any = recipe.scope
+        found = {"head": feature_layer} if "head" in reads(scope) else {}
         # a tied tensor adapts once
-        own = (self.loan.canonical.get(name, name) for name in recipe.scope(model, norms))
-        self.names = list(dict.fromkeys(own))
+        chosen: list[str] = scope(model, norms, **found)
+        own = (self.loan.canonical.get(name, name) for name in chosen)
+        self.names: list[str] = list(dict.fromkeys(own))
         scales_and_shifts = {name for layer in norms for name in layer.tensors}
         self.lean = scales_and_shifts.issuperset(self.names)
-        self.feature_layer: nn.Module | None = None
+        self.feature_layer = feature_layer
         first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(()))
         self.device = first.device
         self.generator = generator(seed, "adapter", device=self.device)
@@ -220,7 +225,7 @@ class Engine:
         if loss is None:
             return kept, Outcome.NOTHING_RELIABLE, measured
         grads = self._gradient(loss, evidence)
-        if isinstance(optimizer, SharpnessAware) and _finite(loss, grads):
+        if isinstance(optimizer, SharpnessAware) and finite(loss, grads):
             with torch.no_grad():
                 worst = optimizer.worst(list(evidence.learning.values()), grads)
             there = dict(zip(evidence.learning, worst, strict=True))
@@ -236,7 +241,7 @@ class Engine:
                 return kept, Outcome.NOTHING_RELIABLE, measured
             measured["loss"] = loss.detach()
             grads = self._gradient(loss, evidence)
-        if not _finite(loss, grads):
+        if not finite(loss, grads):
             return state, Outcome.NON_FINITE, measured
         return self._move(
             kept, evidence, grads, float(loss.detach()) if recipe.recovery else None, measured
@@ -326,9 +331,12 @@ class Engine:
         return sum(terms[1:], start=terms[0]), used
 
     def _gradient(self, loss: Tensor, evidence: Evidence) -> list[Tensor]:
-        """Gradients of what adapts, and of nothing else; zero for tensors the loss never meets."""
-        self.backwards += len(evidence.student_inputs)
-        grads = gradients(loss, evidence.learning)
+        return self.gradient(loss, evidence.learning, samples=len(evidence.student_inputs))
+
+    def gradient(self, loss: Tensor, tensors: dict[str, Tensor], *, samples: int) -> list[Tensor]:
+        """Gradients of these leaves, and of nothing else; zero for those the loss never meets."""
+        self.backwards += samples
+        grads = gradients(loss, tensors)
         if self.ranks.alone:
             return grads
         share = 1.0 / torch.distributed.get_world_size(self.ranks.group)
@@ -356,6 +364,7 @@ def gradients(loss: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
 
 
-def _finite(loss: Tensor, grads: list[Tensor]) -> bool:
+def finite(loss: Tensor, grads: list[Tensor]) -> bool:
+    """Whether a loss and its gradients are numbers."""
     norms = torch.stack([loss.detach(), *torch._foreach_norm(grads)])
     return bool(norms.isfinite().all())

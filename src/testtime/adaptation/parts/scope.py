@@ -62,6 +62,29 @@ def weights_and_biases(model: nn.Module, norms: Sequence[NormLayer]) -> list[str
     return names or all_parameters(model, norms)
 
 
+def all_but_classifier(
+    model: nn.Module, norms: Sequence[NormLayer], head: nn.Module | None = None
+) -> list[str]:
+    """Every parameter but those of the classifier, the linear layer that runs last.
+
+    Until the model was seen to run, the one that is registered last is taken for it.
+
+    Raises:
+        ScopeError: when there is no other parameter.
+    """
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    classifier = head or (linear[-1] if linear else None)
+    own = {id(p) for p in classifier.parameters()} if classifier is not None else set()
+    names = [name for name, p in model.named_parameters() if id(p) not in own]
+    if not names:
+        raise ScopeError(
+            f"all_but_classifier adapts what comes before the last linear layer, and "
+            f"{type(model).__name__} has no parameters there. Pass a recipe with "
+            "scope=all_parameters."
+        )
+    return names
+
+
 def batchnorm_affine(model: nn.Module, norms: Sequence[NormLayer]) -> list[str]:
     """Scales and shifts of batch normalisation, where there is any; else of all normalisation."""
     batch = [layer for layer in norms if layer.kind == "batch"]

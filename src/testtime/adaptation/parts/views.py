@@ -22,7 +22,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 def needs_pixels(augment: Augment) -> bool:
     """Whether the copies are made of images in [0, 1]; an augmentation of the caller's is trusted."""
-    return augment in (cotta_view, roid_view, augmix_view)
+    return augment in (cotta_view, roid_view, augmix_view, weak_view)
 
 
 def plain(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -206,9 +206,15 @@ def _warp(x: Tensor, matrix: Tensor, fill: float | None = 0.5) -> Tensor:
     return F.grid_sample(x - fill, grid, align_corners=False) + fill
 
 
-def _crop_and_mirror(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crops of 8 to 100 % of the area, aspect 3/4 to 4/3, resized; half are mirrored."""
-    area = 0.08 + 0.92 * _uniform(x, (len(x),), generator)
+def weak_view(x: Tensor, generator: torch.Generator) -> Tensor:
+    """TeSLA's weak copies: crops of 80 to 100 % of each image, resized; half are mirrored."""
+    crop = _crop_and_mirror(at_least_single(x).clamp(0, 1), generator, least=0.8)
+    return crop.to(x.dtype)
+
+
+def _crop_and_mirror(x: Tensor, generator: torch.Generator, *, least: float = 0.08) -> Tensor:
+    """Random crops of `least` to 100 % of the area, aspect 3/4 to 4/3, resized; half mirrored."""
+    area = least + (1 - least) * _uniform(x, (len(x),), generator)
     aspect = torch.exp((2 * _uniform(x, (len(x),), generator) - 1) * math.log(4 / 3))
     wide = (area * aspect).sqrt().clamp(max=1)
     high = (area / aspect).sqrt().clamp(max=1)
