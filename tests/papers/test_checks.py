@@ -59,6 +59,11 @@ EDGES = {
          "tent, last domain": 80.0},
         [{"known, rejected": 80.1}, {"tent, last domain": 80.1}],
     ),
+    "dent": (
+        {"static, clean": 95.0, "dent, clean": 94.0, "static, attacked": 40.0,
+         "dent, attacked through last forward": 40.1},
+        [{"dent, clean": 93.9}, {"dent, clean": 96.1}, {"static, attacked": 40.1}],
+    ),
     "domainadaptor": (
         {"source": 50.0, "mixture": 80.0, "mixture, clean": 90.0, "bn-adapt, clean": 90.0,
          "largest error of the fold": 9e-5, "gradient of entropy, sure": 1.0,

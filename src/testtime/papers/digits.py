@@ -54,6 +54,7 @@ def train(
     classes: int = 10,
     noise: float = 0.0,
     epochs: int = 25,
+    harden: Callable[[nn.Module, Images], Tensor] | None = None,
 ) -> nn.Module:
     """A network trained with Adam, batches of 50 and a one-cycle rate up to 3e-3.
 
@@ -64,6 +65,7 @@ def train(
         classes: number of classes.
         noise: standard deviation of noise that is added in training.
         epochs: how often each image is seen.
+        harden: makes harder images of a batch, given the network in eval mode, e.g. an attack.
     """
     random = generator(seed, "digits", "training")
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
@@ -82,6 +84,9 @@ def train(
                 x = data.images[index].roll(shift, (2, 3))
                 if noise:
                     x = (x + noise * _normal(x, random)).clamp(0, 1)
+                if harden is not None:
+                    x = harden(model.eval(), Images(x, data.labels[index]))
+                    model.train()
                 F.cross_entropy(model(x), data.labels[index]).backward()
                 optimizer.step()
                 optimizer.zero_grad()

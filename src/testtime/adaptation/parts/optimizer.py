@@ -91,6 +91,58 @@ class Adam:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaMod:
+    """Adam, whose rate of each entry never exceeds a moving average of what it was.
+
+        rate = lr sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps)
+        bound <- beta3 bound + (1 - beta3) rate;    step = min(rate, bound) m
+
+    Args:
+        lr: step size.
+        betas: decay of the first and second moment.
+        beta3: decay of the bound, which begins at zero.
+        eps: added to the root of the second moment.
+
+    Reference: Ding, Ren, Luo, Sun, An Adaptive and Momental Bound Method for Stochastic Learning,
+        2019.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    beta3: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        in_range(0, lr=self.lr, eps=self.eps)
+        in_range(0, 1, beta3=self.beta3)
+
+    def init(self, tensors: list[Tensor]) -> OptimizerState:
+        """Both moments and the bound at zero."""
+        zeros = [torch.zeros_like(tensor) for tensor in tensors]
+        return {"steps": 0, "first": zeros, "second": zeros, "bound": zeros}
+
+    def step(
+        self, state: OptimizerState, tensors: list[Tensor], grads: list[Tensor]
+    ) -> tuple[list[Tensor], OptimizerState]:
+        """Tensors and state after one step against the gradients."""
+        steps = state["steps"] + 1
+        one, two = self.betas
+        first = torch._foreach_lerp(state["first"], grads, 1 - one)
+        second = torch._foreach_mul(state["second"], two)
+        torch._foreach_addcmul_(second, grads, grads, 1 - two)
+        # the root of zero has no slope, which attacks that differentiate through steps would meet
+        root = torch._foreach_sqrt(torch._foreach_clamp_min(second, 1e-30))
+        rate = torch._foreach_reciprocal(torch._foreach_add(root, self.eps))
+        rate = torch._foreach_mul(rate, self.lr * (1 - two**steps) ** 0.5 / (1 - one**steps))
+        bound = torch._foreach_lerp(state["bound"], rate, 1 - self.beta3)
+        moved = torch._foreach_addcmul(
+            tensors, torch._foreach_minimum(rate, bound), first, value=-1
+        )
+        kept = {"first": list(first), "second": list(second), "bound": list(bound)}
+        return list(moved), {"steps": steps, **kept}
+
+
+@dataclass(frozen=True, kw_only=True)
 class CosineAnnealed:
     """Steps `base` with a rate that falls to zero along a cosine, and rises again after that.
 
@@ -161,7 +213,7 @@ class SharpnessAware:
         return self.base.step(state, tensors, grads)
 
 
-Optimizer = SGD | Adam | CosineAnnealed | SharpnessAware
+Optimizer = SGD | Adam | AdaMod | CosineAnnealed | SharpnessAware
 
 
 def rate_for_batch(lr: float, batch_size: int) -> float:
