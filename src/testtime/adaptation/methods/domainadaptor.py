@@ -227,6 +227,10 @@ def domainadaptor(
         augment: makes a copy for gem-aug; here a crop and a mirror image. The code's are made for
             photographs.
 
+    Departure from the code: there the product of entropies (B) and squared temperatures (B, 1)
+    spreads to (B, B), so that the loss is mean_i H_i times mean_i T_i^2; here, as the algorithm says, each
+    entropy is scaled by its own temperature.
+
     A layer without a scale and shift of its own has nothing to fold the mixture into, and uses the
     batch's statistics.
 
