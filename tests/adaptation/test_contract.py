@@ -556,7 +556,7 @@ def test_memory_is_bounded(name):
 
 
 MIXED = {"bn-adapt": [{}, {"prior": 16}, {"alpha": 0.3}, {"momentum": 0.1}]}
-MIXED |= {"cotta": [{"threshold": 0.0}], "stamp": [{"views": 0}]}
+MIXED |= {"petal": [{"threshold": 0.0}], "cotta": [{"threshold": 0.0}], "stamp": [{"views": 0}]}
 MIXED |= {
     "domainadaptor": [{"lr": 0.0}],
     "dent": [{"lr": 0.0}],

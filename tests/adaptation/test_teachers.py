@@ -219,6 +219,10 @@ def test_rmt_warms_up_on_source_batches():
 def test_rmt_replays_only_labelled_samples():
     with pytest.raises(InputError, match="labels"):
         tt.fit_source(tiny(), batches(2), methods=[rmt(replay=1.0)])
+    x = batches(1)[0]
+    for wrong in (torch.zeros(15, dtype=torch.long), torch.zeros(16), torch.full((16,), 5)):
+        with pytest.raises(InputError, match="whole number from 0 to 4"):
+            tt.fit_source(tiny(), [(x, wrong)], methods=["rmt"])
 
 
 def fisher_of_all(model, xs) -> dict[str, Tensor]:

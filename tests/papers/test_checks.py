@@ -100,6 +100,21 @@ EDGES = {
         [{"cotta": 80.0}, {"cotta, clean afterwards": 98.4}, {"distance, restoration 0": 1.0}],
     ),
     "roid": ({"roid": 82.1, "bn-adapt": 80.0}, [{"roid": 82.0}]),
+    "rmt": (
+        {"rmt": 82.1, "bn-adapt": 80.0, "rmt without contrast": 82.0},
+        [{"bn-adapt": 80.1}, {"rmt without contrast": 82.1}],
+    ),
+    "psmt": (
+        {"psmt, accuracy": 82.1, "cotta, accuracy": 81.0, "psmt, NLL": 0.3, "cotta, NLL": 0.4,
+         "psmt, Brier score": 0.1, "cotta, Brier score": 0.2},
+        [{"psmt, accuracy": 82.0}, {"psmt, NLL": 0.4}, {"psmt, Brier score": 0.2}],
+    ),
+    "petal": (
+        {"petal, accuracy": 80.5, "cotta, accuracy": 81.0, "petal, NLL": 0.4, "cotta, NLL": 0.385,
+         "returned, percent": 3.0},
+        [{"petal, accuracy": 80.4}, {"petal, NLL": 0.401}, {"returned, percent": 3.2},
+         {"returned, percent": 2.8}],
+    ),
     "rotta": (
         {"source": 60.0, "bn-adapt": 60.0, "tent": 60.0, "cotta": 60.0, "rotta": 70.0},
         [{name: 60.1} for name in ("source", "bn-adapt", "tent", "cotta")],

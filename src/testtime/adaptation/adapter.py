@@ -24,7 +24,7 @@ from testtime._core.errors import (
     TesttimeWarning,
 )
 from testtime._core.outcomes import Outcome
-from testtime.adaptation.checks import check_input, expected_rank
+from testtime.adaptation.checks import check_input, check_output, expected_rank
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
@@ -32,7 +32,7 @@ from testtime.adaptation.layers import NormLayer, norm_layers
 from testtime.adaptation.loan import Restated, lock_of
 from testtime.adaptation.look import look, named_layer
 from testtime.adaptation.outputs import read_logits
-from testtime.adaptation.parts.prediction import from_teacher, student
+from testtime.adaptation.parts.prediction import from_teacher
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
     BatchStatistics,
@@ -353,23 +353,7 @@ class Adapter:
     def _look(self, x: Tensor) -> None:
         """Runs the source model once, on a sample or two, and notes what runs in which order."""
         found = look(self.model, self._engine.loan, x, features=self._features)
-        logits = read_logits(found.output)
-        if len(logits) != len(x[:2]):
-            raise InputError(
-                f"the model answered {len(x[:2])} samples with {len(logits)} predictions; expected "
-                "one prediction for each sample, along the first dimension."
-            )
-        corrects = self.recipe.prediction is not student or self.recipe.procedure is not None
-        if logits.shape[1] < 2 and (self.recipe.learns or corrects):
-            raise InputError(
-                "the model returns one number for each sample, whose softmax is always 1. For a "
-                "binary classifier z return two logits: torch.cat([torch.zeros_like(z), z], 1)."
-            )
-        if logits.dim() > 2 and not self.recipe.dense:
-            raise InputError(
-                f"the model returns dense logits {tuple(logits.shape)}; this method needs one "
-                "prediction for each sample. Use tent, eta, eata, sar, ostta or bn-adapt."
-            )
+        check_output(read_logits(found.output), self.recipe, samples=len(x[:2]))
         engine = self._build(found.order, found.feature_layer)
         if self.recipe.asks_for("features") and found.feature_layer is None:
             with engine.loan.recording(None, []):

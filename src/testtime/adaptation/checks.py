@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError
+from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.views import needs_pixels
 from testtime.adaptation.recipe import Recipe
 
@@ -68,3 +69,29 @@ def check_input(
                 f"[{low:.3g}, {high:.3g}]. Put the normalisation inside the model: "
                 "nn.Sequential(Normalize(mean, std), model)."
             )
+
+
+def check_output(logits: Tensor, recipe: Recipe, *, samples: int) -> None:
+    """Raises an `InputError` unless the method can work with such logits.
+
+    Args:
+        logits: of the model.
+        recipe: the method.
+        samples: that the model answered.
+    """
+    if len(logits) != samples:
+        raise InputError(
+            f"the model answered {samples} samples with {len(logits)} predictions; expected "
+            "one prediction for each sample, along the first dimension."
+        )
+    corrects = recipe.prediction is not student or recipe.procedure is not None
+    if logits.shape[1] < 2 and (recipe.learns or corrects):
+        raise InputError(
+            "the model returns one number for each sample, whose softmax is always 1. For a "
+            "binary classifier z return two logits: torch.cat([torch.zeros_like(z), z], 1)."
+        )
+    if logits.dim() > 2 and not recipe.dense:
+        raise InputError(
+            f"the model returns dense logits {tuple(logits.shape)}; this method needs one "
+            "prediction for each sample. Use tent, eta, eata, sar, ostta or bn-adapt."
+        )

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from testtime._core.errors import InputError, OptionError, StateError
 from testtime._core.files import atomic, digest
 from testtime._core.registry import find
-from testtime.adaptation.checks import check_input, expected_rank
+from testtime.adaptation.checks import check_input, check_output, expected_rank
 from testtime.adaptation.engine import Engine, gradients
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.look import look
+from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.knowledge import Need
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe
@@ -126,13 +127,26 @@ class SourceBatch:
         """Class of each sample (B,).
 
         Raises:
-            InputError: the loader gives none.
+            InputError: the loader gives none, or what is no class for each sample.
         """
         if self._labels is None:
             raise InputError(
                 "the method needs labels of the source data; give a loader of (inputs, labels)."
             )
-        return self._labels
+        count, classes = self.logits.shape
+        given = self._labels
+        if (
+            given.shape != (count,)
+            or given.is_floating_point()
+            or not given.numel()
+            or (int(given.min()) < 0 or int(given.max()) >= classes)
+        ):
+            raise InputError(
+                f"the loader gave labels of shape {tuple(given.shape)} and type {given.dtype}, from "
+                f"{given.min():g} to {given.max():g}; expected the class of each of {count} samples "
+                f"as a whole number from 0 to {classes - 1}."
+            )
+        return given.long()
 
     @cached_property
     def labels_or_predictions(self) -> Tensor:
@@ -249,6 +263,8 @@ def fit_source(
                 if not batches and not number:
                     found = look(model, source.loan, x, features=features)
                     for engine in (source, *(each for own in engines.values() for each in own)):
+                        logits = read_logits(found.output)
+                        check_output(logits, engine.recipe, samples=len(x[:2]))
                         engine.feature_layer = found.feature_layer
                 samples, batches = samples + len(x), batches + 1
                 state = source.fresh()

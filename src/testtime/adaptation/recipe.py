@@ -181,7 +181,8 @@ class Recipe:
     @property
     def dense(self) -> bool:
         """Whether every part can work on dense logits, where each pixel is a sample."""
-        return all(getattr(part, "dense", True) for part in self._parts())
+        parts = all(getattr(part, "dense", True) for part in self._parts())
+        return parts and self.augment is None  # a changed copy has its pixels elsewhere
 
 
 def _several(parts: Any) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from testtime._core.errors import unknown
 from testtime._core.seeds import derive, generator
 from testtime.adaptation.outputs import read_logits
+from testtime.measures.calibration import brier_score, negative_log_likelihood
 from testtime.streams import data
 from testtime.streams.order import dirichlet_order
 
@@ -186,6 +187,17 @@ def gentle_view(x: Tensor, random: torch.Generator) -> Tensor:
     x = (mean + contrast * (x - mean)).clamp(1e-8, 1).pow(draw(0.7, 1.3))
     shift = torch.randint(-1, 2, (2,), generator=random).tolist()
     return (x.roll(shift, (2, 3)) + 0.005 * _normal(x, random)).clamp(0, 1)
+
+
+def scores(answer: Callable[[Tensor], Any], sent: list[Images]) -> dict[str, float]:
+    """Accuracy in percent, NLL in nats and Brier score of the answers over a stream."""
+    logits = torch.cat([read_logits(answer(batch.images)) for batch in sent])
+    labels = torch.cat([batch.labels for batch in sent])
+    return {
+        "accuracy": 100 * float((logits.argmax(1) == labels).double().mean()),
+        "NLL": float(negative_log_likelihood(logits, labels)),
+        "Brier score": float(brier_score(logits.softmax(1), labels)),
+    }
 
 
 def _normal(x: Tensor, random: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from testtime._core.options import in_range, whole
 from testtime._core.registry import register
 from testtime.adaptation.engine import gradients
 from testtime.adaptation.outputs import read_logits, rows
-from testtime.adaptation.parts.knowledge import Need, named, part_of
+from testtime.adaptation.parts.knowledge import named, part_of
 from testtime.adaptation.parts.objective import symmetric_with_teacher, teacher_cross_entropy
 from testtime.adaptation.parts.optimizer import SGD, Adam
 from testtime.adaptation.parts.prediction import from_teacher
@@ -128,7 +128,7 @@ class PosteriorPenalty:
         in_range(0, weight=self.weight)
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def needs(self) -> tuple[Posterior, ...]:
         """The posterior."""
         return (self.posterior,)
 

@@ -27,7 +27,7 @@ from testtime._core.registry import register
 from testtime._core.seeds import generator as seeded
 from testtime.adaptation.engine import gradients
 from testtime.adaptation.outputs import read_logits, rows
-from testtime.adaptation.parts.knowledge import LabelledSamples, Need, Prototypes, named, part_of
+from testtime.adaptation.parts.knowledge import LabelledSamples, Prototypes, named, part_of
 from testtime.adaptation.parts.objective import agreement_with_teacher, symmetric_cross_entropy
 from testtime.adaptation.parts.optimizer import Adam
 from testtime.adaptation.parts.prediction import student_and_teacher
@@ -116,7 +116,7 @@ class FromWarmUp:
     warmed: WarmedUp
 
     @property
-    def needs(self) -> tuple[Need, ...]:
+    def needs(self) -> tuple[WarmedUp, ...]:
         """The warm-up's outcome."""
         return (self.warmed,)
 
@@ -193,7 +193,7 @@ class PulledToPrototypes:
 
     weight: float
     temperature: float
-    needs: ClassVar[tuple[Need, ...]] = (Prototypes(),)
+    needs: ClassVar[tuple[Prototypes, ...]] = (Prototypes(),)
 
     def __post_init__(self) -> None:
         in_range(0, weight=self.weight)
@@ -222,7 +222,7 @@ class Replay:
     """
 
     weight: float
-    needs: ClassVar[tuple[Need, ...]] = (LabelledSamples(),)
+    needs: ClassVar[tuple[LabelledSamples, ...]] = (LabelledSamples(),)
 
     def __post_init__(self) -> None:
         in_range(0, weight=self.weight)

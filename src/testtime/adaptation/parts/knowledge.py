@@ -118,7 +118,7 @@ class LabelledSamples:
         """Keeps a batch."""
         number = len(total) // 2
         return {
-            **total, f"inputs {number}": batch.inputs, f"labels {number}": batch.labels.long()
+            **total, f"inputs {number}": batch.inputs, f"labels {number}": batch.labels
         }  # fmt: skip
 
     def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":

@@ -6,11 +6,11 @@ from typing import Any
 
 import testtime as tt
 from testtime._core.registry import register
-from testtime.papers.digits import accuracy, digits, stream, trained
+from testtime.papers.digits import accuracy, digits, gentle_view, stream, trained
 from testtime.papers.reproduction import Progress, Reproduction, reproduce
 
 CLAIM = (
-    "Five rounds of contrast, fog and invertmix on digits without a reset, Adam at 5e-3: roid is "
+    "Five rounds of contrast, fog and invertmix on digits without a reset, Adam at 5e-3, copies that leave digits upright: roid is "
     "more than 2 points above bn-adapt on the mean of the rounds."
 )
 DOMAINS = ("contrast", "fog", "invertmix")
@@ -31,8 +31,11 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
     methods: dict[str, tuple[str, dict[str, Any]]] = {
         "bn-adapt": ("bn-adapt", {}),
         "tent": ("tent", {"lr": 5e-3}),
-        "roid": ("roid", {"lr": 5e-3}),
-        "roid, probabilities corrected": ("roid", {"lr": 5e-3, "correction": "probs"}),
+        "roid": ("roid", {"lr": 5e-3, "augment": gentle_view}),
+        "roid, probabilities corrected": (
+            "roid",
+            {"lr": 5e-3, "augment": gentle_view, "correction": "probs"},
+        ),
     }
     for name, (method, options) in methods.items():
         adapter = tt.adapt(model, method, seed=seed, **options)
