@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -238,6 +238,7 @@ def fisher_of_all(model, xs) -> dict[str, Tensor]:
     return total
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.floats(-5, 5, width=32) | st.just(0.0), min_size=1, max_size=30),
     share=st.floats(0, 1),

@@ -316,10 +316,11 @@ class Adapter:
         for need in self.recipe.needs:
             if getattr(need, "of_tensors", False):
                 held = {key.rpartition(" ")[2] for key in known[need.name]}
-                for name in set(engine.names) - held:
+                missing = set(engine.names) - held
+                if missing:
                     raise NeedsSource(
-                        f"source= holds no {need.name} of {name}. Call tt.fit_source with the "
-                        "methods that you use."
+                        f"source= holds no {need.name} of {min(missing)}. Call tt.fit_source with "
+                        "the methods that you use."
                     )
         return engine
 

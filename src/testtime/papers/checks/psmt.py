@@ -11,8 +11,8 @@ from testtime.papers.digits import digits, gentle_view, scores, stream, trained
 from testtime.papers.reproduction import Progress, Reproduction, reproduce
 
 CLAIM = (
-    "Three rounds of contrast, fog and invertmix on digits without a reset, Adam at 1e-3, four upright "
-    "views, with changed copies as the paper has them: psmt is more than a point above cotta, and "
+    "Three rounds of contrast, fog and invertmix on digits without a reset, Adam at 1e-3, four "
+    "upright views, with changed copies as the paper has them: psmt is more than a point above cotta, and "
     "its NLL and Brier score are lower."
 )
 DOMAINS = ("contrast", "fog", "invertmix")

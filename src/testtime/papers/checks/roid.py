@@ -10,8 +10,8 @@ from testtime.papers.digits import accuracy, digits, gentle_view, stream, traine
 from testtime.papers.reproduction import Progress, Reproduction, reproduce
 
 CLAIM = (
-    "Five rounds of contrast, fog and invertmix on digits without a reset, Adam at 5e-3, copies that leave digits upright: roid is "
-    "more than 2 points above bn-adapt on the mean of the rounds."
+    "Five rounds of contrast, fog and invertmix on digits without a reset, Adam at 5e-3, copies "
+    "that leave digits upright: roid is more than 2 points above bn-adapt on the mean of the rounds."
 )
 DOMAINS = ("contrast", "fog", "invertmix")
 ROUNDS = 5
