@@ -93,6 +93,53 @@ def tiny(
     return model.eval()
 
 
+class TinyBlock(nn.Module):
+    """Attention and two layers, each behind a normalisation, registered in another order."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+        self.after, self.before = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.after(x))
+
+
+class TinyViT(nn.Module):
+    """A vision transformer of three blocks on four patches, with a class token."""
+
+    def __init__(self, classes: int = 5, width: int = 8) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, stride=4)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.places = nn.Parameter(0.1 * torch.randn(1, 5, width))
+        self.blocks = nn.ModuleList(TinyBlock(width) for _ in range(3))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0])
+
+
+def tiny_vit() -> TinyViT:
+    """A tiny transformer in eval mode, with confident answers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = TinyViT()
+        with torch.no_grad():
+            model.head.weight.mul_(3)
+            model.patches.weight.mul_(3)
+    return model.eval()
+
+
 def batches(count: int = 10, size: int = 16, *, channels: int = 3, seed: int = 1) -> list[Tensor]:
     """Batches of blobs in [0, 1], some bright, some dark, so that answers differ."""
     generator = torch.Generator().manual_seed(seed)

@@ -176,3 +176,90 @@ class Simatta:
                 mean = np.mean(losses[-5:])
                 worse = 0 if mean < lowest else worse + 1
                 lowest = min(lowest, mean)
+
+
+class Evolution:
+    """CMA-ES of Hansen's tutorial in numpy, the better half alone; `draws` gives the normals."""
+
+    def __init__(self, n: int, population: int, draws: torch.Generator) -> None:
+        self.n, self.lam, self.draws, self.m, self.sigma = n, population, draws, np.zeros(n), 1.0
+        self.C, self.pc, self.ps, self.g = np.eye(n), np.zeros(n), np.zeros(n), 0
+
+    def power(self, exponent: float) -> np.ndarray:
+        values, vectors = np.linalg.eigh(self.C)
+        return vectors @ np.diag(values**exponent) @ vectors.T
+
+    def ask(self) -> np.ndarray:
+        z = torch.randn(self.lam, self.n, dtype=torch.double, generator=self.draws).numpy()
+        return self.m + self.sigma * z @ self.power(0.5)
+
+    def tell(self, xs: np.ndarray, values: np.ndarray) -> None:
+        n, half, white = self.n, self.lam // 2, self.power(-0.5)
+        w = np.log((self.lam + 1) / 2) - np.log(np.arange(1, half + 1))
+        w = w / w.sum()
+        mu = 1 / (w**2).sum()
+        cs, cc = (mu + 2) / (n + mu + 5), (4 + mu / n) / (n + 4 + 2 * mu / n)
+        d = 1 + 2 * max(0, np.sqrt((mu - 1) / (n + 1)) - 1) + cs
+        c1 = 2 / ((n + 1.3) ** 2 + mu)
+        cmu = min(1 - c1, 2 * (mu - 2 + 1 / mu) / ((n + 2) ** 2 + mu))
+        chi = np.sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n**2))
+        ys = [(x - self.m) / self.sigma for x in xs]
+        ys = [
+            y * min(1, (np.sqrt(n) + 2 * n / (n + 2)) / max(np.linalg.norm(white @ y), 1e-300))
+            for y in ys
+        ]
+        best = [ys[i] for i in np.argsort(values)[:half]]
+        step = sum(a * y for a, y in zip(w, best, strict=True))
+        self.g += 1
+        self.ps = (1 - cs) * self.ps + np.sqrt(cs * (2 - cs) * mu) * white @ step
+        length = np.linalg.norm(self.ps)
+        h = length / np.sqrt(1 - (1 - cs) ** (2 * self.g)) / chi < 1.4 + 2 / (n + 1)
+        self.pc = (1 - cc) * self.pc + h * np.sqrt(cc * (2 - cc) * mu) * step
+        self.C = (1 - c1 - cmu + (1 - h) * c1 * cc * (2 - cc)) * self.C
+        self.C += c1 * np.outer(self.pc, self.pc)
+        self.C += cmu * sum(a * np.outer(y, y) for a, y in zip(w, best, strict=True))
+        self.m = self.m + self.sigma * step
+        self.sigma *= np.exp(min(1, cs / d * (length / chi - 1)))
+
+
+class Foa:
+    """Of a `TinyViT`, run by hand, one candidate after another."""
+
+    def __init__(self, model, images: Tensor, prompts: int, population: int, lam, draws) -> None:
+        self.model, self.k, self.lam = model, prompts, lam
+        self.search = Evolution(prompts * 8, population, draws)
+        self.best, self.hist, self.losses = np.zeros(prompts * 8), None, []
+        source = self.run(images, None)[0]
+        self.mean, self.std = source.mean(0), source.std(0)
+
+    def run(self, x: Tensor, prompts, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        m, seen = self.model, []
+        t = m.patches(x).flatten(2).mT
+        t = torch.cat([m.token.expand(len(x), -1, -1), t], 1) + m.places
+        if prompts is not None:
+            p = torch.as_tensor(prompts).to(t).view(1, self.k, 8)
+            t = torch.cat([t[:, :1], p.expand(len(x), -1, -1), t[:, 1:]], 1)
+        for i, block in enumerate(m.blocks):
+            t = block(t)
+            norm = m.blocks[i + 1].before if i + 1 < len(m.blocks) else m.norm
+            seen.append(norm(t[:, 0]))
+        last = seen[-1] if shift is None else seen[-1] + shift
+        return torch.cat(seen, 1), m.head(last)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        candidates = np.concatenate([self.search.ask(), self.best[None]])
+        values, ends = [], []
+        for p in candidates:
+            c, z = self.run(x, p)
+            apart = ((c.std(0) - self.std) ** 2).sum() + ((c.mean(0) - self.mean) ** 2).sum()
+            values.append(float(entropy(z).sum() + self.lam * len(x) / 64 * apart))
+            ends.append(c[:, -8:].mean(0))
+        self.search.tell(candidates, np.array(values))
+        self.best = candidates[int(np.argmin(values))]
+        self.losses.append(min(values))
+        shift = None if self.hist is None else self.mean[-8:] - self.hist
+        answer = self.run(x, self.best, shift)[1]
+        end = torch.stack(ends).mean(0)
+        self.hist = end if self.hist is None else 0.9 * self.hist + 0.1 * end
+        return answer

@@ -49,7 +49,7 @@ def with_logits(output: Any, logits: Tensor) -> Any:
         (tensor([[1., 1.]]), 'kept')
     """
     old = read_logits(output)
-    return _map(lambda part: (logits if part is old else part).detach(), output)
+    return map_tensors(lambda part: (logits if part is old else part).detach(), output)
 
 
 def join(outputs: list[Any]) -> Any:
@@ -59,18 +59,23 @@ def join(outputs: list[Any]) -> Any:
         >>> join([{"logits": torch.zeros(1, 2)}, {"logits": torch.ones(1, 2)}])
         {'logits': tensor([[0., 0.], [1., 1.]])}
     """
-    return _map(_join, *outputs)
+    return map_tensors(_join, *outputs)
 
 
 def _join(*parts: Tensor) -> Tensor:
     return torch.cat(parts) if parts[0].dim() else torch.stack(parts).mean(0)
 
 
-def _map(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
-    """The first output with its tensors changed, given those in the same places of the others."""
+def map_tensors(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
+    """The first output with its tensors changed, given those in the same places of the others.
+
+    Example:
+        >>> map_tensors(torch.neg, {"logits": torch.ones(1, 2), "kept": "text"})
+        {'logits': tensor([[-1., -1.]]), 'kept': 'text'}
+    """
 
     def below(of: Callable[[Any], Any]) -> Any:
-        return _map(change, of(first), *map(of, others))
+        return map_tensors(change, of(first), *map(of, others))
 
     if isinstance(first, Tensor):
         return change(first, *others)

@@ -216,3 +216,41 @@ class FeatureMemory:
             what: torch.cat([total[f"{what} {number}"] for number in range(batches)])
             for what in ("features", "labels")
         }
+
+
+@dataclass(frozen=True)
+class ClsMoments:
+    """Mean and standard deviation of a transformer's class tokens after each of its blocks.
+
+    Each as the next block's first normalisation leaves it, after the last block as the final one
+    does; `mean` and `deviation` (blocks * d,), the divisor of the variance n - 1. Labels are not read.
+
+    Reference: Niu et al., Test-Time Model Adaptation with Only Forward Passes, ICML 2024.
+    """
+
+    name: ClassVar[str] = "cls_moments"
+
+    def add(self, total: "Known", batch: "SourceBatch") -> "Known":
+        """Merges the moments of a batch (Chan, Golub, LeVeque 1983)."""
+        from testtime.adaptation.tokens import find_blocks  # noqa: PLC0415  (it runs models)
+
+        engine, tokens = batch.engine, list["Tensor"]()
+        blocks = find_blocks(engine.loan, batch.inputs)
+        engine.run(batch.inputs, {}, averages=None, learn=False, tap=lambda: blocks.watched(tokens))
+        seen = torch.cat(tokens, 1).double()
+        count, mean = torch.full_like(seen[0, :1], len(seen)), seen.mean(0)
+        scatter = (seen - mean).square().sum(0)
+        if not total:
+            return {"count": count, "mean": mean, "scatter": scatter}
+        share = count / (total["count"] + count)
+        apart = mean - total["mean"]
+        return {
+            "count": total["count"] + count,
+            "mean": total["mean"] + share * apart,
+            "scatter": total["scatter"] + scatter + total["count"] * share * apart.square(),
+        }
+
+    def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
+        """The moments, in float32."""
+        variance = total["scatter"] / (total["count"] - 1).clamp(min=1)
+        return {"mean": total["mean"].float(), "deviation": variance.sqrt().float()}
