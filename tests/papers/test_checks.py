@@ -128,6 +128,13 @@ EDGES = {
         {"adanpc": 45.0, "adanpc, source memory": 40.0},
         [{"adanpc, source memory": 40.1}],
     ),
+    "foa": (
+        {f"{what}, {domain}": value for domain in ("noise", "fog", "shot")
+         for what, value in (("source", 60.0), ("shift alone", 62.0), ("foa", 63.0), ("fall", 0.1))}
+        | {"backward passes": 0.0},
+        [{"shift alone, fog": 61.9}, {"foa, shot": 62.9}, {"fall, noise": 0.0},
+         {"backward passes": 1.0}],
+    ),
     "simatta": (
         {"simatta, rotated": 70.0, "tent, rotated": 60.0, "simatta, labels": 89.0,
          "simatta, clean afterwards": 95.0, "random queries, clean afterwards": 94.9},
