@@ -9,6 +9,7 @@ from typing import Any
 
 import testtime as tt
 from pages.docstring import box, parse
+from testtime._core.errors import ScopeError
 from testtime._core.registry import Entry, entries
 from testtime.adaptation.recipe import Recipe, describe
 from testtime.bench.models import load_model
@@ -171,7 +172,14 @@ def _cost(entry: Entry, images: int) -> str:
     model = load_model("embedded:batch")
     batches = [batch.inputs for batch in _stream()][: math.ceil(images / 16)]
     batches[0] = batches[0][:images]
-    source = tt.fit_source(model, batches, methods=[entry.name]) if entry.needs else None
+    try:
+        source = tt.fit_source(model, batches, methods=[entry.name]) if entry.needs else None
+    except ScopeError:  # it takes other models alone
+        forwards, backwards = entry.build().passes or ("?", "?")
+        return (
+            f"**{forwards}** forward and **{backwards}** backward passes for each sample, as the "
+            "recipe says; it does not work on the classifier that other pages count with."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapter = tt.adapt(model, entry.name, source=source)
