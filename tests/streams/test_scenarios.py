@@ -36,6 +36,8 @@ def scenarios(draw, domains=NAMES):
         batch_size=draw(st.integers(1, 50)),
         samples=draw(st.none() | st.integers(10, 40)),
         rounds=draw(st.integers(2 if pattern == "recurring" else 1, 3)),
+        unknown=draw(st.sampled_from([(), (), ("blobs",), ("noise", "class:2")])),
+        unknown_share=draw(st.floats(0.05, 0.8)),
     )
 
 
@@ -61,15 +63,23 @@ def test_any_product_sends_each_sample_as_often_as_it_should(scenario, seed):
     assert len(batches) == len(stream)
     sent = [pair for b in batches for pair in zip(b.indices.tolist(), b.domains, strict=True)]
     assert sent == [(sample.position, sample.domain) for sample in order]
-    chosen = {sample.position for sample in order}
+    labels = torch.cat([batch.labels for batch in batches]).tolist()
+    assert [label == -1 for label in labels] == [sample.unknown for sample in order]
+    known = [pair for pair, label in zip(sent, labels, strict=True) if label != -1]
+    chosen = {position for position, _ in known}
     times = Counter(scenario.domains * scenario.rounds)
-    assert Counter(sent) == {(i, d): n for i in chosen for d, n in times.items()}
+    assert Counter(known) == {(i, d): n for i in chosen for d, n in times.items()}
     if scenario.distribution == "natural":
-        assert len(chosen) == min(scenario.samples or 30, 30)
+        there = 20 if "class:2" in scenario.unknown else 30
+        assert len(chosen) == min(scenario.samples or there, there)
+    share = scenario.unknown_share if scenario.unknown else 0
+    strangers = round(len(chosen) * share / (1 - share)) * sum(times.values())
+    assert len(sent) - len(known) == strangers
     for batch in batches:
         assert batch.inputs.shape == (len(batch.labels), 1, 8, 8)
         assert len(batch.labels) <= scenario.batch_size
-        assert torch.equal(batch.labels, data.tensors[1][batch.indices])
+        mine = batch.labels != -1
+        assert torch.equal(batch.labels[mine], data.tensors[1][batch.indices[mine]])
         assert scenario.pattern == "mixed" or len(set(batch.domains)) == 1
     for sample in order:
         assert 0 <= sample.severity <= scenario.severity
@@ -284,6 +294,11 @@ def test_parse_combines_presets_and_options():
         ("rounds=2,rounds=3", OptionError, "sets rounds twice"),
         ("continual,delta=0.01", OptionError, "Add dirichlet"),
         ("balanced,ratio=3", OptionError, "ratio"),
+        ("unknown=blob", UnknownName, "did you mean blobs"),
+        ("unknown=class:x", OptionError, "its label, as class:8"),
+        ("unknown=noise+noise", OptionError, "twice"),
+        ("unknown_share=0.3", OptionError, "Add open-set"),
+        ("open-set,unknown_share=1", OptionError, "unknown_share is 1"),
     ],
 )
 def test_a_text_that_is_no_scenario_says_why(text, error, words):
@@ -303,6 +318,8 @@ def test_a_text_that_is_no_scenario_says_why(text, error, words):
         {"domains": "fog"},
         {"rounds": 0},
         {"samples": 0},
+        {"unknown": "blobs"},
+        {"unknown_share": 0},
     ],
 )
 def test_values_of_the_wrong_kind_are_refused(options):
@@ -329,9 +346,12 @@ def test_an_empty_or_unfit_data_set_is_refused_before_the_first_batch():
 
 
 def test_every_option_can_be_parsed():
-    texts = {"pattern": "mixed", "labels": "sorted", "distribution": "inverse", "domains": "fog"}
+    texts = {"pattern": "mixed", "labels": "sorted", "distribution": "inverse", "domains": "fog",
+             "unknown": "noise+class:3", "unknown_share": "0.3"}  # fmt: skip
+    prefixes = {"delta": "dirichlet,", "ratio": "inverse,", "unknown_share": "open-set,"}
+    read = {"domains": ("fog",), "unknown": ("noise", "class:3"), "unknown_share": 0.3}
     for field in fields(Scenario):
-        prefix = {"delta": "dirichlet,", "ratio": "inverse,"}.get(field.name, "")
+        prefix = prefixes.get(field.name, "")
         scenario = Scenario.parse(f"{prefix}{field.name}={texts.get(field.name, '3')}")
-        expected = ("fog",) if field.name == "domains" else texts.get(field.name, 3)
+        expected = read.get(field.name, texts.get(field.name, 3))
         assert getattr(scenario, field.name) == expected

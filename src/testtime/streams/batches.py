@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from testtime._core.seeds import generator
 from testtime.streams.corruptions import corrupt
 from testtime.streams.data import stack
+
+UNKNOWN = -1
+"""Label of a sample whose class the model does not know."""
 
 BLOCK = 128
 """Images that are corrupted at once; noise belongs to a block, so batch size does not change it."""
@@ -24,9 +27,10 @@ class Batch:
 
     Attributes:
         inputs: (B, C, H, W) float in [0, 1].
-        labels: (B,) long, for scoring only.
+        labels: (B,) long, for scoring only; -1 (`UNKNOWN`) where the class is an unknown one.
         domains: B names, one per sample.
-        indices: (B,) long, position of each sample in the data set.
+        indices: (B,) long, position of each sample in the data set; unknown samples that are not
+            of the data set have positions behind its own.
         reset: the scenario starts afresh here; who runs the stream then calls `adapter.reset()`.
     """
 
@@ -38,17 +42,19 @@ class Batch:
 
 
 class Sample(NamedTuple):
-    """Position in the data set, domain, and severity (0 for "clean")."""
+    """Position in the data set, domain, severity (0 for "clean"), and whether it is unknown."""
 
     position: int
     domain: str
     severity: int
+    unknown: bool = False
 
 
 class Segment(NamedTuple):
     """A stretch of the stream that batches do not cross: one visit to a domain, or a mixture.
 
-    `visit` counts how often its domains came before; `domains` holds places in `names`.
+    `visit` counts how often its domains came before; `domains` holds places in `names`; `strange`
+    marks samples of unknown classes, None for none.
     """
 
     names: tuple[str, ...]
@@ -56,6 +62,7 @@ class Segment(NamedTuple):
     indices: Int[Tensor, " n"]
     domains: Int[Tensor, " n"]
     severities: Int[Tensor, " n"]
+    strange: Bool[Tensor, " n"] | None = None
 
 
 @final
@@ -93,12 +100,13 @@ class Stream:
     def order(self) -> list[Sample]:
         """Every sample in the order in which it is sent; no image is read."""
         return [
-            Sample(position, segment.names[domain], severity)
+            Sample(position, segment.names[domain], severity, strange)
             for segment in self._segments
-            for position, domain, severity in zip(
+            for position, domain, severity, strange in zip(
                 segment.indices.tolist(),
                 segment.domains.tolist(),
                 segment.severities.tolist(),
+                _strange(segment).tolist(),
                 strict=True,
             )
         ]
@@ -125,6 +133,7 @@ class Stream:
         """Corrupted images and labels of positions [128 block, 128 (block + 1))."""
         cut = slice(block * BLOCK, (block + 1) * BLOCK)
         images, labels = stack(self._dataset, segment.indices[cut])
+        labels = labels.masked_fill(_strange(segment)[cut].to(labels.device), UNKNOWN)
         kinds = torch.stack([segment.domains[cut], segment.severities[cut]])
         for domain, severity in kinds.unique(dim=1).T.tolist():
             name = segment.names[domain]
@@ -136,6 +145,13 @@ class Stream:
             noise = generator(*key, device=images.device)
             images[mine] = corrupt(images[mine], name, severity, generator=noise)
         return images, labels
+
+
+def _strange(segment: Segment) -> Tensor:
+    """Which samples are of unknown classes."""
+    if segment.strange is None:
+        return torch.zeros_like(segment.indices, dtype=torch.bool)
+    return segment.strange
 
 
 def visits(names: Sequence[str]) -> list[int]:

@@ -169,7 +169,7 @@ def stack(
     """Images (B, C, H, W) in [0, 1] and labels (B,) of the items at `indices`.
 
     The images are a copy. Bytes (uint8) and Pillow images become floats. Sets that hold tensors
-    (`ImageSet`, `TensorDataset`, and a `Subset` of these) are indexed at once; of others the items
+    (`ImageSet`, `TensorDataset`, a `Subset` or `ConcatDataset` of these) are indexed at once; of others the items
     are read one by one.
 
     Raises:
@@ -184,6 +184,8 @@ def stack(
     where = torch.as_tensor(indices, dtype=torch.long)
     if isinstance(dataset, Subset):
         return stack(dataset.dataset, torch.as_tensor(dataset.indices)[where])
+    if isinstance(dataset, ConcatDataset):
+        return _of_parts(dataset, where)
     if isinstance(dataset, ImageSet):
         images, labels = _as_float(dataset.images[where]), dataset.labels[where]
     elif isinstance(dataset, TensorDataset):
@@ -191,6 +193,29 @@ def stack(
     else:
         images, labels = _one_by_one(dataset, where.tolist())
     return _checked(images), _whole_numbers(labels, len(where))
+
+
+def _of_parts(dataset: ConcatDataset[Any], where: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and labels of data sets that are joined, on the device of the first part asked for."""
+    ends = torch.tensor(dataset.cumulative_sizes)
+    part = torch.searchsorted(ends, where, right=True)
+    images, labels, order = list[Tensor](), list[Tensor](), list[Tensor]()
+    for number in part.unique().tolist():
+        mine = (part == number).nonzero().flatten()
+        start = dataset.cumulative_sizes[number - 1] if number else 0
+        own = stack(dataset.datasets[number], where[mine] - start)
+        images.append(own[0])
+        labels.append(own[1])
+        order.append(mine)
+    shapes = {tuple(each.shape[1:]) for each in images}
+    if len(shapes) > 1:
+        raise InputError(
+            f"the joined data sets hold images of shapes {', '.join(map(str, sorted(shapes)))}; "
+            "expected one shape."
+        )
+    back, device = torch.cat(order).argsort(), images[0].device
+    joined = [torch.cat([each.to(device) for each in own]) for own in (images, labels)]
+    return joined[0][back.to(device)], joined[1][back.to(device)]
 
 
 def _one_by_one(dataset: Dataset[Any], indices: Iterable[int]) -> tuple[Tensor, list[Any]]:

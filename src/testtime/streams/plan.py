@@ -1,5 +1,6 @@
 """From a scenario to its segments: which sample is sent when, in which domain, how severe."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,35 +9,67 @@ from torch import Tensor
 
 from testtime._core.seeds import generator
 from testtime.streams.batches import Segment, visits
+from testtime.streams.open_set import choose_strangers, held_out, strangers_for, weave
 from testtime.streams.order import arrange, choose
 
 if TYPE_CHECKING:
     from testtime.streams.scenarios import Scenario
 
 
-def segments(scenario: "Scenario", labels: Int[Tensor, " n"], *, seed: int) -> list[Segment]:
+def segments(
+    scenario: "Scenario",
+    labels: Int[Tensor, " n"],
+    *,
+    seed: int,
+    strangers: Sequence[Int[Tensor, " positions"]] = (),
+) -> list[Segment]:
     """The segments of a stream, from the labels of the data set alone.
 
     The samples are chosen once, so that all domains send the same images; their order is drawn anew
     for every visit.
+
+    Args:
+        scenario: the record.
+        labels: (n,) of the data set.
+        seed: of the choice and of the order.
+        strangers: positions of the unknown samples of each kind.
     """
-    chosen = choose(
-        labels,
+    known = ~torch.isin(labels, torch.tensor(held_out(scenario.unknown), dtype=torch.long))
+    chosen = _chosen(scenario, labels, known.nonzero().flatten(), seed=seed)
+    if scenario.pattern == "mixed":
+        closed = [
+            _mixture(scenario, labels, chosen, visit=visit, seed=seed)
+            for visit in range(scenario.rounds)
+        ]
+    else:
+        names = scenario.domains * scenario.rounds
+        closed = [
+            _visit(scenario, labels, chosen, name, visit=visit, seed=seed)
+            for name, visit in zip(names, visits(names), strict=True)
+        ]
+    if not strangers:
+        return closed
+    count = strangers_for(len(chosen), scenario.unknown_share)
+    picked = choose_strangers(strangers, count, generator=generator(seed, "unknown", "choice"))
+    return [_opened(segment, picked, len(chosen), seed=seed) for segment in closed]
+
+
+def _opened(segment: Segment, picked: Tensor, known: int, *, seed: int) -> Segment:
+    """A segment with the unknown samples in it, as often as the known ones come."""
+    chance = generator(seed, "unknown", "order", *segment.names, segment.visit)
+    return weave(segment, picked.repeat(len(segment.indices) // known), generator=chance)
+
+
+def _chosen(scenario: "Scenario", labels: Tensor, known: Tensor, *, seed: int) -> Tensor:
+    """Positions of the known samples that every domain sends."""
+    own = choose(
+        labels[known],
         distribution=scenario.distribution,
         ratio=scenario.ratio,
         samples=scenario.samples,
         generator=generator(seed, "choice"),
     )
-    if scenario.pattern == "mixed":
-        return [
-            _mixture(scenario, labels, chosen, visit=visit, seed=seed)
-            for visit in range(scenario.rounds)
-        ]
-    names = scenario.domains * scenario.rounds
-    return [
-        _visit(scenario, labels, chosen, name, visit=visit, seed=seed)
-        for name, visit in zip(names, visits(names), strict=True)
-    ]
+    return known[own]
 
 
 def severity_ramp(samples: int, *, peak: int) -> Int[Tensor, " samples"]:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, final
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from testtime._core.errors import OptionError, unknown
-from testtime.streams.batches import Batch, Sample, Stream
+from testtime.streams.batches import UNKNOWN, Batch, Sample, Stream
 from testtime.streams.corruptions import (
     CORRUPTIONS,
     EXTRA_CORRUPTIONS,
@@ -18,10 +19,20 @@ from testtime.streams.corruptions import (
     ILLUMINATION,
 )
 from testtime.streams.data import labels_of, stack
+from testtime.streams.open_set import check_kinds, with_strangers
 from testtime.streams.order import DISTRIBUTIONS, ORDERS
 from testtime.streams.plan import segments
 
-__all__ = ["PATTERNS", "PRESETS", "Batch", "Sample", "Scenario", "Stream", "known_domains"]
+__all__ = [
+    "PATTERNS",
+    "PRESETS",
+    "UNKNOWN",
+    "Batch",
+    "Sample",
+    "Scenario",
+    "Stream",
+    "known_domains",
+]
 
 PATTERNS = ("stationary", "reset", "continual", "gradual", "recurring", "mixed")
 """How domains follow one another."""
@@ -31,6 +42,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     **{name: {"labels": name} for name in ORDERS},
     **{name: {"distribution": name} for name in DISTRIBUTIONS},
     "single": {"batch_size": 1},
+    "open-set": {"unknown": ("blobs",)},
 }
 """Name -> what it sets. Names of different kinds combine: "recurring,dirichlet,long-tailed"."""
 
@@ -48,7 +60,7 @@ def known_domains() -> tuple[str, ...]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """The order in which a shifting world sends samples: four independent choices, and sizes.
+    """The order in which a shifting world sends samples: five independent choices, and sizes.
 
     Any product of the choices works. The same record, data set and seed give the same batches, bit
     for bit; `to_toml` and `from_toml` are inverse to each other.
@@ -74,7 +86,15 @@ class Scenario:
         batch_size: samples that arrive at once. Batches do not cross from one domain to the next,
             but for "mixed"; the last one of a domain may be smaller.
         samples: upper limit per domain and visit; None for all. The same samples are sent in all.
+            Unknown samples come on top.
         rounds: how often the domains are gone through.
+        unknown: kinds of samples of unknown classes that are mixed in, in equal parts; their label
+            is -1. "blobs", white shapes on black; "noise", uniform in every pixel; "digits", the
+            handwritten digits of scikit-learn at the size of the images; "class:N", the samples of
+            class N of the data set itself, which then is no known class (known classes keep their
+            labels, so give a model that has not learnt class N). They are corrupted like the
+            others. () for none.
+        unknown_share: share of unknown samples in every batch, 0.001 to 0.99. OSTTA: 0.5.
 
     Raises:
         UnknownName: a pattern, order, distribution or domain that does not exist.
@@ -86,7 +106,8 @@ class Scenario:
 
     Reference: Wang et al. (CoTTA), CVPR 2022: continual, gradual; Yuan et al. (RoTTA), CVPR 2023:
     dirichlet; Niu et al. (SAR), ICLR 2023: mixed, single; Zhang et al. (SADE), NeurIPS 2022:
-    long-tailed, inverse; Hoang et al. (PeTTA), NeurIPS 2024: recurring.
+    long-tailed, inverse; Hoang et al. (PeTTA), NeurIPS 2024: recurring; Lee et al. (OSTTA), ICCV
+    2023: unknown classes.
     """
 
     pattern: str = "continual"
@@ -99,6 +120,8 @@ class Scenario:
     batch_size: int = 64
     samples: int | None = None
     rounds: int = 1
+    unknown: tuple[str, ...] = ()
+    unknown_share: float = 0.5
 
     def __post_init__(self) -> None:
         _one_of("pattern", self.pattern, PATTERNS)
@@ -107,6 +130,11 @@ class Scenario:
         object.__setattr__(self, "domains", _domains(self.domains, self.pattern))
         object.__setattr__(self, "delta", _real("delta", self.delta, SMALLEST_DELTA, LARGEST_DELTA))
         object.__setattr__(self, "ratio", _real("ratio", self.ratio, 1.0, 1e9))
+        check_kinds(_names("unknown", self.unknown))
+        object.__setattr__(self, "unknown", tuple(self.unknown))
+        object.__setattr__(
+            self, "unknown_share", _real("unknown_share", self.unknown_share, 1e-3, 0.99)
+        )
         _whole("severity", self.severity, 1, 5)
         _whole("batch_size", self.batch_size, 1)
         _whole("rounds", self.rounds, 1)
@@ -133,6 +161,7 @@ class Scenario:
 
         Raises:
             InputError: the set is empty, or its items or labels are not of that kind.
+            OptionError: a class is held out that the set does not have.
 
         Example:
             >>> from testtime.streams.data import load_data
@@ -143,9 +172,12 @@ class Scenario:
         """
         labels = labels_of(dataset).cpu()
         stack(dataset, [0])  # what cannot be stacked is told now, not at the first batch
+        strangers: list[Tensor] = []
+        if self.unknown:
+            dataset, strangers = with_strangers(dataset, labels, self.unknown, seed=seed)
         return Stream(
             dataset,
-            segments(self, labels, seed=seed),
+            segments(self, labels, seed=seed, strangers=strangers),
             batch_size=self.batch_size,
             seed=seed,
             resets=self.pattern == "reset",
@@ -165,6 +197,8 @@ class Scenario:
             severity = 5
             batch_size = 64
             rounds = 1
+            unknown = []
+            unknown_share = 0.5
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         # JSON's numbers, ASCII strings and lists of strings are TOML's too.
@@ -193,7 +227,7 @@ class Scenario:
     def parse(cls, text: str) -> "Scenario":
         """A scenario from names of presets and `option=value`, with commas between.
 
-        Several domains are joined by a plus sign. What is not said has its default.
+        Several domains, and several kinds of unknown samples, are joined by a plus sign. What is not said has its default.
 
         Raises:
             UnknownName: no preset has this name.
@@ -236,12 +270,12 @@ def _known(values: Mapping[str, Any]) -> dict[str, Any]:
 def _read(name: str, value: str) -> Any:
     """The value of one option from its text."""
     _known({name: value})
-    if name == "domains":
+    if name in ("domains", "unknown"):
         return tuple(part.strip() for part in value.split("+"))
     if name in ("pattern", "labels", "distribution"):
         return value
     try:
-        return float(value) if name in ("delta", "ratio") else int(value)
+        return float(value) if name in ("delta", "ratio", "unknown_share") else int(value)
     except ValueError:
         raise OptionError(f"{name}={value}: expected a number.") from None
 
@@ -254,6 +288,10 @@ def _refuse_idle(text: str, values: Mapping[str, Any]) -> None:
         raise OptionError(
             f"{text!r} gives ratio, which only distribution=long-tailed and inverse use. Add one."
         )
+    if "unknown_share" in values and not values.get("unknown"):
+        raise OptionError(
+            f"{text!r} gives unknown_share, but no unknown samples. Add open-set, or unknown=blobs."
+        )
 
 
 def _one_of(kind: str, value: str, known: tuple[str, ...]) -> None:
@@ -263,12 +301,17 @@ def _one_of(kind: str, value: str, known: tuple[str, ...]) -> None:
 
 def _domains(given: Any, pattern: str) -> tuple[str, ...]:
     """Checked names, or the default ones of the pattern."""
-    if not isinstance(given, tuple | list):
-        raise OptionError(f"domains is {given!r}; expected a tuple of names, as ({given!r},).")
+    _names("domains", given)
     known = known_domains()
     for name in given:
         _one_of("domain", name, known)
     return tuple(given) or (CORRUPTIONS[:1] if pattern == "stationary" else CORRUPTIONS)
+
+
+def _names(option: str, given: Any) -> tuple[str, ...] | list[str]:
+    if not isinstance(given, tuple | list):
+        raise OptionError(f"{option} is {given!r}; expected a tuple of names, as ({given!r},).")
+    return given
 
 
 def _real(name: str, value: Any, low: float, high: float) -> float:
