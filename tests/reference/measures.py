@@ -79,3 +79,18 @@ def fpr_at_95_tpr(scores, positive):
         t for t in np.unique(scores) if 20 * (scores[positive] >= t).sum() >= 19 * positive.sum()
     ]
     return np.mean(scores[~positive] >= max(enough))
+
+
+def oscr(scores, hit, unknown):
+    """Walks through every threshold and adds trapezoids; the curve begins at (0, 0)."""
+    known = ~unknown
+    curve = [(0.0, 0.0)]
+    for t in np.unique(scores):
+        correct = (hit & known & (scores <= t)).sum() / known.sum()
+        curve.append(((scores[unknown] <= t).mean(), correct))
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(curve))
+
+
+def h_score(scores, hit, unknown):
+    rates = [hit[~unknown].mean(), auroc(scores, unknown)]
+    return 0.0 if 0 in rates else len(rates) / sum(1 / rate for rate in rates)
