@@ -73,7 +73,8 @@ def test_every_value_of_a_record_changes_its_key():
 @pytest.mark.parametrize(
     "text",
     ["continual", "stationary,domains=fog", "recurring,sorted,rounds=4,severity=3,samples=50",
-     "mixed,dirichlet,delta=0.01,long-tailed,ratio=20.0", "gradual,inverse,domains=fog+snow"],
+     "mixed,dirichlet,delta=0.01,long-tailed,ratio=20.0", "gradual,inverse,domains=fog+snow",
+     "continual,unknown=noise+class:3,unknown_share=0.25"],
 )  # fmt: skip
 def test_words_of_a_stream_are_read_back(text):
     scenario = Scenario.parse(text)

@@ -14,14 +14,19 @@ import torch
 from torch import Tensor, nn
 
 import testtime
+from reference import measures as reference
 from rows import make
 from testtime._core.errors import InputError, RunError, ScopeError, UnknownName, WorkFailed
+from testtime.bench import trial
 from testtime.bench.cells import plan
-from testtime.bench.metrics import Score, summarise
+from testtime.bench.metrics import OPEN_SET, Score, summarise
 from testtime.bench.models import load_model
+from testtime.bench.report import write_report
 from testtime.bench.runner import run
 from testtime.bench.store import piece, read_run
+from testtime.bench.trial import Domain
 from testtime.measures.calibration import calibration_error
+from testtime.streams.data import load_data
 from testtime.streams.scenarios import Scenario
 
 TIMES = ("seconds_per_batch", "peak_memory_mb")
@@ -269,6 +274,77 @@ def test_answers_without_a_softmax_are_errors_without_a_likelihood():
     logits = torch.tensor([[2.0, 0.0], [torch.nan, 0.0], [torch.inf, 0.0]])
     assert score.add(logits, torch.tensor([0, 0, 0])) == pytest.approx(200 / 3)
     assert all(math.isnan(score.result()[name]) for name in ("nll", "brier", "ece"))
+
+
+def test_an_open_stream_counts_errors_of_known_samples_and_scores_the_others(tmp_path):
+    stream = Scenario(
+        domains=("clean", "fog"), batch_size=20, samples=40,
+        unknown=("noise", "class:9"), unknown_share=0.25,
+    )  # fmt: skip
+    rows = run(
+        plan(methods=["tent"], models=["embedded:batch"], data="fashion-mnist:sample",
+             streams=[stream], seeds=1),
+        tmp_path, jobs=0,
+    )  # fmt: skip
+    model, data = load_model("embedded:batch"), load_data("fashion-mnist:sample")
+    sent = list(stream.stream(data, seed=0))
+    with torch.no_grad():
+        logits = torch.cat([model(batch.inputs) for batch in sent])
+    labels = torch.cat([batch.labels for batch in sent])
+    for row, part in zip(rows[:2], (slice(0, 53), slice(53, 106)), strict=True):  # of the source
+        own, truth = logits[part].double(), labels[part]
+        known, hit = truth != -1, own.argmax(1) == truth
+        assert row["samples"] == int(known.sum()) == 40
+        assert row["error"] == pytest.approx(100 * float((~hit[known]).double().mean()))
+        scores = (1 - own.softmax(1).amax(1)).float().numpy()
+        expected = reference.auroc(scores, ~known.numpy())
+        assert row["auroc"] == pytest.approx(expected, abs=1e-6)
+        expected = reference.fpr_at_95_tpr(-scores, known.numpy())
+        assert row["fpr95"] == pytest.approx(expected, abs=1e-6)
+        expected = reference.oscr(scores, hit.numpy(), ~known.numpy())
+        assert row["oscr"] == pytest.approx(expected, abs=1e-6)
+        expected = reference.h_score(scores, hit.numpy(), ~known.numpy())
+        assert row["h_score"] == pytest.approx(expected, abs=1e-6)
+        assert sum(t["samples"] for t in row["trace"]) == 40
+    assert rows[0]["stream"] == "continual open-set"
+    source, _ = summarise(rows)
+    assert source["oscr"] == pytest.approx((rows[0]["oscr"] + rows[1]["oscr"]) / 2)
+    assert "OSCR" in write_report(rows, tmp_path / "report.html").read_text("utf-8")
+
+
+def test_a_method_s_own_score_is_used_and_closed_streams_have_none():
+    opened, closed = Domain(opened=True), Domain(opened=False)
+    logits = torch.tensor([[2.0, 0.0], [0.0, 9.0], [5.0, 0.0]])
+    labels, own = torch.tensor([0, -1, 0]), torch.tensor([0.1, 0.7, 0.2])
+    opened.add(0, logits, labels, own)
+    opened.add(1, logits[1:2], labels[1:2], own[1:2])  # nothing known in it
+    assert [opened.row()[name] for name in OPEN_SET] == [1, 0, 1, 1]
+    assert [t["samples"] for t in opened.row()["trace"]] == [2, 0]
+    assert opened.row()["trace"][1]["error"] is None
+    unsure = Domain(opened=True)
+    unsure.add(0, logits, labels, None)  # the unknown one is the surest
+    assert unsure.row()["auroc"] == 0
+    closed.add(0, logits[:1], labels[:1], own[:1])
+    assert [closed.row()[name] for name in OPEN_SET] == [None] * 4
+    broken = Domain(opened=True)
+    broken.add(0, logits, labels, own * math.nan)
+    assert [broken.row()[name] for name in OPEN_SET] == [None] * 4
+
+
+def test_a_class_that_is_held_out_is_seen_by_nobody(monkeypatch, tmp_path):
+    drawn = []
+    whole = trial._draw
+
+    def spy(*args, **more):
+        for images, labels in whole(*args, **more):
+            drawn.append(labels)
+            yield images, labels
+
+    monkeypatch.setattr(trial, "_draw", spy)
+    stream = Scenario(domains=("clean",), batch_size=20, samples=20, unknown=("class:9",))
+    run(plan(methods=["eata"], models=["embedded:batch"], data="fashion-mnist:sample",
+             streams=[stream], seeds=1), tmp_path, jobs=0)  # fmt: skip
+    assert set(torch.cat(drawn).tolist()) == set(range(9))
 
 
 def test_summary_is_over_domains_then_seeds(tmp_path):

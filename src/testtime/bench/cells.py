@@ -199,5 +199,5 @@ def stream_words(scenario: Scenario) -> str:
         if name in ("labels", "distribution"):
             words.append(value)
         else:
-            words.append(f"{name}={'+'.join(value) if name == 'domains' else value}")
+            words.append(f"{name}={'+'.join(value) if isinstance(value, tuple) else value}")
     return ",".join(words)

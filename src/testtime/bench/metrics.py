@@ -5,17 +5,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from testtime.measures.calibration import brier_score, negative_log_likelihood, reliability
 from testtime.measures.confidence import confidence
+from testtime.measures.detection import auroc, fpr_at_95_tpr
+from testtime.measures.open_set import h_score, oscr
 
 BINS = 15
 
+OPEN_SET = ("auroc", "fpr95", "oscr", "h_score")
+"""The numbers of a row that tell of unknown classes; None where the stream has none."""
+
 METRICS = (
     "error", "nll", "brier", "ece", "clean_error", "seconds_per_batch", "forwards_per_sample",
-    "backwards_per_sample", "peak_memory_mb",
+    "backwards_per_sample", "peak_memory_mb", *OPEN_SET,
 )  # fmt: skip
 """The numbers of a row."""
 
@@ -83,6 +88,45 @@ class Score:
         }
 
 
+class Recognition:
+    """How well samples of unknown classes are told apart, of scores that come batch by batch.
+
+    These measures rank the samples, so that a score of each is kept. Where a score is no number, or
+    no sample is unknown, they have no value. `fpr95` is the share of unknown samples that are taken
+    for known ones by the threshold that accepts 95 % of the known ones.
+
+    Example:
+        >>> known = Recognition()
+        >>> unknown = torch.tensor([False, False, True])
+        >>> known.add(torch.tensor([0.1, 0.5, 0.9]), torch.tensor([True, False, False]), unknown)
+        >>> known.result()
+        {'auroc': 1.0, 'fpr95': 0.0, 'oscr': 0.5, 'h_score': 0.66...}
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(
+        self, scores: Float[Tensor, " n"], hit: Bool[Tensor, " n"], unknown: Bool[Tensor, " n"]
+    ) -> None:
+        """Takes a batch in: scores, higher for unknown samples, and whether answers are right."""
+        self.parts.append((scores.detach().cpu().float(), hit, unknown))
+
+    def result(self) -> dict[str, float | None]:
+        """The measures by name."""
+        scores, hit, unknown = map(torch.cat, zip(*self.parts, strict=True))
+        if bool(scores.isnan().any()) or not bool(unknown.any()) or bool(unknown.all()):
+            return dict.fromkeys(OPEN_SET)
+        scores = scores.double()
+        values = (
+            auroc(scores, unknown),
+            fpr_at_95_tpr(-scores, ~unknown),
+            oscr(scores, hit, unknown),
+            h_score(scores, hit, unknown),
+        )
+        return {name: float(value) for name, value in zip(OPEN_SET, values, strict=True)}
+
+
 def setting(row: dict[str, Any]) -> tuple[Any, ...]:
     """What rows share that may be compared: the model, the data and the whole stream."""
     return tuple(row.get(name) for name in ("model", "data", "scenario", "device"))
@@ -91,7 +135,8 @@ def setting(row: dict[str, Any]) -> tuple[Any, ...]:
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One record for each method with its options in each setting: means over domains, then seeds.
 
-    `error_std` is the standard deviation over seeds of the mean over domains (0 for one seed).
+    `error_std` is the standard deviation over seeds of the mean over domains (0 for one seed). What
+    tells of unknown classes is left out where no row has it.
     """
     groups: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = {}
     for row in rows:
@@ -100,12 +145,15 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     table: list[dict[str, Any]] = []
     for seeds in groups.values():
         first = next(iter(seeds.values()))[0]
+        mine = [row for own in seeds.values() for row in own]
+        opened = any(math.isfinite(_number(r.get(name))) for r in mine for name in OPEN_SET)
         means = {
             name: torch.tensor(
-                [sum(_number(r[name]) for r in own) / len(own) for own in seeds.values()],
+                [sum(_number(r.get(name)) for r in own) / len(own) for own in seeds.values()],
                 dtype=torch.double,
             )
             for name in METRICS
+            if opened or name not in OPEN_SET
         }
         same = ("model", "data", "stream", "scenario", "device", "method", "options")
         table.append(

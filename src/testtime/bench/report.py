@@ -13,12 +13,12 @@ from typing import Any
 from testtime._core.errors import MissingExtra, RunError, TesttimeError
 from testtime._core.files import atomic
 from testtime.bench.cells import label, parse_method, stream_words
-from testtime.bench.metrics import METRICS, setting
+from testtime.bench.metrics import METRICS, OPEN_SET, setting
 from testtime.bench.section import Rows, Section
 from testtime.bench.tables import styles
 from testtime.streams.scenarios import Scenario
 
-NEEDED = frozenset(METRICS) | {
+NEEDED = frozenset(METRICS) - frozenset(OPEN_SET) | {
     "method", "options", "model", "data", "stream", "scenario", "severity", "batch_size", "seed", "domain",
     "position", "trace", "reliability", "weights_sha256", "samples_sha256", "version",
 }  # fmt: skip
@@ -88,7 +88,7 @@ def _plotly() -> str:
 
 def _numeric(row: dict[str, Any]) -> dict[str, Any]:
     """The row with NaN where a metric is None."""
-    missing = {name: math.nan for name in METRICS if row[name] is None}
+    missing = {name: math.nan for name in METRICS if row.get(name) is None}
     trace = [t if t["error"] is not None else t | {"error": math.nan} for t in row["trace"] or ()]
     return row | missing | {"trace": trace, "reliability": row["reliability"] or []}
 

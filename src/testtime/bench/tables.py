@@ -29,7 +29,17 @@ COLUMNS = (
 )
 """Key, heading, unit and explanation of each column of the summary."""
 
-DIGITS = {"nll": 3, "brier": 3, "ece": 3, "peak_memory_mb": 1}
+OPEN_COLUMNS = (
+    ("auroc", "AUROC", "", "How well unknown samples are told from known ones; 0.5 is chance"),
+    ("fpr95", "FPR95", "", "Unknown samples accepted where 95 % of the known ones are"),
+    ("oscr", "OSCR", "", "Area under right known samples against accepted unknown ones"),
+    ("h_score", "H-score", "", "Harmonic mean of AUROC and accuracy on known samples"),
+)
+"""The columns that a stream with unknown classes has besides; errors are of known samples only."""
+
+DIGITS = {"nll": 3, "brier": 3, "ece": 3, "peak_memory_mb": 1} | {
+    key: 3 for key, *_ in OPEN_COLUMNS
+}
 
 
 def styles(labels: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -68,12 +78,18 @@ def swatch(style: dict[str, int]) -> str:
 
 def summary(records: Sequence[dict[str, Any]], look: dict[str, dict[str, int]]) -> str:
     """The summary table: a line for each method. Headings are buttons that sort it."""
+    columns = [
+        *COLUMNS[:5],
+        *(each for each in OPEN_COLUMNS if any(each[0] in record for record in records)),
+        *COLUMNS[5:],
+    ]
     heads = "".join(
         f'<th scope="col" title="{tip}"><button type="button">{name}'
         f"<small>{unit or '&nbsp;'}</small></button></th>"
-        for _, name, unit, tip in COLUMNS
+        for _, name, unit, tip in columns
     )
-    lines = "".join(_line(record, look[label(record)]) for record in records)
+    keys = [key for key, *_ in columns]
+    lines = "".join(_line(record, keys, look[label(record)]) for record in records)
     return (
         '<div class="scroll" tabindex="0" role="region" aria-label="Summary table">'
         '<table class="summary"><thead><tr><th scope="col">Method</th>'
@@ -81,17 +97,17 @@ def summary(records: Sequence[dict[str, Any]], look: dict[str, dict[str, int]]) 
     )
 
 
-def _line(record: dict[str, Any], style: dict[str, int]) -> str:
+def _line(record: dict[str, Any], keys: Sequence[str], style: dict[str, int]) -> str:
     cells = "".join(
-        f'<td data-key="{key}" data-value="{record[key]!r}">{_cell(key, record)}</td>'
-        for key, *_ in COLUMNS
+        f'<td data-key="{key}" data-value="{record.get(key, math.nan)!r}">{_cell(key, record)}</td>'
+        for key in keys
     )
     kind = ' class="base"' if record["method"] == "source" else ""
     return f'<tr{kind}><th scope="row">{swatch(style)}{escape(label(record))}</th>{cells}</tr>'
 
 
 def _cell(key: str, record: dict[str, Any]) -> str:
-    text = number(record[key], DIGITS.get(key, 2), sign=key == "gain")
+    text = number(record.get(key, math.nan), DIGITS.get(key, 2), sign=key == "gain")
     if key == "error" and record["seeds"] > 1:
         text += f"<small>±&nbsp;{number(record['error_std'], 2)}</small>"
     if key == "gain":

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -18,10 +18,12 @@ from testtime.adaptation.knowledge import fingerprint
 from testtime.adaptation.outputs import read_logits
 from testtime.bench.cells import Cell
 from testtime.bench.machine import PeakMemory, check_device, describe_machine, torch_threads
-from testtime.bench.metrics import Score
+from testtime.bench.metrics import OPEN_SET, Recognition, Score
 from testtime.bench.models import load_model, preprocessing
-from testtime.streams.batches import Batch, Stream
+from testtime.measures.confidence import confidence
+from testtime.streams.batches import UNKNOWN, Batch, Stream
 from testtime.streams.data import labels_of, load_data, stack
+from testtime.streams.open_set import held_out
 from testtime.streams.scenarios import Scenario
 
 CLEAN_SAMPLES = 2000
@@ -75,7 +77,9 @@ def _run(
         logits = read_logits(adapter(inputs))
         _wait(device)
         seconds.append(time.perf_counter() - start)
-        _share_out(domains, number, batch, logits.cpu())
+        told = adapter.events[-1].measured.get("outlier")
+        scores = told if isinstance(told, Tensor) else None
+        _share_out(domains, number, batch, logits.cpu(), scores, opened=bool(scenario.unknown))
         on_batch()
     peak, counts = memory.megabytes(), adapter.counts
     before, after = _clean_errors(dataset, scenario, model, adapter, device)
@@ -130,17 +134,24 @@ def _adapter(cell: Cell, model: nn.Module, scenario: Scenario, device: torch.dev
     source = None
     if tt.methods()[cell.method].needs:
         held = load_data(cell.data, split="train")
-        parts = _draw(held, SOURCE_SAMPLES, size=max(scenario.batch_size, 16))
+        size = max(scenario.batch_size, 16)
+        parts = _draw(held, SOURCE_SAMPLES, size=size, without=held_out(scenario.unknown))
         loader = (images.to(device) for images, _ in parts)
         source = tt.fit_source(model, loader, methods=[cell.method])
     options = json.loads(cell.options)
     return tt.adapt(model, cell.method, seed=cell.seed, source=source, **options)
 
 
-def _draw(dataset: Dataset[Any], limit: int, *, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the same samples in the same order for every cell, drawn over the whole set."""
-    chance = generator(0, "bench", "draw")
-    index = torch.randperm(len(labels_of(dataset)), generator=chance)[:limit]
+def _draw(
+    dataset: Dataset[Any], limit: int, *, size: int, without: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the same samples in the same order for every cell, drawn over the whole set.
+
+    Classes that the stream holds out are left out here too.
+    """
+    labels = labels_of(dataset).cpu()
+    index = torch.randperm(len(labels), generator=generator(0, "bench", "draw"))
+    index = index[~torch.isin(labels[index], torch.tensor(without, dtype=torch.long))][:limit]
     return (stack(dataset, part) for part in index.split(size))
 
 
@@ -158,7 +169,8 @@ def _clean_errors(
     before, after = Score(), Score()
     size = scenario.batch_size if scenario.batch_size > 1 else 64
     with torch.no_grad():
-        for images, labels in _draw(dataset, CLEAN_SAMPLES, size=size):
+        known = _draw(dataset, CLEAN_SAMPLES, size=size, without=held_out(scenario.unknown))
+        for images, labels in known:
             inputs = images.to(device)
             before.add(read_logits(model(inputs)), labels)
             after.add(read_logits(adapter.predict(inputs)), labels)
@@ -166,26 +178,60 @@ def _clean_errors(
 
 
 class Domain:
-    """What was answered in one domain: its metrics, and its error in each batch."""
+    """What was answered in one domain: its metrics, and its error in each batch.
 
-    def __init__(self) -> None:
+    Args:
+        opened: whether samples of unknown classes come; these are no errors, and are scored apart.
+    """
+
+    def __init__(self, *, opened: bool) -> None:
         self.score = Score()
+        self.recognition = Recognition() if opened else None
         self.trace: list[dict[str, Any]] = []
 
-    def add(self, number: int, logits: Tensor, labels: Tensor) -> None:
-        """Takes in a batch, or the part of it that is of this domain."""
-        error = self.score.add(logits, labels)
-        self.trace.append({"batch": number, "samples": len(labels), "error": error})
+    def add(self, number: int, logits: Tensor, labels: Tensor, scores: Tensor | None) -> None:
+        """Takes in a batch, or the part of it that is of this domain.
+
+        Args:
+            number: of the batch.
+            logits: (B, C).
+            labels: (B,), `UNKNOWN` for unknown classes.
+            scores: (B,), higher for samples that are more likely unknown; None: 1 minus the largest
+                probability.
+        """
+        known = labels != UNKNOWN
+        count = int(known.sum())
+        error = self.score.add(logits[known], labels[known]) if count else None
+        self.trace.append({"batch": number, "samples": count, "error": error})
+        if self.recognition is not None:
+            if scores is None:
+                scores = 1 - confidence(logits.double())
+            self.recognition.add(scores, logits.argmax(1) == labels, ~known)
 
     def row(self) -> dict[str, Any]:
         """What belongs to the domain in a result row."""
-        return {**self.score.result(), "trace": self.trace}
+        row: dict[str, Any] = {
+            **self.score.result(),
+            **dict.fromkeys(OPEN_SET),
+            "trace": self.trace,
+        }
+        return row | (self.recognition.result() if self.recognition is not None else {})
 
 
-def _share_out(domains: dict[str, Domain], number: int, batch: Batch, logits: Tensor) -> None:
+def _share_out(
+    domains: dict[str, Domain],
+    number: int,
+    batch: Batch,
+    logits: Tensor,
+    scores: Tensor | None,
+    *,
+    opened: bool,
+) -> None:
     for name in dict.fromkeys(batch.domains):
         mine = torch.tensor([domain == name for domain in batch.domains])
-        domains.setdefault(name, Domain()).add(number, logits[mine], batch.labels[mine])
+        own = None if scores is None else scores.detach().cpu()[mine]
+        domain = domains.setdefault(name, Domain(opened=opened))
+        domain.add(number, logits[mine], batch.labels[mine], own)
 
 
 def _order_hash(stream: Stream) -> str:
@@ -199,4 +245,5 @@ def _name(scenario: Scenario) -> str:
     words = [scenario.pattern]
     words += [scenario.labels] * (scenario.labels != "shuffled")
     words += [scenario.distribution] * (scenario.distribution != "natural")
+    words += ["open-set"] * bool(scenario.unknown)
     return " ".join(words)

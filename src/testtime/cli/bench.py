@@ -115,21 +115,27 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
     from testtime.bench.metrics import ranked  # noqa: PLC0415
     from testtime.streams.scenarios import Scenario  # noqa: PLC0415
 
-    columns = ["method", "error %", "gain", "NLL", "Brier", "ECE", "clean %", "time", "fwd/bwd",
-               "MB"]  # fmt: skip
+    closed = ["method", "error %", "gain", "NLL", "Brier", "ECE", "clean %", "time", "fwd/bwd",
+              "MB"]  # fmt: skip
+    opened = ["method", "error %", "gain", "AUROC", "FPR95", "OSCR", "H", "clean %", "time",
+              "fwd/bwd", "MB"]  # fmt: skip
     several = len({row["seed"] for row in rows}) > 1
     for place, records in enumerate(ranked(rows)):
         first = records[0]
-        words = stream_words(Scenario.from_toml(first["scenario"]))
-        typer.echo(("\n" if place else "") + f"{first['model']} on {first['data']}, {words}")
+        scenario = Scenario.from_toml(first["scenario"])
+        typer.echo(
+            ("\n" if place else "")
+            + f"{first['model']} on {first['data']}, {stream_words(scenario)}"
+        )
+        told = (
+            ("auroc", "fpr95", "oscr", "h_score") if scenario.unknown else ("nll", "brier", "ece")
+        )
         lines = [
             (
                 label(r),
                 number(r["error"], 1) + (f" ± {number(r['error_std'], 1)}" if several else ""),
                 "" if r["method"] == "source" else number(r["gain"], 1, sign=True),
-                number(r["nll"], 2),
-                number(r["brier"], 2),
-                number(r["ece"], 2),
+                *(number(r.get(name, float("nan")), 2) for name in told),
                 number(r["clean_error"], 1),
                 number(r["time"], 1),
                 f"{r['forwards_per_sample']:.2g}/{r['backwards_per_sample']:.2g}",
@@ -137,7 +143,7 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
             )
             for r in records
         ]
-        print_table(columns, lines, tight=True)
+        print_table(opened if scenario.unknown else closed, lines, tight=True)
     typer.echo(
         "mean over domains" + (" ± standard deviation over seeds" if several else "") + "; clean: "
         "error on clean data afterwards; time: source = 1;\nfwd/bwd: passes for each sample; "
