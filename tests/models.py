@@ -146,3 +146,17 @@ def batches(count: int = 10, size: int = 16, *, channels: int = 3, seed: int = 1
     x = torch.rand(count, size, channels, 8, 8, generator=generator)
     level = torch.rand(count, size, channels, 1, 1, generator=generator)
     return list((0.5 * x + 0.5 * level).unbind(0))
+
+
+class Experts(nn.Module):
+    """Three experts: a network that answers, one that is less sure, and one that disagrees."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.training = body, body.training
+
+    def forward(self, x: Tensor) -> object:
+        logits = self.body(x)
+        if not isinstance(logits, Tensor):
+            return logits
+        return logits, 0.5 * logits, logits.roll(1, -1)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import testtime as tt
-from models import batches, tiny
+from models import Experts, batches, tiny
 from testtime._core.errors import (
     InputError,
     NeedsSource,
@@ -48,6 +48,10 @@ ALL = sorted(set(tt.methods()) - {"foa"})
 LEARNING = [name for name in ALL if name not in ("source", "bn-adapt", "lame")]
 CORRECTING = ("lame", "adanpc", "vcotta")
 """Methods that answer with something else than what the model says, which no export can hold."""
+WEIGHING = ("sade",)
+"""Methods for models of several experts; they answer with one tensor. See test_experts."""
+AFTER = ("memo", "tesla", "sade")
+"""Methods that answer after their step."""
 each = pytest.mark.parametrize("name", ALL)
 
 
@@ -55,8 +59,13 @@ def recipe_of(name: str):
     return find("method", name).build(**SMALL.get(name, {}))
 
 
+def suited(name: str, model: nn.Module) -> nn.Module:
+    """The model, with experts where the method weighs some."""
+    return Experts(model) if name in WEIGHING and type(model) is not Experts else model
+
+
 def adapter_of(name: str, model: nn.Module | None = None, **more):
-    model = tiny() if model is None else model
+    model = suited(name, tiny() if model is None else model)
     dtype = next(model.parameters()).dtype
     loader = [(x.to(dtype), torch.arange(len(x)) % 5) for x in batches(2)]
     source = tt.fit_source(model, loader, methods=[name]) if tt.methods()[name].needs else None
@@ -243,7 +252,7 @@ def test_predict_changes_nothing(name):
     told = adapter.predict(xs[1])
     assert adapter.snapshot() is mark
     assert torch.equal(told, adapter.predict(xs[1]))
-    if name not in ("memo", "tesla"):  # which answer after their step
+    if name not in AFTER:
         torch.testing.assert_close(adapter(xs[1]), told)
 
 
@@ -453,6 +462,7 @@ class Headed(nn.Module):
 def test_streams_in_threads_do_not_meet(name, shared):
     body = tiny()
     models = [body] * 3 if shared == "model" else [Headed(body).eval() for _ in range(3)]
+    models = [suited(name, body) for body in models]
     streams = [batches(5, seed=seed) for seed in range(3)]
     alone = [adapter_of(name, copy.deepcopy(model)) for model in models]
     expected = [[adapter(x) for x in xs] for adapter, xs in zip(alone, streams, strict=True)]
@@ -513,6 +523,7 @@ PASSES = {  # forward and backward passes for each sample, as the algorithms nee
     "eata": (1, 1), "rdumb": (1, 1), "sar": (2, 2), "deyo": (2, 1), "ostta": (2, 1),
     "cotta": (2 + 1 + 1, 1), "memo": (2 + 1, 2), "rotta": (3, 1), "cafa": (1, 1), "adanpc": (1, 0),
     "vcotta": (2 * 3 + 1, 1), "tesla": (2 + 3 + 2 + 1, 1 + 2),
+    "sade": (3, 0),
 }  # fmt: skip
 
 
@@ -564,7 +575,7 @@ MIXED |= {
 }  # of a step on the batch itself nothing is exported
 
 
-@each
+@pytest.mark.parametrize("name", [name for name in ALL if name not in WEIGHING])
 @pytest.mark.parametrize("kind", ["batch", "sync", "group", "instance", "frozen", "rms"])
 def test_export_is_a_plain_model(name, kind):
     for options in MIXED.get(name, [{}]):
@@ -595,7 +606,7 @@ def test_reset_follows_a_model_that_was_changed(name):
         model.head = nn.Linear(8, 5)
         model.load_state_dict({k: v * 0.9 for k, v in tiny().state_dict().items()}, assign=True)
     adapter.reset()
-    fresh = tt.adapt(model, adapter.recipe, source=adapter._source and replace(
+    fresh = tt.adapt(adapter.model, adapter.recipe, source=adapter._source and replace(
         adapter._source, model=fingerprint(model)))  # fmt: skip
     assert all(torch.equal(adapter(x), fresh(x)) for x in xs)
 
@@ -653,7 +664,7 @@ def tensors_of(output) -> list[Tensor]:
     return [t for part in parts for t in tensors_of(part)] if parts not in (None, "kept") else []
 
 
-@each
+@pytest.mark.parametrize("name", [name for name in ALL if name not in WEIGHING])
 @pytest.mark.parametrize("kind", ["tuple", *OUTPUTS])
 def test_outputs_keep_their_kind(name, kind):
     model, x = Wrapped(kind).eval(), batches(1)[0]
@@ -691,6 +702,7 @@ def test_tied_repeated_and_unused_layers(name):
     assert not {"norm1.weight", "norm2.weight"} <= adapted.keys()
     assert set(adapted) <= dict(model.named_parameters()).keys()
     exported = adapter.export()
+    exported = exported.body if name in WEIGHING else exported
     assert exported.norm1.weight is exported.norm2.weight
 
 

@@ -115,6 +115,14 @@ EDGES = {
         [{"petal, accuracy": 80.4}, {"petal, NLL": 0.401}, {"returned, percent": 3.2},
          {"returned, percent": 2.8}],
     ),
+    "sade": (
+        {"forward, sade": 82.0, "forward, equal weights": 80.0, "forward, expert 1": 0.5,
+         "forward, expert 3": 0.1, "backward, sade": 79.0, "backward, equal weights": 80.0,
+         "backward, expert 1": 0.1, "backward, expert 3": 0.5, "uniform, sade": 79.0,
+         "uniform, equal weights": 80.0, "uniform, expert 1": 0.3, "uniform, expert 3": 0.3},
+        [{"forward, sade": 81.9}, {"uniform, sade": 78.9}, {"backward, sade": 78.9},
+         {"forward, expert 1": 0.3}, {"forward, expert 3": 0.5}, {"backward, expert 3": 0.4}],
+    ),
     "rotta": (
         {"source": 60.0, "bn-adapt": 60.0, "tent": 60.0, "cotta": 60.0, "rotta": 70.0},
         [{name: 60.1} for name in ("source", "bn-adapt", "tent", "cotta")],
@@ -184,7 +192,7 @@ def small(monkeypatch):
             return network(norm, classes).eval().requires_grad_(False)
 
     stand_ins = {"digits": images, "trained": untrained, "train": untrained, "ROUNDS": 1,
-                 "PASSES": 1, "STEPS": 2, "IMAGES": 6}  # fmt: skip
+                 "PASSES": 1, "STEPS": 2, "IMAGES": 6, "EPOCHS": 1, "TEST_LARGEST": 60}  # fmt: skip
     for entry in CHECKS.values():
         module = inspect.getmodule(entry.factory)
         for name, value in stand_ins.items():

@@ -354,7 +354,8 @@ class Adapter:
     def _look(self, x: Tensor) -> None:
         """Runs the source model once, on a sample or two, and notes what runs in which order."""
         found = look(self.model, self._engine.loan, x, features=self._features)
-        check_output(read_logits(found.output), self.recipe, samples=len(x[:2]))
+        logits = getattr(self.recipe.procedure, "read", read_logits)(found.output)
+        check_output(logits, self.recipe, samples=len(x[:2]))
         engine = self._build(found.order, found.feature_layer)
         if self.recipe.asks_for("features") and found.feature_layer is None:
             with engine.loan.recording(None, []):

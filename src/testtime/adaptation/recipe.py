@@ -62,7 +62,8 @@ class Recipe:
         answer_after: whether the answer comes from a forward after the last step.
         procedure: a loop of the method's own, in place of the engine's. It has `step(engine, x,
             state) -> Step`, and `predict(engine, x, state) -> (output, logits)` where its answer is
-            not that of the recipe's prediction. What it keeps is `state.memory`.
+            not that of the recipe's prediction; and `read(output) -> logits` where the model answers
+            with something else than logits. What it keeps is `state.memory`.
         episodic: whether every batch begins at the source.
         reset_every: batches after which the source is restored.
 

@@ -22,13 +22,17 @@ class SGD:
     Args:
         lr: step size.
         momentum: share of the last direction that is kept.
+        nesterov: whether the step looks ahead along the direction.
+        weight_decay: share of the tensors that is added to their gradients.
     """
 
     lr: float
     momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        in_range(0, lr=self.lr)
+        in_range(0, lr=self.lr, weight_decay=self.weight_decay)
         in_range(0, 1, momentum=self.momentum)
 
     def init(self, tensors: list[Tensor]) -> OptimizerState:
@@ -39,11 +43,15 @@ class SGD:
         self, state: OptimizerState, tensors: list[Tensor], grads: list[Tensor]
     ) -> tuple[list[Tensor], OptimizerState]:
         """Tensors and state after one step against the gradients."""
+        if self.weight_decay:
+            grads = list(torch._foreach_add(grads, tensors, alpha=self.weight_decay))
         direction = grads
         if state["direction"] is not None and self.momentum:
             direction = torch._foreach_mul(state["direction"], self.momentum)
             torch._foreach_add_(direction, grads)
         kept = list(direction) if self.momentum else None
+        if self.nesterov and kept is not None:
+            direction = torch._foreach_add(grads, kept, alpha=self.momentum)
         moved = torch._foreach_add(tensors, direction, alpha=-self.lr)
         return list(moved), {"direction": kept}
 
