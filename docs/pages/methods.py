@@ -7,6 +7,8 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
+import torch
+
 import testtime as tt
 from pages.docstring import box, parse
 from testtime._core.errors import ScopeError
@@ -22,7 +24,35 @@ SETUP = """>>> import testtime as tt
 >>> from testtime.bench.models import load_model
 >>> from testtime.streams.data import load_data, stack
 >>> model = load_model("embedded:batch")
->>> images = stack(load_data("fashion-mnist:sample"), range(4))[0]"""
+>>> images, labels = stack(load_data("fashion-mnist:sample"), range(4))"""
+
+EXPERTS = """
+>>> import torch
+>>> class Experts(torch.nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.one, self.other = model, load_model("embedded:group")
+...     def forward(self, x):
+...         return self.one(x), self.other(x)
+>>> model = Experts().eval()"""
+"""Two experts, for methods that weigh some."""
+
+
+class Experts(torch.nn.Module):
+    """The two embedded classifiers as the experts of one model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = load_model("embedded:batch"), load_model("embedded:group")
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of both (B, C)."""
+        return self.one(x), self.other(x)
+
+
+def _weighs(entry: Entry) -> bool:
+    """Whether a method reads experts from what the model returns."""
+    return hasattr(entry.build().procedure, "read")
 
 
 def nav() -> list[dict[str, str]]:
@@ -89,7 +119,7 @@ def page(entry: Entry, *, images: int = 64) -> str:
 ## Example
 
 ```python
-{SETUP}
+{SETUP}{EXPERTS if _weighs(entry) else ""}
 {_build(entry)}
 >>> adapter(images).shape
 torch.Size([4, 10])
@@ -116,7 +146,7 @@ def _build(entry: Entry) -> str:
     if not entry.needs:
         return f'>>> adapter = tt.adapt(model, "{entry.name}")'
     return (
-        f'>>> known = tt.fit_source(model, [images], methods=["{entry.name}"])\n'
+        f'>>> known = tt.fit_source(model, [(images, labels)], methods=["{entry.name}"])\n'
         f'>>> adapter = tt.adapt(model, "{entry.name}", source=known)'
     )
 
@@ -169,7 +199,7 @@ def _stream() -> list[Batch]:
 
 
 def _cost(entry: Entry, images: int) -> str:
-    model = load_model("embedded:batch")
+    model = Experts().eval() if _weighs(entry) else load_model("embedded:batch")
     batches = [batch.inputs for batch in _stream()][: math.ceil(images / 16)]
     batches[0] = batches[0][:images]
     try:

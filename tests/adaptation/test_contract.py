@@ -39,7 +39,7 @@ from testtime.adaptation.parts.prediction import from_teacher, student
 
 SMALL = {"memo": {"views": 2}, "cotta": {"views": 2}, "rotta": {"capacity": 16, "every": 16}}
 SMALL |= {"psmt": {"views": 2}, "petal": {"views": 2}}
-WHOLE = ("cotta", "memo", "rmt", "psmt", "petal")  # adapt all weights
+WHOLE = ("cotta", "memo", "rmt", "psmt", "petal", "sqrl")  # adapt all weights
 SMALL |= {"stamp": {"views": 2, "capacity": 16, "margin": 0.8}}
 SMALL |= {"simatta": {"e_low": 2.0, "steps": 3}}
 SMALL |= {"vcotta": {"views": 2}, "tesla": {"views": 2}}

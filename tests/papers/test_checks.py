@@ -123,6 +123,11 @@ EDGES = {
         [{"forward, sade": 81.9}, {"uniform, sade": 78.9}, {"backward, sade": 78.9},
          {"forward, expert 1": 0.3}, {"forward, expert 3": 0.5}, {"backward, expert 3": 0.4}],
     ),
+    "sqrl": (
+        {"violations before": 100.0, "violations after": 39.9, "accuracy before": 90.0,
+         "accuracy after": 90.0},
+        [{"violations after": 40.0}, {"accuracy after": 89.9}],
+    ),
     "rotta": (
         {"source": 60.0, "bn-adapt": 60.0, "tent": 60.0, "cotta": 60.0, "rotta": 70.0},
         [{name: 60.1} for name in ("source", "bn-adapt", "tent", "cotta")],

@@ -152,10 +152,11 @@ class Adapter:
         with self._lock, _computing():
             x = self._admit(x)
             before = self._engine.forwards, self._engine.backwards
-            state = self._due(self._state)
+            was = self._state
+            state = self._due(was)
             step = self._guard(x, lambda: self._engine.step(x, state))
             self._state = step.state
-            self._count(len(x), before, step.outcome, restored=state is not self._state_was)
+            self._count(len(x), before, step.outcome, restored=state is not was)
             event = Event(self.counts.steps, step.outcome, len(x), step.measured)
             self.events.append(event)
             answer = _detached(step.output)
@@ -383,7 +384,6 @@ class Adapter:
         """The state a step begins with: the source's where the recipe says so."""
         recipe = self.recipe
         every = recipe.reset_every
-        self._state_was = state
         if state.steps and (recipe.episodic or (every and state.steps % every == 0)):
             return replace(
                 self._engine.fresh(),

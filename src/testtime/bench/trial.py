@@ -136,7 +136,7 @@ def _adapter(cell: Cell, model: nn.Module, scenario: Scenario, device: torch.dev
         held = load_data(cell.data, split="train")
         size = max(scenario.batch_size, 16)
         parts = _draw(held, SOURCE_SAMPLES, size=size, without=held_out(scenario.unknown))
-        loader = (images.to(device) for images, _ in parts)
+        loader = ((images.to(device), labels) for images, labels in parts)
         source = tt.fit_source(model, loader, methods=[cell.method])
     options = json.loads(cell.options)
     return tt.adapt(model, cell.method, seed=cell.seed, source=source, **options)

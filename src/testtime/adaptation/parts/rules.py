@@ -1,0 +1,232 @@
+"""Statistical rules of training data: learnt from quantiles, readable, and counted where broken.
+
+Two kinds. An interval says where a statistic lies for examples of a class: "for class k: lo <= s <=
+hi". A class rule says which class examples have: "if s > t then class k", and how well that holds,
+as an interval of its F1 score. Rules are tables: dictionaries of tensors, one row a rule.
+"""
+
+import json
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from testtime._core.errors import InputError
+
+CUTS = (5, 20, 35, 50, 65, 80, 95)
+"""Percentiles at which a feature is cut into predicates; of the code for tabular data."""
+
+SIZE = 4_000_000
+"""Values that are looked at together, so that wide inputs fit into memory."""
+
+COLUMNS = {"feature": int, "above": bool, "threshold": float, "label": int, "low": float,
+           "high": float}  # fmt: skip
+"""Columns of a table of class rules."""
+
+Rules = dict[str, Tensor]
+"""Class rules: `feature`, `above`, `threshold`, `label`, `low` and `high`, each (R,)."""
+
+
+class Intervals(NamedTuple):
+    """Where each feature lies for each class: low and high, both (C, F); NaN for unseen classes."""
+
+    low: Float[Tensor, "classes features"]
+    high: Float[Tensor, "classes features"]
+
+
+def quantile_intervals(
+    values: Float[Tensor, "n features"],
+    labels: Int[Tensor, " n"],
+    *,
+    classes: int,
+    coverage: float = 98.0,
+) -> Intervals:
+    """For each class the interval that holds the middle `coverage` percent of each feature.
+
+    Example:
+        >>> values, labels = torch.arange(101.0)[:, None], torch.zeros(101, dtype=torch.long)
+        >>> [float(end) for end in quantile_intervals(values, labels, classes=1)]
+        [1.0, 99.0]
+    """
+    tail = values.new_tensor([(100 - coverage) / 200, (100 + coverage) / 200])
+    ends = values.new_full((2, classes, values.shape[1]), torch.nan)
+    for label in labels.unique().tolist():
+        own = values[labels == label]
+        for part, place in _parts(own):
+            ends[:, label, place] = part.quantile(tail, dim=0)
+    return Intervals(ends[0], ends[1])
+
+
+def outside(
+    values: Float[Tensor, "n features"], labels: Int[Tensor, " n"], rules: Intervals
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """How many intervals of its class each example leaves, and by how much in all.
+
+    Example:
+        >>> rules = Intervals(torch.zeros(1, 2), torch.ones(1, 2))
+        >>> outside(torch.tensor([[0.5, 3.0]]), torch.tensor([0]), rules)
+        (tensor([1]), tensor([2.]))
+    """
+    low, high = rules.low[labels], rules.high[labels]
+    distance = torch.maximum(low - values, values - high).nan_to_num(nan=0).clamp(min=0)
+    return (distance > 0).sum(1), distance.sum(1)
+
+
+def class_rules(
+    values: Float[Tensor, "n features"],
+    labels: Int[Tensor, " n"],
+    groups: Int[Tensor, " n"],
+    validation: Bool[Tensor, " n"],
+    *,
+    purity: float,
+    validated: float,
+    limit: int,
+    coverage: float = 98.0,
+) -> Rules:
+    """Rules "if s > t then class k" and "if s <= t then class k" that hold on both splits.
+
+    Features are cut at the percentiles `CUTS` of the training split. A rule is kept when more than
+    `purity` of the matching training samples, and more than `validated` of the matching validation
+    samples, are of class k; of each class the `limit` that match most. `low` and `high` are the
+    percentiles of the rule's F1 score over groups of samples.
+
+    Args:
+        values: (n, F) features.
+        labels: (n,) classes.
+        groups: (n,) group of each sample, from 0 on.
+        validation: (n,) whether a sample is of the validation split.
+        purity, validated: shares of class k.
+        limit: rules of a class.
+        coverage: percent of groups whose F1 score lies in [low, high].
+    """
+    classes = int(labels.max()) + 1
+    onehot = torch.nn.functional.one_hot(labels, classes).to(values)
+    rows: list[Tensor] = []
+    for part, place in _parts(values):
+        cuts = part[~validation].quantile(values.new_tensor(CUTS) / 100, dim=0)
+        new = torch.cat([torch.ones_like(cuts[:1]), cuts.diff(dim=0)]) != 0
+        for level, fresh in zip(cuts, new, strict=True):
+            for above in (True, False):
+                match = ((part > level) == above).to(values)
+                train = match[~validation].T @ onehot[~validation]
+                held = match[validation].T @ onehot[validation]
+                own, label = train.max(1)
+                share = held.gather(1, label[:, None])[:, 0] / held.sum(1)
+                good = fresh & (own / train.sum(1) > purity) & (share > validated)
+                kept = good.nonzero().flatten()
+                columns = (kept + place.start, torch.full_like(kept, above), level[kept],
+                           label[kept], own[kept])  # fmt: skip
+                rows.append(torch.stack([column.double() for column in columns], 1))
+    table = torch.cat(rows)
+    table = table[table[:, 4].argsort(descending=True, stable=True)]
+    best = [table[table[:, 3] == label][:limit] for label in range(classes)]
+    table = torch.cat(best)
+    rules = {
+        "feature": table[:, 0].long(),
+        "above": table[:, 1].bool(),
+        "threshold": table[:, 2].to(values.dtype),
+        "label": table[:, 3].long(),
+    }
+    scores = _scores_by_group(values, labels, groups, rules)
+    low, high = ((100 - coverage) / 200, (100 + coverage) / 200)
+    rules["low"], rules["high"] = scores[0], scores[0]
+    if scores.numel():  # there is a rule
+        rules["low"] = scores.nanquantile(low, dim=0)
+        rules["high"] = scores.nanquantile(high, dim=0)
+    return rules
+
+
+def _parts(values: Tensor) -> list[tuple[Tensor, slice]]:
+    """Some columns at a time."""
+    width = max(SIZE // max(len(values), 1), 1)
+    places = [slice(start, start + width) for start in range(0, values.shape[1], width)]
+    return [(values[:, place], place) for place in places]
+
+
+def _scores_by_group(values: Tensor, labels: Tensor, groups: Tensor, rules: Rules) -> Tensor:
+    """The F1 score of each rule in each group (G, R); NaN where it matches nothing."""
+    found: list[Tensor] = []
+    for group in range(int(groups.max()) + 1):
+        own = groups == group
+        match = matches(values[own], rules).to(values)
+        hit = (labels[own, None] == rules["label"]).to(values)
+        right, all_ = (match * hit).sum(0), match.sum(0)
+        found.append(2 * right / (right + all_))  # 2 tp / (2 tp + fn)
+    return torch.stack(found)
+
+
+def matches(values: Float[Tensor, "n features"], rules: Rules) -> Bool[Tensor, "n rules"]:
+    """Which samples each rule speaks of."""
+    return (values[:, rules["feature"]] > rules["threshold"]) == rules["above"]
+
+
+def violations(
+    values: Float[Tensor, "n features"], labels: Int[Tensor, " n"], rules: Rules
+) -> Int[Tensor, " rules"]:
+    """How many samples break each rule: it speaks of them, and they are of another class.
+
+    Example:
+        >>> rules = rules_from_json('[{"if feature": 0, "is above": 0.5, "then class": 1, '
+        ...                         '"with F1 from": 0.9, "to": 1.0}]')
+        >>> violations(torch.tensor([[0.9], [0.8], [0.1]]), torch.tensor([1, 0, 0]), rules)
+        tensor([1])
+    """
+    return (matches(values, rules) & (labels[:, None] != rules["label"])).sum(0)
+
+
+def rules_to_json(rules: Rules) -> str:
+    """Class rules as JSON that people can read, one rule a line; `rules_from_json` reads it.
+
+    Example:
+        >>> rules = {"feature": torch.tensor([3]), "above": torch.tensor([False]),
+        ...          "threshold": torch.tensor([0.5]), "label": torch.tensor([1]),
+        ...          "low": torch.tensor([0.75]), "high": torch.tensor([1.0])}
+        >>> print(rules_to_json(rules))
+        [
+         {"if feature": 3, "is at most": 0.5, "then class": 1, "with F1 from": 0.75, "to": 1.0}
+        ]
+    """
+    columns = [rules[name].tolist() for name in COLUMNS]
+    lines = [
+        json.dumps(
+            {
+                "if feature": feature,
+                "is above" if above else "is at most": threshold,
+                "then class": label,
+                "with F1 from": low,
+                "to": high,
+            }
+        )
+        for feature, above, threshold, label, low, high in zip(*columns, strict=True)
+    ]
+    return "[\n " + ",\n ".join(lines) + "\n]" if lines else "[]"
+
+
+def rules_from_json(text: str) -> Rules:
+    """The class rules that `rules_to_json` wrote.
+
+    Raises:
+        InputError: the text is no JSON, or a rule lacks something.
+    """
+    try:
+        rows = [
+            (
+                rule["if feature"],
+                "is above" in rule,
+                rule["is above"] if "is above" in rule else rule["is at most"],
+                rule["then class"],
+                rule["with F1 from"],
+                rule["to"],
+            )
+            for rule in json.loads(text)
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"these are no rules: {error}. Expected JSON as rules_to_json writes it."
+        ) from error
+    kinds = {int: torch.long, bool: torch.bool, float: torch.float32}
+    return {
+        name: torch.tensor([row[place] for row in rows], dtype=kinds[kind])
+        for place, (name, kind) in enumerate(COLUMNS.items())
+    }
