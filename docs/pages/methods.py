@@ -37,6 +37,15 @@ EXPERTS = """
 >>> model = Experts().eval()"""
 """Two experts, for methods that weigh some."""
 
+TRANSFORMER = """
+>>> from torchvision.models import VisionTransformer
+>>> model = VisionTransformer(
+...     image_size=28, patch_size=7, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32,
+...     num_classes=10,
+... ).eval()
+>>> images = images.expand(-1, 3, -1, -1)"""
+"""A transformer of random weights, for methods that put tokens in one."""
+
 
 class Experts(torch.nn.Module):
     """The two embedded classifiers as the experts of one model."""
@@ -53,6 +62,13 @@ class Experts(torch.nn.Module):
 def _weighs(entry: Entry) -> bool:
     """Whether a method reads experts from what the model returns."""
     return hasattr(entry.build().procedure, "read")
+
+
+def _other_model(entry: Entry) -> str:
+    """What makes the model where a method does not take the embedded one."""
+    if _weighs(entry):
+        return EXPERTS
+    return TRANSFORMER if "cls_moments" in entry.needs else ""
 
 
 def nav() -> list[dict[str, str]]:
@@ -119,7 +135,7 @@ def page(entry: Entry, *, images: int = 64) -> str:
 ## Example
 
 ```python
-{SETUP}{EXPERTS if _weighs(entry) else ""}
+{SETUP}{_other_model(entry)}
 {_build(entry)}
 >>> adapter(images).shape
 torch.Size([4, 10])

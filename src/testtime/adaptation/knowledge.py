@@ -174,32 +174,6 @@ class SourceBatch:
             )
         return labels.long()
 
-    @cached_property
-    def labels_or_predictions(self) -> Tensor:
-        """Class of each sample (B,): its label where the loader gives one, else the prediction.
-
-        Raises:
-            InputError: the labels are no whole numbers (B,) from 0 to C - 1, or the logits dense.
-        """
-        if len(self.logits) != len(self.inputs):
-            raise InputError(
-                f"the model returns dense logits, {len(self.logits)} predictions for "
-                f"{len(self.inputs)} samples; what is needed here is of one class for each sample."
-            )
-        if self._labels is None:
-            return self.logits.argmax(-1)
-        labels, classes = self._labels, self.logits.shape[-1]
-        known = labels.shape == self.logits.shape[:1] and not labels.is_floating_point()
-        if not known or labels.min() < 0 or labels.max() >= classes:
-            raise InputError(
-                f"the labels are of shape {tuple(labels.shape)} and type {labels.dtype}, from "
-                f"{labels.min().item()} to {labels.max().item()}; expected one whole number from 0 "
-                f"to {classes - 1} for each of the {len(self.logits)} samples. Give a loader of "
-                "(inputs, labels) with the model's classes, or of inputs alone: then the model's "
-                "predictions serve."
-            )
-        return labels.long()
-
     @property
     def logits(self) -> Tensor:
         """The source model's logits (B, C), without a gradient."""

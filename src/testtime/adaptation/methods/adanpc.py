@@ -159,6 +159,7 @@ def adanpc(
     with a further batch normalisation of the features is left out.
 
     Example:
+        >>> import torch
         >>> from testtime import adapt, fit_source
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
         >>> x, y = torch.randn(90, 4), torch.arange(90) % 3

@@ -164,6 +164,7 @@ def cafa(
             in which the source features do not vary cannot dominate; 0.01 (own choice).
 
     Example:
+        >>> import torch
         >>> from testtime import adapt, fit_source
         >>> model = torch.nn.Sequential(
         ...     torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3))

@@ -351,6 +351,7 @@ def simatta(
         MissingExtra: an oracle is given and scikit-learn is not installed.
 
     Example:
+        >>> import torch
         >>> answers = {"asked": 0}
         >>> def oracle(indices, inputs):
         ...     answers["asked"] += len(indices)
