@@ -214,7 +214,9 @@ def show(rows: list[dict[str, Any]]) -> None:
                 spread(r["to_minimal"]), f"{r['megabytes']:.0f}",
                 f"{r['memory_to_minimal']:.2f}", passes,
             )  # fmt: skip
-        Console().print(table)
+        console = Console()
+        console.width = max(console.width, 110)
+        console.print(table)
 
 
 def machine() -> dict[str, Any]:

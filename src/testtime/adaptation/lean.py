@@ -5,7 +5,7 @@ shape; the result of every ReLU, of which it needs a bit for each value; and the
 maximum pooling, of which it needs the shape. Of a convolution, its normalisation and its ReLU, the
 normalisation's input remains here, and a bit for each value.
 
-Answers and gradients are torch's to the last bit: the same kernels compute them.
+Answers and finite gradients are torch's to the last bit: the same kernels compute them.
 """
 
 from collections.abc import Callable
@@ -63,8 +63,7 @@ class _BitReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        passed = unpack(ctx.bits, ctx.shape).to(grads[0].dtype)
-        return torch.ops.aten.threshold_backward(grads[0], passed, 0), None
+        return masked(grads[0], ctx.bits, ctx.shape), None
 
 
 class _ShapedMaxPool(torch.autograd.Function):
@@ -92,11 +91,17 @@ def pack(y: Tensor) -> Tensor:
         >>> pack(torch.tensor([0.0, 3.0, 0.0, 1.0]))
         tensor([80], dtype=torch.uint8)
     """
-    flat = y.detach().as_strided((y.numel(),), (1,)).bool()
-    if flat.device.type == "cpu":
-        return torch.from_numpy(np.packbits(flat.numpy()))
-    eights = F.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
-    return (eights << _places(flat.device)).sum(1, dtype=torch.uint8)
+    flat = y.detach().as_strided((y.numel(),), (1,))
+    if flat.device.type != "cpu":
+        eights = F.pad(flat.bool().to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
+        return (eights << _places(flat.device)).sum(1, dtype=torch.uint8)
+    if flat.dtype not in NUMPY:
+        return torch.from_numpy(np.packbits(flat.bool().numpy()))
+    values, bits = flat.numpy(), np.empty((len(flat) + 7) // 8, np.uint8)
+    for start in range(0, len(values), CHUNK):
+        part = np.packbits(values[start : start + CHUNK] != 0)
+        bits[start // 8 : start // 8 + len(part)] = part
+    return torch.from_numpy(bits)
 
 
 def unpack(bits: Tensor, shape: Shape) -> Tensor:
@@ -114,22 +119,58 @@ def unpack(bits: Tensor, shape: Shape) -> Tensor:
     return flat.as_strided(shape.sizes, shape.strides)
 
 
+def masked(grad: Tensor, bits: Tensor, shape: Shape) -> Tensor:
+    """The gradient where the bits are set, 0 elsewhere.
+
+    Example:
+        >>> masked(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([64], dtype=torch.uint8),
+        ...        Shape.of(torch.zeros(3)))
+        tensor([0., 2., 0.])
+    """
+    alike = grad.shape == shape.sizes and grad.stride() == shape.strides
+    if grad.device.type != "cpu" or grad.dtype not in NUMPY or not alike:
+        return torch.ops.aten.threshold_backward(grad, unpack(bits, shape).to(grad.dtype), 0)
+    out = torch.empty_strided(shape.sizes, shape.strides, dtype=grad.dtype)
+    count = grad.numel()
+    given, found = (t.as_strided((count,), (1,)).numpy() for t in (grad, out))
+    packed = bits.numpy()
+    for start in range(0, count, CHUNK):
+        end = min(start + CHUNK, count)
+        passed = np.unpackbits(packed[start // 8 : (end + 7) // 8], count=end - start)
+        np.multiply(given[start:end], passed, out=found[start:end])
+    return out
+
+
 def _places(device: torch.device) -> Tensor:
     return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+
+
+NUMPY = (torch.float32, torch.float64)
+CHUNK = 1 << 16
+"""Values that are packed or unpacked at once: what is made in between stays in the cache."""
+LEAST = 1 << 17
+"""Values of a tensor below which keeping less costs more time than the memory is worth."""
 
 
 class Lean(TorchFunctionMode):
     """While it lasts, frozen convolutions, ReLUs and maximum poolings keep less.
 
+    Args:
+        least: values of an input for which it is done.
+
     Example:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()).requires_grad_(False)
         >>> x = torch.ones(1, 1, 4, 4, requires_grad=True)
-        >>> with Lean():
+        >>> with Lean(least=1):
         ...     name = type(model(x).grad_fn).__name__
         >>> name
         '_BitReLUBackward'
     """
+
+    def __init__(self, least: int = LEAST) -> None:
+        super().__init__()
+        self.least = least
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -140,6 +181,7 @@ class Lean(TorchFunctionMode):
             or not args
             or not torch.is_grad_enabled()
             or not args[0].requires_grad
+            or args[0].numel() < self.least
             or torch._C._are_functorch_transforms_active()
         ):
             return func(*args, **kwargs or {})

@@ -29,6 +29,8 @@ from testtime.adaptation.ranks import Ranks
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 ALONE = Ranks()
+MANY = 1 << 19
+"""Values of a batch from which on the memory of a backward is worth some of its time."""
 Averages = dict[str, Tensor]
 """Moving averages: '<layer>.mean' and '<layer>.var' -> tensor, and 'seen' -> batches."""
 
@@ -118,7 +120,8 @@ class Loan:
         """
         fresh = {**averages, "seen": averages["seen"] + 1} if averages and learn else averages
         with self.lock, self._lent(tensors, statistics, averages, fresh, learn, ranks, x):
-            keeping = Lean() if lean and self.own_functions else nullcontext()
+            worth_it = lean and self.own_functions and x.numel() >= MANY
+            keeping = Lean() if worth_it else nullcontext()
             with keeping, tap() if tap is not None else nullcontext():
                 return self.model(x), fresh
 
