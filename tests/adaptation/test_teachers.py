@@ -357,3 +357,8 @@ def test_petal_without_posterior_and_restoration_is_cotta():
 def test_petal_symmetric_loss():
     close(symmetric_with_teacher(Z, T), symmetric_cross_entropy(Z, T))
     assert petal(symmetric=True).objective is symmetric_with_teacher
+
+
+def test_petal_refuses_a_posterior_that_diverged():
+    with pytest.raises(InputError, match="source_lr"):
+        tt.fit_source(tiny(), labelled(2), methods=petal(source_lr=1e30))

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
+from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.registry import register
 from testtime.adaptation.engine import gradients
@@ -109,6 +110,11 @@ class Posterior:
         count = int(total["turns"]) - 1
         var = {f"var {name}": value / count for name, value in part_of(total, "spread").items()}
         mean = part_of(total, "mean")
+        if not all(value.isfinite().all() for value in (*mean.values(), *var.values())):
+            raise InputError(
+                "training on the source data diverged, so there is no posterior. Give labels that "
+                "fit the model's classes, or a lower rate: petal(source_lr=...)."
+            )
         return named("mean", mean, mean.values()) | var
 
 
