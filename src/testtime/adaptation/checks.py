@@ -1,5 +1,7 @@
 """Bad input is refused before anything changes."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -53,7 +55,7 @@ def check_input(
     if x.device != device:
         raise InputError(f"the batch is on {x.device} and the model on {device}. Use x.to(...).")
     # one sum is cheaper than a test of each value; only a suspicious sum is looked into
-    if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
+    if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
         raise InputError(
             f"{bad} of {len(x)} samples hold NaN or infinite values. Drop or mend them."

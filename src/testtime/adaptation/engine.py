@@ -72,6 +72,7 @@ class Engine:
         first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(()))
         self.device = first.device
         self.generator = generator(seed, "adapter", device=self.device)
+        self.reads_features = any(map(recipe.asks_for, ("features", "augmented_features")))
         self.forwards = self.backwards = 0
 
     # --- states -------------------------------------------------------------------------------

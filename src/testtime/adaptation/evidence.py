@@ -49,8 +49,7 @@ class Evidence:
         self.student_inputs = inputs if student_inputs is None else student_inputs
         self.averages = state.averages
         self.teacher_averages = state.teacher_averages
-        wanted = engine.recipe.asks_for("features") or engine.recipe.asks_for("augmented_features")
-        self._tapped = wanted if tapped is None else tapped
+        self._tapped = engine.reads_features if tapped is None else tapped
         self.beside = {n: t.detach().requires_grad_() for n, t in state.beside.items()}
         self.weights: Tensor | None = None
         self._features: list[Tensor] = []
