@@ -113,7 +113,7 @@ class SourceBatch:
     Args:
         inputs: the batch.
         labels: (B,), or None.
-        source: engine that runs the source model.
+        seen: what the source model answers.
         engine: of the method that needs it.
     """
 

@@ -67,7 +67,8 @@ class Normalised(nn.Module):
 
     Args:
         model: takes normalised pixels.
-        mean, std: of each channel; None where the model takes pixels as they are.
+        mean: of each channel; None where the model takes pixels as they are.
+        std: of each channel, as `mean`.
     """
 
     def __init__(

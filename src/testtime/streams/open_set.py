@@ -67,7 +67,9 @@ class Drawn(Dataset[tuple[Tensor, int]]):
 
     Args:
         kind: "blobs" or "noise".
-        channels, height, width: of an image.
+        channels: of an image.
+        height: of an image.
+        width: of an image.
         seed: of all of them.
     """
 

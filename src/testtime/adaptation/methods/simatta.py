@@ -93,8 +93,10 @@ class ActiveLearning:
     Args:
         oracle: gives labels; not part of what the method is called in files.
         budget: labels that are asked for at most.
-        e_high, e_low: entropies from which a sample is asked about, and below which it is sure.
-        clusters, growth: K at first, and what each batch adds.
+        e_high: entropy from which a sample is asked about.
+        e_low: entropy below which a sample is sure.
+        clusters: K at first.
+        growth: what each batch adds to K.
         cold_start: sure samples below which T weighs at most 0.2.
         steps: steps on a batch at most.
         capacity: sure samples that are remembered at most.

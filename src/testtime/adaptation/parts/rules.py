@@ -96,7 +96,8 @@ def class_rules(
         labels: (n,) classes.
         groups: (n,) group of each sample, from 0 on.
         validation: (n,) whether a sample is of the validation split.
-        purity, validated: shares of class k.
+        purity: share of class k among training samples that match.
+        validated: the same share among validation samples.
         limit: rules of a class.
         coverage: percent of groups whose F1 score lies in [low, high].
     """
