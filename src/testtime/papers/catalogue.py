@@ -31,7 +31,7 @@ class Record:
 
 
 def catalogue() -> list[Record]:
-    """All records. What a paper became is read off the methods that name it.
+    """All records. What a paper became is read off the methods that name it, and else off its line.
 
     Example:
         >>> next(r.symbols for r in catalogue() if r.slug == "eata")
@@ -43,16 +43,19 @@ def catalogue() -> list[Record]:
         symbols.setdefault(entry.paper, []).append(where)
     checks = {entry.paper for entry in entries("check").values()}
     text = (files("testtime.papers") / "catalogue.tsv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    for row in rows:
+        symbols.setdefault(row["slug"], []).extend(row["symbols"].split())
     return [
         Record(
             row["slug"],
             row["title"],
             row["family"],
-            "works" if row["slug"] in symbols else "planned",
-            tuple(symbols.get(row["slug"], ())),
+            "works" if symbols[row["slug"]] else "planned",
+            tuple(symbols[row["slug"]]),
             row["slug"] in checks,
         )
-        for row in csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        for row in rows
     ]
 
 

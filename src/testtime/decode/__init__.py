@@ -1,0 +1,1 @@
+"""Language models at test time: sampling, decoding, watermarks, search, compression."""
