@@ -9,7 +9,7 @@ from torch import nn
 import testtime as tt
 from models import Experts, batches, tiny
 from reference import experts as reference
-from testtime._core.errors import InputError
+from testtime._core.errors import ScopeError
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.methods.sade import aggregate, agreement, read_experts, sade
 from testtime.adaptation.parts.optimizer import SGD
@@ -120,7 +120,7 @@ def test_models_without_experts_are_refused_with_the_way_out():
         body = tiny()
         body.head.register_forward_hook(lambda *args, spoil=spoil: spoil(args[2]))
         adapter = tt.adapt(body, "sade")
-        with pytest.raises(InputError, match=f"(?s){says}.*two or more experts"):
+        with pytest.raises(ScopeError, match=f"(?s){says}.*two or more experts"):
             adapter(x)
         assert adapter.counts.steps == 0
 

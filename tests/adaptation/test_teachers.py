@@ -19,11 +19,14 @@ from testtime.adaptation.methods.roid import (
     roid,
     soft_likelihood_ratio,
 )
+from testtime.adaptation.methods.vcotta import vcotta
 from testtime.adaptation.parts.objective import symmetric_cross_entropy, symmetric_with_teacher
 from testtime.adaptation.parts.preservation import FisherPenalty, LeastImportant, quantile
 from testtime.adaptation.parts.views import cotta_view, plain, roid_view
 from testtime.adaptation.ranks import Ranks
+from testtime.bench.models import load_model
 from testtime.measures.entropy import entropy
+from testtime.streams.data import load_data, stack
 
 Z = torch.tensor([[2, 0, 0], [1, 0.5, 0], [0, 3, 0], [0.2, 0.1, 0]])
 T = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 0, 1]])
@@ -318,11 +321,11 @@ def test_petal_posterior():
     model, loader = tiny(), labelled(3, seed=5)
     known = tt.fit_source(model, loader, methods=[petal(passes=4, source_lr=1e-2)])
     mean, var = reference.posterior(model, loader, 4, 1e-2)
-    assert set(known["posterior"]) == {f"{k} {n}" for k in ("mean", "var") for n in mean}
+    assert set(known["weight-posterior"]) == {f"{k} {n}" for k in ("mean", "var") for n in mean}
     for name in mean:
-        close(known["posterior"][f"mean {name}"], mean[name], 1e-5)
+        close(known["weight-posterior"][f"mean {name}"], mean[name], 1e-5)
         torch.testing.assert_close(
-            known["posterior"][f"var {name}"], var[name], rtol=1e-2, atol=1e-9
+            known["weight-posterior"][f"var {name}"], var[name], rtol=1e-2, atol=1e-9
         )
     with pytest.raises(InputError, match="as often as it is read"):
         tt.fit_source(model, iter(loader), methods=["petal"])
@@ -332,7 +335,10 @@ def test_petal_posterior():
 def test_petal(kind):
     model, loader = tiny(kind), labelled(3, seed=5)
     known = tt.fit_source(model, loader, methods=["petal"])
-    mean, var = reference.posterior(model, loader, 5, 1e-2)
+    found = known["weight-posterior"]
+    mean, var = (
+        {n: found[f"{k} {n}"] for n in dict(model.named_parameters())} for k in ("mean", "var")
+    )
     adapter = tt.adapt(
         model, "petal", source=known, rho=1e-6, momentum=0.9, share=0.2, threshold=1.0, views=2,
         augment=darker,
@@ -357,6 +363,23 @@ def test_petal_without_posterior_and_restoration_is_cotta():
 def test_petal_symmetric_loss():
     close(symmetric_with_teacher(Z, T), symmetric_cross_entropy(Z, T))
     assert petal(symmetric=True).objective is symmetric_with_teacher
+
+
+def test_the_weight_posterior_of_a_trained_model_stays_near_it():
+    """At the default rate: with stored statistics the same training diverges."""
+    model = load_model("embedded:batch")
+    images, labels = stack(load_data("fashion-mnist:sample", split="train"), range(320))
+    loader = list(zip(images.split(16), labels.split(16), strict=True))
+    known = tt.fit_source(model, loader, methods=["petal"])["weight-posterior"]
+    for name, weight in model.named_parameters():
+        moved = (known[f"mean {name}"] - weight).norm() / weight.norm()
+        assert float(moved) < 0.5, name
+
+
+def test_petal_and_vcotta_can_be_fitted_at_once():
+    recipes = {"petal": petal(), "vcotta": vcotta(warm_up=1)}
+    known = tt.fit_source(tiny(), labelled(2), methods=recipes)
+    assert set(known.entries) == {"weight-posterior", "posterior"}
 
 
 def test_petal_refuses_a_posterior_that_diverged():

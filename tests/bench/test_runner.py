@@ -136,6 +136,17 @@ def test_a_method_that_fails_leaves_the_others_running(tmp_path, monkeypatch):
     assert len(read_run(tmp_path, partial=True)) == 4
 
 
+def test_a_method_that_is_not_for_the_model_can_be_left_out(tmp_path):
+    wanted, told = cells(["foa", "petal"]), []
+    rows = run(wanted, tmp_path, jobs=0, on_unfit=lambda cell, why: told.append((cell.method, why)))
+    assert [row["method"] for row in rows] == ["source"] * 2 + ["petal"] * 2
+    assert [method for method, _ in told] == ["foa"]
+    assert "vision transformer" in told[0][1]
+    assert len(read_run(tmp_path)) == 4  # the run is whole without it
+    with pytest.raises(WorkFailed, match="foa"):
+        run(wanted, tmp_path, jobs=0)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [

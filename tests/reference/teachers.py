@@ -199,7 +199,10 @@ class Petal(Selective):
 
 def posterior(model: nn.Module, loader: list, passes: int, lr: float) -> tuple[dict, dict]:
     """Mean and variance of the weights after each epoch but the first."""
-    model = copy.deepcopy(model).eval().requires_grad_(True)
+    model = copy.deepcopy(model).train().requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     kept: list[dict] = []
     for _ in range(passes):

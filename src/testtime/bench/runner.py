@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from testtime._core.errors import OptionError, WorkFailed
+from testtime._core.errors import OptionError, ScopeError, WorkFailed
 from testtime.bench.cells import Cell
 from testtime.bench.store import forget, read_cell, write_cell, write_plan
 from testtime.bench.workers import Failure, Notice, Outcome, attempt, run_all
@@ -17,6 +17,7 @@ def run(
     jobs: int = 1,
     on_notice: Notice | None = None,
     on_done: Callable[[Cell, list[dict[str, Any]] | None, bool], None] | None = None,
+    on_unfit: Callable[[Cell, str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Runs the cells that are not finished yet and returns the rows of all, in order of the cells.
 
@@ -34,6 +35,8 @@ def run(
         on_notice: called with a cell, "start" and its number of batches before it runs, and with
             "batch" and 1 after each batch.
         on_done: called with a cell, its rows (None when it failed), and whether it was run now.
+        on_unfit: called with a cell whose method is not for its model, and why. The cell is then
+            left out of the run; without this function it has failed.
 
     Raises:
         WorkFailed: cells have failed; those that finished are kept.
@@ -70,15 +73,19 @@ def run(
             if cell.method == "source" and error is not None:
                 forget(out, new - found.keys())
                 raise error
-            failed.append((cell, outcome))
             done(cell, None, True)
+            if on_unfit is not None and outcome.kind is ScopeError:
+                on_unfit(cell, outcome.text)
+                forget(out, {cell.key})
+            else:
+                failed.append((cell, outcome))
         else:
             write_cell(out, cell.key, outcome)
             found[cell.key] = outcome
             done(cell, outcome, True)
     if failed:
         raise WorkFailed(_complaint(failed, cells))
-    return [row for cell in cells for row in found[cell.key]]
+    return [row for cell in cells for row in found.get(cell.key, ())]
 
 
 def _outcomes(cells: Iterable[Cell], jobs: int, notice: Notice) -> Iterator[tuple[Cell, Outcome]]:

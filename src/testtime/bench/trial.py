@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 import testtime as tt
 from testtime._core.errors import InputError
+from testtime._core.registry import find
 from testtime._core.seeds import generator
 from testtime.adaptation.knowledge import fingerprint
 from testtime.adaptation.outputs import read_logits
@@ -131,14 +132,14 @@ def _check_fit(cell: Cell, model: nn.Module, dataset: Dataset[Any], device: torc
 
 
 def _adapter(cell: Cell, model: nn.Module, scenario: Scenario, device: torch.device) -> tt.Adapter:
-    source = None
+    source, options = None, json.loads(cell.options)
     if tt.methods()[cell.method].needs:
         held = load_data(cell.data, split="train")
         size = max(scenario.batch_size, 16)
         parts = _draw(held, SOURCE_SAMPLES, size=size, without=held_out(scenario.unknown))
-        loader = ((images.to(device), labels) for images, labels in parts)
-        source = tt.fit_source(model, loader, methods=[cell.method])
-    options = json.loads(cell.options)
+        loader = [(images.to(device), labels) for images, labels in parts]
+        recipe = find("method", cell.method).build(**options)
+        source = tt.fit_source(model, loader, methods={cell.method: recipe})
     return tt.adapt(model, cell.method, seed=cell.seed, source=source, **options)
 
 

@@ -35,7 +35,8 @@ def bench(
     stream: list[str] = typer.Option(  # noqa: B008
         ["continual"],
         help="How data arrives: a pattern (stationary, reset, continual, gradual, recurring, mixed), "
-        "then options, as sorted,batch_size=16,severity=3. May be given again.",
+        "then options, as sorted,batch_size=16,severity=3. May be given again. "
+        "'all' first, as all,samples=100, is every pattern, order and distribution by itself.",
     ),
     seeds: int = typer.Option(3, min=1, help="Seeds 0 to N - 1."),
     jobs: int = typer.Option(1, min=1, help="Cells (method, model, stream, seed) run at once."),
@@ -54,15 +55,19 @@ def bench(
     """
     from testtime.bench.cells import split_methods  # noqa: PLC0415
 
+    names = split_methods(methods)
     cells = cells_of(
-        split_methods(methods), model.split(","), data, stream, seeds,
+        names, model.split(","), data, stream, seeds,
         device=device, threads=threads,
     )  # fmt: skip
-    rows = execute(cells, out, jobs=jobs)
+    unfit: dict[str, str] = {}
+    rows = execute(cells, out, jobs=jobs, unfit=unfit if "all" in names else None)
     if json:
         print_json(rows)
     else:
         print_summary(rows)
+        for method, why in unfit.items():
+            typer.echo(f"\nLeft out, {method}: {why}")
         typer.echo(f"\nHTML report with plots: testtime report {out}")
 
 
@@ -76,13 +81,18 @@ def cells_of(
 
     return plan(
         methods=methods, models=[name.strip() for name in models if name.strip()], data=data,
-        streams=[Scenario.parse(text) for text in streams], seeds=seeds, device=device,
+        streams=[each for text in streams for each in Scenario.parse_all(text)], seeds=seeds, device=device,
         threads=threads,
     )  # fmt: skip
 
 
-def execute(cells: "Sequence[Cell]", out: Path, *, jobs: int = 1) -> list[dict[str, Any]]:
-    """Runs the cells while telling of it on standard error, and returns their rows."""
+def execute(
+    cells: "Sequence[Cell]", out: Path, *, jobs: int = 1, unfit: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Runs the cells while telling of it on standard error, and returns their rows.
+
+    Methods that are not for a model are noted in `unfit`, with the reason; without it they fail.
+    """
     from testtime.bench.cells import label  # noqa: PLC0415
     from testtime.bench.runner import run  # noqa: PLC0415
 
@@ -99,14 +109,21 @@ def execute(cells: "Sequence[Cell]", out: Path, *, jobs: int = 1) -> list[dict[s
 
         def done(cell: "Cell", rows: list[dict[str, Any]] | None, now: bool) -> None:
             if rows is None:
-                said = "failed"
+                said = "no result"
             elif not now:
                 said = "was finished before"
             else:
                 said = f"{sum(row['error'] for row in rows) / len(rows):.2f} % error"
             watch.end(cell.key, f"{name(cell)}: {said}")
 
-        return run(cells, out, jobs=jobs, on_notice=notice, on_done=done)
+        def note(cell: "Cell", why: str) -> None:
+            assert unfit is not None
+            unfit[f"{label(vars(cell))} on {cell.model}"] = why
+
+        return run(
+            cells, out, jobs=jobs, on_notice=notice, on_done=done,
+            on_unfit=None if unfit is None else note,
+        )  # fmt: skip
 
 
 def print_summary(rows: list[dict[str, Any]]) -> None:

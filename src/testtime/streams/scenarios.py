@@ -257,6 +257,34 @@ class Scenario:
         _refuse_idle(text, values)
         return cls(**values)
 
+    @classmethod
+    def parse_all(cls, text: str) -> "list[Scenario]":
+        """As `parse`, but where the first word is "all": then one scenario for each preset.
+
+        What follows "all" is set in every one; a preset that sets the same keeps its own, and those
+        that come out alike are one.
+
+        Raises:
+            UnknownName: as `parse`.
+            OptionError: as `parse`.
+
+        Example:
+            >>> [each.batch_size for each in Scenario.parse_all("all,samples=40,batch_size=64")]
+            [64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 1, 64]
+        """
+        first, _, rest = text.partition(",")
+        if first.strip() != "all":
+            return [cls.parse(text)]
+        words = [word.strip() for word in rest.split(",") if word.strip()]
+        return list(
+            dict.fromkeys(
+                cls.parse(
+                    ",".join([name, *(w for w in words if w.partition("=")[0] not in preset)])
+                )
+                for name, preset in PRESETS.items()
+            )
+        )
+
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same values; a name that no field has is an `OptionError` with the nearest."""

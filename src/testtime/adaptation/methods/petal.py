@@ -36,7 +36,7 @@ from testtime.adaptation.parts.preservation import (
     weighted_distance,
 )
 from testtime.adaptation.parts.scope import weights_and_biases
-from testtime.adaptation.parts.statistics import BatchStatistics, SourceStatistics
+from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.parts.teacher import MovingTeacher
 from testtime.adaptation.parts.views import Augment, AveragedViews, cotta_view
 from testtime.adaptation.ranks import Ranks
@@ -54,8 +54,8 @@ class Posterior:
 
         g = d/dtheta mean CE(y, f_theta(x)) + 5e-4 theta,  d <- 0.9 d + g,  theta <- theta - lr d
 
-    on a copy of the model, which normalises with the statistics stored in training; the weights
-    after each pass but the first count. By label where the loader gives labels, else by the source
+    on a copy of the model, which normalises as in training and as the method will, with the
+    statistics of the batch; the weights after each pass but the first count. By label where the loader gives labels, else by the source
     model's prediction.
 
     Args:
@@ -67,7 +67,7 @@ class Posterior:
 
     passes: int
     lr: float
-    name: ClassVar[str] = "posterior"
+    name: ClassVar[str] = "weight-posterior"
     of_tensors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -82,7 +82,9 @@ class Posterior:
         labels = batch.labels_or_predictions
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in now.items()}
         with torch.enable_grad():
-            output, _ = engine.loan.run(batch.inputs, leaves, SourceStatistics(), ranks=Ranks())
+            output, _ = engine.loan.run(
+                batch.inputs, leaves, engine.recipe.statistics, ranks=Ranks()
+            )
             loss = F.cross_entropy(at_least_single(rows(read_logits(output))), labels)
             grads = gradients(loss, leaves)
         decayed = torch._foreach_add(grads, list(now.values()), alpha=5e-4)
@@ -148,7 +150,7 @@ class PosteriorPenalty:
         return 0.5 * self.weight * weighted_distance(tensors, part_of(found, "mean"), weights)
 
 
-@register("method", paper="petal", needs=("posterior",))
+@register("method", paper="petal", needs=("weight-posterior",))
 def petal(
     *,
     lr: float = 1e-3,

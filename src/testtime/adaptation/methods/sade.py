@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
-from testtime._core.errors import InputError
+from testtime._core.errors import ScopeError
 from testtime._core.options import in_range
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
@@ -37,7 +37,7 @@ def read_experts(output: Any) -> Float[Tensor, "batch experts classes"]:
     """The experts' logits in what a model returns.
 
     Raises:
-        InputError: it returns neither two or more tensors (B, C) nor one (B, E, C).
+        ScopeError: it returns neither two or more tensors (B, C) nor one (B, E, C).
 
     Example:
         >>> read_experts((torch.zeros(4, 10), torch.ones(4, 10))).shape
@@ -55,7 +55,7 @@ def read_experts(output: Any) -> Float[Tensor, "batch experts classes"]:
         and output.shape[1] > 1
     ):
         return at_least_single(output)
-    raise InputError(
+    raise ScopeError(
         f"the model returned {_say(output)}; expected logits of two or more experts, which sade "
         "weighs: a tuple or list of floating point tensors (batch, classes), or one (batch, "
         "experts, classes). testtime.losses.diverse_experts trains such a model. For one with a "
