@@ -261,29 +261,30 @@ class Scenario:
     def parse_all(cls, text: str) -> "list[Scenario]":
         """As `parse`, but where the first word is "all": then one scenario for each preset.
 
-        What follows "all" is set in every one; a preset that sets the same keeps its own, and those
-        that come out alike are one.
+        What follows "all" is set in every one; a preset that sets the same keeps its own, the
+        stationary stream takes the first of several domains, and those that come out alike are one.
 
         Raises:
             UnknownName: as `parse`.
             OptionError: as `parse`.
 
         Example:
-            >>> [each.batch_size for each in Scenario.parse_all("all,samples=40,batch_size=64")]
-            [64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 1, 64]
+            >>> found = Scenario.parse_all("all,domains=fog+snow,batch_size=16")
+            >>> len(found), found[0].domains, [each.batch_size for each in found].count(1)
+            (13, ('fog',), 1)
         """
         first, _, rest = text.partition(",")
         if first.strip() != "all":
             return [cls.parse(text)]
-        words = [word.strip() for word in rest.split(",") if word.strip()]
-        return list(
-            dict.fromkeys(
-                cls.parse(
-                    ",".join([name, *(w for w in words if w.partition("=")[0] not in preset)])
-                )
-                for name, preset in PRESETS.items()
-            )
-        )
+        found: list[Scenario] = []
+        for name, preset in PRESETS.items():
+            words = [
+                w.strip() for w in rest.split(",") if w.partition("=")[0].strip() not in preset
+            ]
+            if name == "stationary":  # of several domains, the first
+                words = [w.partition("+")[0] if w.startswith("domains") else w for w in words]
+            found.append(cls.parse(",".join([name, *words])))
+        return list(dict.fromkeys(found))
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
