@@ -1,0 +1,137 @@
+"""Every method on every kind of stream: the error matrix, and its page.
+
+    testtime bench --methods all --model embedded:batch,embedded:group --seeds 1 \\
+        --stream all,domains=gaussian_noise+motion_blur+fog+jpeg_compression,samples=128,batch_size=32 \\
+        --out runs/matrix
+    python benchmarks/matrix.py runs/matrix       numbers of a run, and the page of them
+    python benchmarks/matrix.py                   only the page, from the file of numbers
+
+Writes `benchmarks/matrix.json` and `docs/matrix.md`. The bench goes on where it was interrupted.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from testtime._core.registry import entries
+from testtime.bench.metrics import summarise
+from testtime.bench.store import read_run
+from testtime.streams.scenarios import Scenario
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMBERS = ROOT / "benchmarks/matrix.json"
+PAGE = ROOT / "docs/matrix.md"
+
+TOP = """# Every method on every stream
+
+Error in percent of the answers given while adapting, with the paper's options, on Fashion-MNIST
+under corruption at severity 5: {domains}, {samples} images of each, in batches of {batch} but for
+the stream of single images; {seeds}. {machine} `python benchmarks/matrix.py` names the command and
+writes this page.
+
+<span class="gain">Green</span>: more than a point below the source model.
+<span class="harm">Red</span>: more than a point above it. **Bold**: the lowest of its column. The
+streams are short ({images} images); methods whose step sizes are made for thousands of batches have
+little time to move here.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a run")
+    given = parser.parse_args()
+    if given.run is not None:
+        records = numbers(read_run(given.run, partial=True))
+        NUMBERS.write_text(json.dumps(records, indent=1) + "\n")
+    if not NUMBERS.exists():
+        sys.exit("no numbers yet: give the folder of a run")
+    PAGE.write_text(page(json.loads(NUMBERS.read_text())))
+
+
+def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record for each model, stream and method."""
+    machines = {row["cell"]: row["machine"] for row in rows}
+    kept = ("model", "method", "error", "error_std", "clean_error", "seeds", "scenario")
+    return [
+        {name: record[name] for name in kept}
+        | {"name": short(Scenario.from_toml(record["scenario"])), "machine": next(iter(machines.values()))}
+        for record in summarise(rows)
+    ]  # fmt: skip
+
+
+def short(scenario: Scenario) -> str:
+    """The one word that tells a stream from the others of the matrix."""
+    plain = Scenario()
+    if scenario.batch_size == 1:
+        return "single"
+    if scenario.unknown:
+        return "open-set"
+    for name in ("labels", "distribution", "pattern"):
+        if getattr(scenario, name) != getattr(plain, name):
+            return str(getattr(scenario, name))
+    return "continual"
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """The page: a table for each model, a line for each method, a column for each stream."""
+    scenarios = [Scenario.from_toml(record["scenario"]) for record in records]
+    widest = max(scenarios, key=lambda each: len(each.domains))
+    seeds = max(record["seeds"] for record in records)
+    top = TOP.format(
+        domains=", ".join(name.replace("_", " ") for name in widest.domains),
+        samples=widest.samples, batch=widest.batch_size, images=len(widest.domains) * (widest.samples or 0),
+        seeds="one seed" if seeds == 1 else f"means over {seeds} seeds",
+        machine=f"{records[0]['machine']}.",
+    )  # fmt: skip
+    parts = [top.strip()]
+    for model in dict.fromkeys(record["model"] for record in records):
+        mine = [record for record in records if record["model"] == model]
+        there = {record["method"] for record in mine}
+        away = [name for name in entries("method") if name not in there]
+        said = f"Not for this model: {', '.join(f'`{name}`' for name in away)}." if away else ""
+        parts += [f"## {model}", table(mine), said]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Errors of one model, and the clean error after the continual stream."""
+    streams = list(dict.fromkeys(record["name"] for record in records))
+    error = {(r["method"], r["name"]): r["error"] for r in records}
+    clean = {r["method"]: r["clean_error"] for r in records if r["name"] == "continual"}
+    methods = ["source", *sorted({r["method"] for r in records} - {"source"})]
+    best = {s: min(error.get((m, s), float("inf")) for m in methods) for s in streams}
+
+    def cell(method: str, stream: str) -> str:
+        value = error.get((method, stream))
+        if value is None:
+            return ""
+        text = f"{value:.1f}"
+        text = f"**{text}**" if value <= best[stream] else text
+        change = value - error.get(("source", stream), value)
+        kind = "gain" if change < -1 else "harm" if change > 1 else ""
+        return f'<span class="{kind}">{text}</span>' if kind else text
+
+    lines = [
+        line(["method", *streams, "clean afterwards"]),
+        line(["---", *["--:"] * (len(streams) + 1)]),
+        *(
+            line([
+                f"[`{method}`](methods/{method}.md)",
+                *(cell(method, stream) for stream in streams),
+                f"{clean[method]:.1f}" if method in clean else "",
+            ])
+            for method in methods
+        ),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
