@@ -9,7 +9,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import testtime as tt
-from testtime.adaptation.lean import Lean, Shape, pack, unpack
+from testtime.adaptation import lean
+from testtime.adaptation.lean import Lean, Shape, in_pieces, masked, pack, unpack
 from testtime.adaptation.loan import is_compiled
 
 NETS = ["resnet18", "vgg11_bn", "squeezenet1_1", "densenet121", "googlenet", "shufflenet_v2_x0_5"]
@@ -118,6 +119,86 @@ def test_bits_come_back(shape):
     if len(shape) == 4:
         y = y.to(memory_format=torch.channels_last)
         assert torch.equal(unpack(pack(y), Shape.of(y)), y != 0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_pieces_cover_all_once(threads, monkeypatch):
+    monkeypatch.setattr(lean, "CHUNK", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for count in (1, 16, 31, 100):
+        pieces = []
+        in_pieces(lambda start, end: pieces.append((start, end)), count)  # noqa: B023
+        assert [i for start, end in sorted(pieces) for i in range(start, end)] == list(range(count))
+        y = torch.randn(count).relu()
+        grad = torch.randn(count)
+        assert torch.equal(masked(grad, pack(y), Shape.of(y)), torch.where(y > 0, grad, 0.0))
+
+
+def test_a_thread_that_fails_is_heard(monkeypatch):
+    monkeypatch.setattr(lean, "CHUNK", 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(ZeroDivisionError):
+        in_pieces(lambda start, end: 1 // (8 - start), 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_that_are_no_numbers_are_masked_too(dtype):
+    y = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0], dtype=dtype)
+    grad = torch.tensor([torch.nan, torch.nan, torch.inf, -torch.inf, -2.0, -3.0], dtype=dtype)
+    expected = torch.ops.aten.threshold_backward(grad, y, 0)
+    found = masked(grad, pack(y), Shape.of(y))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def written_to(use) -> list[bool]:
+    """Whether the gradients that ReLUs are handed are masked where they lie."""
+    told = []
+
+    def watched(grad, bits, shape, *, into):
+        told.append(into)
+        return masked(grad, bits, shape, into=into)
+
+    x = torch.randn(6, requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lean, "masked", watched)
+        with Lean(least=1):
+            z = use(x * 1.0)
+        z.backward(torch.ones_like(z))
+    return told
+
+
+def test_only_a_gradient_that_nobody_else_holds_is_written_to():
+    held = []
+
+    def hooked(x):
+        y = torch.relu(x)
+        y.register_hook(held.append)  # keeps the gradient
+        return y * 3
+
+    def retained(x):
+        y = torch.relu(x)
+        y.retain_grad()
+        held.append(y)
+        return y * 3
+
+    assert written_to(lambda x: torch.relu(x) * 3) == [True]
+    assert written_to(torch.relu) == [False]  # the caller's own
+    assert written_to(lambda x: torch.relu(x).sum()) == [False]  # one number, expanded
+    assert written_to(hooked) == [False]
+    assert held[0].tolist() == [3.0] * 6
+    written_to(retained)
+    assert held[1].grad.tolist() == [3.0] * 6
+    assert not all(written_to(lambda x: (torch.relu(x) + torch.relu(-x)) * 3))
+
+
+def test_sums_of_branches_get_their_gradients():
+    class Branches(nn.Module):
+        def forward(self, x):
+            y = torch.relu(x * 2)
+            z = torch.relu(y + x)
+            return torch.relu(z + torch.relu(z - y) + y)
+
+    assert_same(Branches(), torch.randn(4, 3, 5, 5, requires_grad=True))
 
 
 def peak(step, x) -> int:

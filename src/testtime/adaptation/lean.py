@@ -5,10 +5,18 @@ shape; the result of every ReLU, of which it needs a bit for each value; and the
 maximum pooling, of which it needs the shape. Of a convolution, its normalisation and its ReLU, the
 normalisation's input remains here, and a bit for each value.
 
-Answers and finite gradients are torch's to the last bit: the same kernels compute them.
+A gradient that nobody else holds is masked where it lies: to make another tensor of its size costs
+more than the mask. Bits are packed and read in pieces that stay in the cache, by as many threads as
+torch has.
+
+Answers and gradients are torch's to the last bit: the same kernels compute them.
 """
 
+import os
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,7 +71,10 @@ class _BitReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return masked(grads[0], ctx.bits, ctx.shape), None
+        grad = grads[0]
+        # a product of this backward alone may be written to, unless it is differentiated again
+        into = holders(grad) == _held_by_nobody() and not torch.is_grad_enabled()
+        return masked(grad, ctx.bits, ctx.shape, into=into), None
 
 
 class _ShapedMaxPool(torch.autograd.Function):
@@ -95,12 +106,13 @@ def pack(y: Tensor) -> Tensor:
     if flat.device.type != "cpu":
         eights = F.pad(flat.bool().to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
         return (eights << _places(flat.device)).sum(1, dtype=torch.uint8)
-    if flat.dtype not in NUMPY:
-        return torch.from_numpy(np.packbits(flat.bool().numpy()))
-    values, bits = flat.numpy(), np.empty((len(flat) + 7) // 8, np.uint8)
-    for start in range(0, len(values), CHUNK):
-        part = np.packbits(values[start : start + CHUNK] != 0)
-        bits[start // 8 : start // 8 + len(part)] = part
+    values = (flat if flat.dtype in (torch.float32, torch.float64) else flat.bool()).numpy()
+    bits = np.empty((len(flat) + 7) // 8, np.uint8)
+
+    def part(start: int, end: int) -> None:
+        bits[start // 8 : (end + 7) // 8] = np.packbits(values[start:end] != 0)
+
+    in_pieces(part, len(values))
     return torch.from_numpy(bits)
 
 
@@ -119,8 +131,14 @@ def unpack(bits: Tensor, shape: Shape) -> Tensor:
     return flat.as_strided(shape.sizes, shape.strides)
 
 
-def masked(grad: Tensor, bits: Tensor, shape: Shape) -> Tensor:
+def masked(grad: Tensor, bits: Tensor, shape: Shape, *, into: bool = False) -> Tensor:
     """The gradient where the bits are set, 0 elsewhere.
+
+    Args:
+        grad: of the shape that the bits were packed from.
+        bits: from `pack`.
+        shape: how the packed tensor lay in memory.
+        into: whether the gradient may be written to.
 
     Example:
         >>> masked(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([64], dtype=torch.uint8),
@@ -128,24 +146,100 @@ def masked(grad: Tensor, bits: Tensor, shape: Shape) -> Tensor:
         tensor([0., 2., 0.])
     """
     alike = grad.shape == shape.sizes and grad.stride() == shape.strides
-    if grad.device.type != "cpu" or grad.dtype not in NUMPY or not alike:
+    if grad.device.type != "cpu" or not alike:
         return torch.ops.aten.threshold_backward(grad, unpack(bits, shape).to(grad.dtype), 0)
-    out = torch.empty_strided(shape.sizes, shape.strides, dtype=grad.dtype)
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[grad.element_size()]
+    out = grad if into else shape.empty()
     count = grad.numel()
-    given, found = (t.as_strided((count,), (1,)).numpy() for t in (grad, out))
+    given, found = (t.as_strided((count,), (1,)).view(whole).numpy() for t in (grad, out))
     packed = bits.numpy()
-    for start in range(0, count, CHUNK):
-        end = min(start + CHUNK, count)
+
+    def part(start: int, end: int) -> None:
         passed = np.unpackbits(packed[start // 8 : (end + 7) // 8], count=end - start)
-        np.multiply(given[start:end], passed, out=found[start:end])
+        passed = passed.view(np.int8)
+        np.negative(passed, out=passed)  # 0, or all bits
+        np.bitwise_and(given[start:end], passed, out=found[start:end])
+
+    in_pieces(part, count)
     return out
+
+
+def in_pieces(part: Callable[[int, int], None], count: int) -> None:
+    """Calls part(start, end) for pieces of 0 to count, by as many threads as torch has.
+
+    Example:
+        >>> in_pieces(lambda start, end: print(start, end), 3)
+        0 3
+    """
+    pieces = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    threads = min(torch.get_num_threads(), len(pieces))
+
+    def some(first: int) -> None:
+        for start, end in pieces[first::threads]:
+            part(start, end)
+
+    others = [_pool().submit(some, first) for first in range(1, threads)]
+    try:
+        some(0)
+    finally:
+        for other in others:
+            other.result()
+
+
+_pools: list[ThreadPoolExecutor] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
+
+
+def _pool() -> ThreadPoolExecutor:
+    if not _pools:
+        _pools.append(ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="testtime-lean"))
+    return _pools[0]
+
+
+def holders(grad: Tensor) -> tuple[int, ...]:
+    """How many names, handles and tensors hold a gradient or its memory; empty if torch hides it."""
+    if not hasattr(grad, "_use_count") or not hasattr(torch._C, "_storage_Use_Count"):
+        return ()
+    storage = grad.untyped_storage()
+    inside: Any = torch._C
+    return sys.getrefcount(grad), grad._use_count(), inside._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+
+
+class _Asked(torch.autograd.Function):
+    """Notes who holds the gradients that it is handed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, into: list[tuple[int, ...]]) -> Tensor:
+        ctx.into = into
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0]
+        ctx.into.append(holders(grad))
+        return grad * 2, None
+
+
+@cache
+def _held_by_nobody() -> tuple[int, ...] | None:
+    """What `holders` says of a gradient that a backward alone holds; None if it cannot be told."""
+    alone: list[tuple[int, ...]] = []
+    shared: list[tuple[int, ...]] = []
+    with torch.enable_grad():
+        x = torch.ones(2, requires_grad=True)
+        torch.autograd.grad((_Asked.apply(x, alone) * 3).sum(), x)
+        both = _Asked.apply(x, shared) + _Asked.apply(x, shared)
+        torch.autograd.grad((both * 3).sum(), x)
+        torch.autograd.grad(_Asked.apply(x, shared).sum(), x)  # one number, expanded
+    told = alone[0] and alone[0] not in (shared[0], shared[2])
+    return alone[0] if told else None
 
 
 def _places(device: torch.device) -> Tensor:
     return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
 
 
-NUMPY = (torch.float32, torch.float64)
 CHUNK = 1 << 16
 """Values that are packed or unpacked at once: what is made in between stays in the cache."""
 LEAST = 1 << 17
@@ -171,6 +265,7 @@ class Lean(TorchFunctionMode):
     def __init__(self, least: int = LEAST) -> None:
         super().__init__()
         self.least = least
+        _held_by_nobody()  # found out before the mode is on
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
