@@ -14,14 +14,22 @@ from testtime._core.seeds import generator
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.loan import Averages, Loan
+from testtime.adaptation.look import answers_alone
 from testtime.adaptation.outputs import with_logits
 from testtime.adaptation.parts.optimizer import SharpnessAware
 from testtime.adaptation.parts.prediction import from_teacher, student
-from testtime.adaptation.parts.statistics import RunningStatistics
+from testtime.adaptation.parts.statistics import RunningStatistics, SourceStatistics
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe, reads
 from testtime.adaptation.state import State
 from testtime.measures.entropy import entropy
+
+
+WORTH = 1 << 17
+"""Values of a batch from which a second forward of few samples pays."""
+FEW = 0.5
+"""Share of teaching samples below which their second forward and backward cost less than the
+backward of all."""
 
 
 class Step(NamedTuple):
@@ -68,6 +76,12 @@ class Engine:
         self.names: list[str] = list(dict.fromkeys(own))
         scales_and_shifts = {name for layer in norms for name in layer.tensors}
         self.lean = scales_and_shifts.issuperset(self.names)
+        self.norms_mix = any(
+            layer.kind == "batch"
+            and not (layer.has_statistics and isinstance(recipe.statistics, SourceStatistics))
+            for layer in norms
+        )
+        self._apart: bool | None = None
         self.feature_layer = feature_layer
         first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(()))
         self.device = first.device
@@ -200,7 +214,8 @@ class Engine:
 
     def _one_step(self, x: Tensor, state: State) -> Step:
         evidence = Evidence(self, state, self.leaves(state), x)
-        with torch.enable_grad():
+        few = state.teaching is not None and state.teaching < FEW and self.may_part(x)
+        with torch.set_grad_enabled(not few):
             _ = evidence.logits
         output, logits = self.answer(evidence)
         state, outcome, measured = self.learn(evidence)
@@ -208,6 +223,20 @@ class Engine:
         uncertainty = evidence.entropies if answered else entropy(logits)
         measured["entropy"] = uncertainty.detach().mean()
         return Step(output, logits.detach(), state, outcome, measured)
+
+    def may_part(self, x: Tensor) -> bool:
+        """Whether samples that may not teach can be left out of the backward, and it is worth it.
+
+        That is so where no layer mixes samples, by structure and as a look at two samples shows, and
+        where the loss is a mean over those that teach.
+        """
+        parts = self.recipe.parts_by_sample
+        fits = parts and not self.norms_mix and self.ranks.alone and self.loan.own_functions
+        if not fits or x.numel() < WORTH:
+            return False
+        if self._apart is None:
+            self._apart = answers_alone(self.loan, x, self.recipe.statistics)
+        return self._apart
 
     def leaves(self, state: State) -> dict[str, Tensor]:
         """The adapted tensors as leaves of a new graph."""
@@ -220,20 +249,30 @@ class Engine:
         assert optimizer is not None
         with torch.enable_grad():
             weights, selection = self._select(evidence, state.selection)
-            loss, used = self._loss(evidence, weights)
-        measured: dict[str, Any] = {"used": used, "loss": None if loss is None else loss.detach()}
         kept = replace(state, selection=selection)
+        taught = some = evidence, weights
+        if weights is not None and self.may_part(evidence.inputs):
+            of_samples = weights.view(len(evidence.inputs), -1)  # dense logits have many of each
+            chosen = (of_samples != 0).any(1)
+            share = float(chosen.sum()) / len(chosen)
+            kept = replace(kept, teaching=_followed(state.teaching, share))
+            if share:
+                some = evidence.only(chosen), of_samples[chosen].flatten()
+            if not evidence.logits.requires_grad:
+                taught = some
+        with torch.enable_grad():
+            loss, used = self._loss(*taught)
+        measured: dict[str, Any] = {"used": used, "loss": None if loss is None else loss.detach()}
         if loss is None:
             return kept, Outcome.NOTHING_RELIABLE, measured
-        grads = self._gradient(loss, evidence)
+        grads = self._gradient(loss, taught[0])
         if isinstance(optimizer, SharpnessAware) and finite(loss, grads):
             with torch.no_grad():
                 worst = optimizer.worst(list(evidence.learning.values()), grads)
             there = dict(zip(evidence.learning, worst, strict=True))
             beside = {name: there.pop(name) for name in state.beside}
-            evidence = Evidence(
-                self, replace(state, beside=beside), _leaves(there), evidence.inputs
-            )
+            few, weights = some
+            evidence = Evidence(self, replace(state, beside=beside), _leaves(there), few.inputs)
             with torch.enable_grad():
                 again, _ = self._select(evidence, state.selection)
                 both = again if weights is None else (weights * (again != 0))
@@ -342,6 +381,10 @@ class Engine:
             return grads
         share = 1.0 / torch.distributed.get_world_size(self.ranks.group)
         return [self.ranks.sum(grad) * share for grad in grads]
+
+
+def _followed(average: float | None, share: float) -> float:
+    return share if average is None else 0.75 * average + 0.25 * share
 
 
 def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

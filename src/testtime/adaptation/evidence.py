@@ -168,6 +168,14 @@ class Evidence:
         """Number of classes."""
         return self.logits.shape[-1]
 
+    def only(self, chosen: Tensor) -> "Evidence":
+        """What the chosen samples alone show (mask, one a sample), run anew and with a graph."""
+        few = Evidence(
+            self.engine, self.state, self.tensors, self.inputs[chosen], learn=False, tapped=False
+        )
+        few.beside = self.beside
+        return few
+
     def _tap(self, into: list[Tensor]) -> Any:
         if not self._tapped:
             return None

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import unknown
 from testtime.adaptation.layers import norm_kind
 from testtime.adaptation.loan import Loan
-from testtime.adaptation.parts.statistics import SourceStatistics
+from testtime.adaptation.outputs import read_logits
+from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
 from testtime.adaptation.ranks import Ranks
 
 
@@ -55,6 +57,29 @@ def look(model: nn.Module, loan: Loan, x: Tensor, *, features: str | None = None
         for hook in hooks:
             hook.remove()
     return Look(output, list(dict.fromkeys(order)), chosen or (last[-1] if last else None))
+
+
+def answers_alone(loan: Loan, x: Tensor, statistics: Statistics) -> bool:
+    """Whether the answer for a sample does not hang on the others of its batch, as a look shows.
+
+    Of two samples, the one's logits must have no gradient at all with respect to the other's input,
+    and be what they are when it comes alone, but for rounding.
+
+    Args:
+        loan: of the model.
+        x: a batch.
+        statistics: what layers with stored statistics normalise with.
+    """
+    pair = torch.cat([x[:1], x[-1:]]).detach().requires_grad_()
+    with torch.enable_grad():
+        together = read_logits(loan.run(pair, {}, statistics, ranks=Ranks())[0])[0]
+        if not together.requires_grad:
+            return False
+        (slope,) = torch.autograd.grad(together.sum(), pair)
+    with torch.no_grad():
+        alone = read_logits(loan.run(x[:1], {}, statistics, ranks=Ranks())[0])[0]
+    apart = (alone - together).abs().max() <= 0.01 * alone.abs().max()
+    return bool(apart) and not slope[1].any()
 
 
 def named_layer(model: nn.Module, name: str | None) -> nn.Module | None:

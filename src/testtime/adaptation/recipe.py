@@ -23,6 +23,8 @@ EVIDENCE = (
 )  # fmt: skip
 """What a part may ask to see, by naming it in its signature."""
 CALLED = ("objective", "penalty", "prediction")
+OF_A_SAMPLE = frozenset({"logits", "entropies", "classes"})
+OF_TENSORS = frozenset({"tensors", "source_tensors", "known"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +164,21 @@ class Recipe:
         return any(name in reads(part) for _, part in self._callables())
 
     @property
+    def parts_by_sample(self) -> bool:
+        """Whether the loss is a mean over samples that a selection chose, each by itself."""
+        if self.objective is None or not self.selections or self.batch_objectives:
+            return False
+        again = self.selections if isinstance(self.optimizer, SharpnessAware) else ()
+        read = {name for part in (self.objective, *again) for name in reads(part)} - {"ranks"}
+        penalty = set(reads(self.penalty)) if self.penalty is not None else set()
+        return read <= OF_A_SAMPLE and penalty <= OF_TENSORS
+
+    @property
     def passes(self) -> tuple[float, float] | None:
         """The most forward and backward passes that a step costs, for each sample.
+
+        Where samples that may not teach are left out of the backward, those that may take a further
+        forward: fewer passes in all.
 
         A procedure tells it as `passes`; None when it does not.
         """

@@ -29,6 +29,7 @@ class State:
         selection: state of each selection.
         memory: state of the memory.
         loss_average: moving average of the loss, with a recovery.
+        teaching: moving average of the share of samples that teach, where the engine chooses by it.
         generator: state of the random generator.
         steps: batches since the source.
         samples: samples since the source.
@@ -44,6 +45,7 @@ class State:
     selection: list[Any] = field(default_factory=list)
     memory: dict[str, Any] | None = None
     loss_average: float | None = None
+    teaching: float | None = None
     generator: Tensor | None = None
     steps: int = 0
     samples: int = 0
