@@ -1,6 +1,7 @@
 """What is kept for the backward is less, and answers and gradients are torch's to the last bit."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import testtime as tt
+from models import batches, tiny, tiny_vit
+from testtime._core.errors import OptionError
 from testtime.adaptation import lean
 from testtime.adaptation.lean import Lean, Shape, in_pieces, masked, pack, unpack
 from testtime.adaptation.loan import is_compiled
+from testtime.adaptation.methods.tent import tent
+from testtime.adaptation.parts.optimizer import SGD
 
 NETS = ["resnet18", "vgg11_bn", "squeezenet1_1", "densenet121", "googlenet", "shufflenet_v2_x0_5"]
 
@@ -213,10 +218,11 @@ def peak(step, x) -> int:
     return top
 
 
-def test_a_step_holds_about_half():
+@pytest.mark.parametrize(("activations", "share"), [(None, 0.55), (torch.bfloat16, 0.3)])
+def test_a_step_holds_a_share_of_the_textbooks(activations, share):
     model = torchvision.models.resnet18().eval()
     x = torch.rand(12, 3, 128, 128)
-    adapter = tt.adapt(model, "tent")
+    adapter = tt.adapt(model, replace(tent(), activations=activations))
     adapter(x)
     book = torchvision.models.resnet18()
     learnt = norms_learn(book)
@@ -229,7 +235,31 @@ def test_a_step_holds_about_half():
             model(x)
 
     held, theirs, plain = peak(adapter, x), peak(textbook, x), peak(inference, x)
-    assert held - plain < 0.6 * (theirs - plain)
+    assert held - plain < share * (theirs - plain)
+
+
+@pytest.mark.parametrize("kind", ["batch", "group", "layer", "vit"])
+def test_short_activations_change_gradients_by_a_percent_at_most(kind, monkeypatch):
+    monkeypatch.setattr(lean.kept_as.__wrapped__, "__kwdefaults__", {"least": 1})
+    moved = {}
+    for dtype in (None, torch.bfloat16):
+        model = tiny_vit() if kind == "vit" else tiny(kind)
+        adapter = tt.adapt(model, replace(tent(), optimizer=SGD(lr=1.0), activations=dtype))
+        x = batches(1)[0]
+        source = {name: t.clone() for name, t in adapter.snapshot().tensors.items()}
+        answer = adapter(x)
+        assert torch.equal(answer, tt.adapt(model, "tent")(x))  # a forward is what it was
+        step = [t - source[name] for name, t in adapter.snapshot().tensors.items()]
+        moved[dtype] = torch.cat([s.flatten() for s in step])
+    exact, short = moved.values()
+    assert not torch.equal(exact, short)
+    assert (exact - short).norm() < 0.01 * exact.norm()
+
+
+def test_a_type_that_is_no_floating_point_is_refused():
+    for wrong in ("bfloat16", torch.int8):
+        with pytest.raises(OptionError, match="activations is"):
+            replace(tent(), activations=wrong)
 
 
 def test_a_compiled_model_keeps_its_own_graph():

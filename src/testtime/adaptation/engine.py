@@ -24,7 +24,6 @@ from testtime.adaptation.recipe import Recipe, describe, reads
 from testtime.adaptation.state import State
 from testtime.measures.entropy import entropy
 
-
 WORTH = 1 << 17
 """Values of a batch from which a second forward of few samples pays."""
 FEW = 0.5
@@ -144,7 +143,7 @@ class Engine:
         return self.loan.run(
             x, tensors, self.recipe.statistics,
             averages=averages, learn=learn, ranks=self.ranks, tap=tap,
-            lean=self.lean and torch.is_grad_enabled(),
+            lean=self.lean and torch.is_grad_enabled(), activations=self.recipe.activations,
         )  # fmt: skip
 
     def answer(self, evidence: Evidence) -> tuple[Any, Tensor]:

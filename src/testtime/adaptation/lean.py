@@ -14,8 +14,9 @@ Answers and gradients are torch's to the last bit: the same kernels compute them
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -244,6 +245,40 @@ CHUNK = 1 << 16
 """Values that are packed or unpacked at once: what is made in between stays in the cache."""
 LEAST = 1 << 17
 """Values of a tensor below which keeping less costs more time than the memory is worth."""
+
+
+@contextmanager
+def kept_as(
+    dtype: torch.dtype, own: Iterable[Tensor] = (), *, least: int = LEAST
+) -> Iterator[None]:
+    """While it lasts, what is kept for a backward is kept in a shorter type.
+
+    Args:
+        dtype: the type.
+        own: tensors that are kept as they are, since they exist anyway: the model's.
+        least: values of a tensor for which it is done.
+
+    Example:
+        >>> x = torch.full((1,), 1.001, requires_grad=True)
+        >>> with kept_as(torch.bfloat16, least=1):
+        ...     y = (x * 2).square()
+        >>> torch.autograd.grad(y, x)  # of 2.002 two decimals were kept
+        (tensor([8.]),)
+    """
+    known = {tensor.data_ptr() for tensor in own}
+    width = torch.empty((), dtype=dtype).element_size()
+
+    def shorten(x: Tensor) -> Tensor | tuple[Tensor, torch.dtype]:
+        short = not x.is_floating_point() or x.element_size() <= width
+        if short or x.numel() < least or x.data_ptr() in known:
+            return x
+        return x.detach().to(dtype), x.dtype
+
+    def lengthen(kept: Tensor | tuple[Tensor, torch.dtype]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept[0].to(kept[1])
+
+    with torch.autograd.graph.saved_tensors_hooks(shorten, lengthen):
+        yield
 
 
 class Lean(TorchFunctionMode):

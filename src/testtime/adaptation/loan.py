@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer
-from testtime.adaptation.lean import Lean
+from testtime.adaptation.lean import Lean, kept_as
 from testtime.adaptation.moments import moments, normalise, wide
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
@@ -104,6 +104,7 @@ class Loan:
         ranks: Ranks,
         tap: Callable[[], Any] | None = None,
         lean: bool = False,
+        activations: torch.dtype | None = None,
     ) -> tuple[Any, Averages | None]:
         """Runs the model on `x` and returns its output and the updated moving averages.
 
@@ -117,12 +118,16 @@ class Loan:
             tap: context in which the model is run, e.g. one that records features.
             lean: whether to keep for a backward only what one needs that reaches no convolution's
                 weight. It needs the model's own functions, so it has no effect on a compiled one.
+            activations: type in which what a backward needs is kept; None: as it was computed. It
+                has no effect on a compiled model either.
         """
         fresh = {**averages, "seen": averages["seen"] + 1} if averages and learn else averages
         with self.lock, self._lent(tensors, statistics, averages, fresh, learn, ranks, x):
             worth_it = lean and self.own_functions and x.numel() >= MANY
             keeping = Lean() if worth_it else nullcontext()
-            with keeping, tap() if tap is not None else nullcontext():
+            shorter = activations is not None and self.own_functions and torch.is_grad_enabled()
+            short = kept_as(activations, self.parameters) if shorter else nullcontext()  # type: ignore[arg-type]
+            with keeping, short, tap() if tap is not None else nullcontext():
                 return self.model(x), fresh
 
     @contextmanager
