@@ -1,55 +1,51 @@
 """What adapting costs: seconds and peak memory of every method, as ratios in one run.
 
-    python benchmarks/cost.py --out benchmarks/cost.json
-    python benchmarks/cost.py --models resnet50_gn --methods tent,sar --rounds 10
+    python benchmarks/cost.py --models resnet50 --batch 16 --methods tent,sar --out cost.json
+    python benchmarks/cost.py --measure memory --out cost.json     # needs no quiet machine
+    python benchmarks/cost.py --page docs/performance.md --out cost.json
+    python benchmarks/cost.py --compare old.json new.json
 
 For each model, in rounds: plain inference, a forward with the minimal backward (the floor of Tent),
-the textbook forms and every method answer the same batches, one after another in a new order each
-round, so that a slow moment of the machine meets all alike. Ratios are formed within a round; the
-table shows their median and, in brackets, the smallest and largest. Memory is the largest sum of
-tensors that a step holds beyond what lay there before it, read off the allocator, exact and the same
-each time. Methods of many passes are measured in one round.
+the textbook form of each method and the method answer the same batches, one after another in a new
+order each round, so that a slow moment of the machine meets all alike. Ratios are formed within a
+round; the table shows their median and, in brackets, the smallest and largest. Memory is the largest
+sum of tensors that a step holds beyond what lay there before it, read off the allocator, exact and
+the same each time. Methods of many passes are measured in one round.
 
-MEMO adapts to one image at a time, so its times are those of one image, set against a batch of one.
+Methods that choose who teaches are set so that a third of the samples do, and stay there: their
+rate is zero, so that the network of random weights does not run away. CoTTA and the like make 8
+views in place of 32. MEMO adapts to one image at a time, so its times are those of one image, set
+against a batch of one. Rows are joined to those that `--out` holds already.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import testtime as tt
+from compare import compare, join, page, show
 from testtime.adaptation.parts.views import cotta_view
 from testtime.bench.models import load_model
+from testtime.measures.entropy import entropy
 from testtime.streams.data import load_data
-from textbook import TEXTBOOK, cotta, minimal, plain
+from textbook import TEXTBOOK, cotta, minimal, plain, rotta
 
 Step = Callable[[Tensor], Any]
 SLOW = (
-    "cotta",
-    "memo",
-    "psmt",
-    "petal",
-    "vcotta",
-    "tesla",
-    "stamp",
-    "dent",
-    "simatta",
-    "roid",
-    "rmt",
-)
+    "cotta", "memo", "psmt", "petal", "vcotta", "tesla", "stamp", "dent", "simatta", "roid", "rmt",
+)  # fmt: skip
 METHODS = (
     "source", "bn-adapt", "tent", "eta", "eata", "sar", "deyo", "ostta", "lame", "cotta", "rotta",
     "memo", "rdumb", "roid", "rmt", "psmt", "petal", "vcotta", "cafa", "adanpc", "lerm", "stamp",
@@ -57,10 +53,12 @@ METHODS = (
 )  # fmt: skip
 """All that work on any classifier of images, with no more than a loader of source data."""
 BATCH = {"embedded": 200, "resnet50": 16, "resnet50_gn": 16, "vit_s": 16}
+TIMM = {"resnet50": "resnet50", "resnet50_gn": "resnet50_gn", "vit_s": "vit_small_patch16_224"}
+VIEWS = 8
 
 
 class Confident(nn.Module):
-    """A network of random weights, its logits so scaled that about a third of samples may teach."""
+    """A network of random weights, its logits so scaled that predictions are neither sure nor not."""
 
     def __init__(self, model: nn.Module, scale: float) -> None:
         super().__init__()
@@ -70,39 +68,67 @@ class Confident(nn.Module):
         return self.model(x) * self.scale
 
 
-def make(name: str) -> tuple[nn.Module, Tensor]:
+def make(name: str, size: int) -> tuple[nn.Module, Tensor]:
     """A model in eval mode and two batches for it."""
     torch.manual_seed(0)
-    size = BATCH[name]
     if name == "embedded":
         data = load_data("fashion-mnist:sample")
         x = torch.stack([data[i][0] for i in range(2 * size)])
         return load_model("embedded:batch"), (x + 0.2 * torch.randn(x.shape)).clamp(0, 1)
     import timm  # noqa: PLC0415
 
-    known = {"resnet50": "resnet50", "resnet50_gn": "resnet50_gn", "vit_s": "vit_small_patch16_224"}
-    model = timm.create_model(known[name], pretrained=False).eval()
-    x = torch.rand(2 * size, 3, 224, 224)
+    model = timm.create_model(TIMM[name], pretrained=False).eval()
+    x = torch.rand(2 * size, 3, 224, 224) * torch.linspace(0.3, 1, 2 * size).view(-1, 1, 1, 1)
+    x = x[torch.randperm(2 * size)]
     with torch.no_grad():
-        spread = model(x[:size]).std(1).mean()
+        spread = model(x[:8]).std(1).mean()
     return Confident(model, float(4 / spread)).eval(), x
 
 
-def contestants(model: nn.Module, x: Tensor, methods: list[str]) -> dict[str, Step]:
+def third(model: nn.Module, x: Tensor) -> float:
+    """The entropy, in units of ln C, that a third of the batch lies below under its statistics."""
+    with torch.no_grad():
+        logits = tt.adapt(model, "bn-adapt")(x)
+    return float(entropy(logits).quantile(1 / 3)) / math.log(logits.shape[1])
+
+
+def options_of(name: str, margin: float) -> dict[str, Any]:
+    """Options under which a third teaches."""
+    if name in ("eta", "eata"):
+        return {"margin": margin, "redundancy": 1.0}
+    if name == "sar":
+        return {"margin": margin}
+    return {"entropy_margin": margin, "drop_margin": -1.0} if name == "deyo" else {}
+
+
+def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> dict[str, Step]:
     """What is measured, by name."""
     steps: dict[str, Step] = {"inference": plain(model), "minimal step": minimal(model)}
-    steps |= {f"textbook {name}": maker(model) for name, maker in TEXTBOOK.items()}
-    if "cotta" in methods:
-        random = torch.Generator().manual_seed(0)
-        steps["textbook cotta"] = cotta(model, lambda x: cotta_view(x, random), views=32)
+    margin = third(model, x[size:])
+    random = torch.Generator().manual_seed(0)
     for name in methods:
+        chosen = options_of(name, margin)
+        if name in TEXTBOOK:
+            steps[f"textbook {name}"] = TEXTBOOK[name](model, **chosen)
+        elif name == "cotta":
+            steps["textbook cotta"] = cotta(model, lambda x: cotta_view(x, random), views=VIEWS)
+            # a source model that is sure of the batch: no views, as published
+            sure = tt.adapt(model, "cotta", views=VIEWS, threshold=0.0)
+            steps["cotta, source sure"] = sure
+        elif name == "rotta" and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+            steps["textbook rotta"] = rotta(model, lambda x: cotta_view(x, random))
+        elif name == "rotta":
+            continue
+        needs = tt.methods()[name].needs
         source = None
-        if tt.methods()[name].needs:
-            labels = model(x).argmax(1).split(len(x) // 2)
+        if needs:
+            labels = model(x).argmax(1).split(size)
             source = tt.fit_source(
-                model, list(zip(x.split(len(x) // 2), labels, strict=True)), methods=[name]
+                model, list(zip(x.split(size), labels, strict=True)), methods=[name]
             )
-        steps[name] = tt.adapt(model, name, source=source)
+        more = {"views": VIEWS} if name in ("cotta", "psmt", "petal") else {}
+        rate = {"lr": 0.0} if chosen else {}
+        steps[name] = tt.adapt(model, name, source=source, **chosen, **more, **rate)
     return steps
 
 
@@ -127,54 +153,76 @@ def peak_megabytes(step: Step, x: Tensor) -> float:
     return top / 2**20
 
 
-def measure(name: str, methods: list[str], rounds: int) -> list[dict[str, Any]]:
+def measure(
+    name: str, size: int, methods: list[str], rounds: int, wanted: list[str]
+) -> list[dict[str, Any]]:
     """Rows of one model: a contestant, its ratios, its passes."""
-    model, x = make(name)
-    first, second = x.split(BATCH[name])
-    steps = contestants(model, x, methods)
+    model, x = make(name, size)
+    steps = contestants(model, x, size, methods)
+    first, second = x.split(size)
+    for key, step in steps.items():
+        told(f"{name}, {size}: {key}, first steps")
+        for _ in range(2 if "seconds" in wanted or key not in SLOW else 1):
+            step(first[:1] if key == "memo" else second)
+    memory: dict[str, float] = {}
+    if "memory" in wanted:
+        for key, step in steps.items():
+            told(f"{name}, {size}: {key}, memory")
+            memory[key] = peak_megabytes(step, first[:1] if key == "memo" else second)
     times: dict[str, list[float]] = {key: [] for key in steps}
     single: list[float] = []
-    order = list(steps)
     generator = torch.Generator().manual_seed(0)
-    memory = {}
-    for key, step in track(steps.items(), f"{name}: memory", console=Console(stderr=True)):
-        batch = first[:1] if key == "memo" else first
-        step(batch)  # the first call also looks at the model
-        memory[key] = peak_megabytes(step, batch)
-    for number in track(range(rounds), f"{name}: seconds", console=Console(stderr=True)):
+    for number in range(rounds if "seconds" in wanted else 0):
+        told(f"{name}, {size}: round {number + 1} of {rounds}")
         single.append(seconds(steps["inference"], second[:1]))
+        order = list(steps)
         for place in torch.randperm(len(order), generator=generator).tolist():
             key = order[place]
-            if key.removeprefix("textbook ") in SLOW and number:
+            if any(slow in key for slow in SLOW) and number:
                 continue
             times[key].append(seconds(steps[key], second[:1] if key == "memo" else second))
-    return [row(name, key, steps[key], times, single, memory) for key in steps]
+    return [row(name, size, key, steps[key], times, single, memory) for key in steps]
+
+
+def told(text: str) -> None:
+    """Says on the terminal how far it is."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def row(
-    model: str, key: str, step: Step, times: dict[str, list[float]], single: list[float],
-    memory: dict[str, float],
+    model: str, size: int, key: str, step: Step, times: dict[str, list[float]],
+    single: list[float], memory: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
-    """One line of the table."""
+    """One line of the table; without what was not measured."""
 
     def against(base: list[float]) -> list[float]:
         ratios = sorted(a / b for a, b in zip(times[key], base, strict=False))
         return [statistics.median(ratios), ratios[0], ratios[-1]]
 
     counts = getattr(step, "counts", None)
-    inference = single if key == "memo" else times["inference"]
-    return {
-        "model": model,
-        "batch": 1 if key == "memo" else BATCH[model],
-        "name": key,
-        "milliseconds": 1000 * statistics.median(times[key]),
-        "to_inference": against(inference),
-        "to_minimal": None if key == "memo" else against(times["minimal step"]),
-        "megabytes": memory[key],
-        "memory_to_minimal": memory[key] / memory["minimal step"],
-        "forwards": counts and counts.forwards / counts.samples,
-        "backwards": counts and counts.backwards / counts.samples,
-    }
+    made: dict[str, Any] = {"model": model, "batch": size, "name": key}
+    if key == "memo":
+        made["batch"] = 1
+    if times[key]:
+        made["milliseconds"] = 1000 * statistics.median(times[key])
+        made["to_inference"] = against(single if key == "memo" else times["inference"])
+        if key != "memo":
+            made["to_minimal"] = against(times["minimal step"])
+        if f"textbook {key}" in times:
+            made["to_textbook"] = against(times[f"textbook {key}"])
+        if key == "cotta, source sure":
+            made["to_textbook"] = against(times["textbook cotta"])
+    if memory:
+        made["megabytes"] = memory[key]
+        book = memory.get(f"textbook {key}", memory["minimal step"])
+        if key != "inference":  # of what the textbook holds beyond inference
+            made["memory_to_textbook"] = (memory[key] - memory["inference"]) / (
+                book - memory["inference"]
+            )
+    if counts and counts.samples:
+        made["forwards"] = counts.forwards / counts.samples
+        made["backwards"] = counts.backwards / counts.samples
+    return made
 
 
 def overhead(rounds: int = 300) -> dict[str, float]:
@@ -183,7 +231,7 @@ def overhead(rounds: int = 300) -> dict[str, float]:
     For `source` beyond inference, for `tent` beyond the textbook's step: the smallest of many, since
     whatever else the machine does only adds to it.
     """
-    model, x = make("embedded")
+    model, x = make("embedded", 2)
     x = x[:2]
     pairs = {
         "source": (tt.adapt(model, "source"), plain(model)),
@@ -199,30 +247,6 @@ def overhead(rounds: int = 300) -> dict[str, float]:
     return found
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """A table for each model."""
-
-    def spread(values: list[float] | None) -> str:
-        return "" if values is None else f"{values[0]:.2f} ({values[1]:.2f}-{values[2]:.2f})"
-
-    for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        table = Table(title=f"{model}, batch {own[0]['batch']}", box=None, header_style="bold")
-        table.add_column("")
-        for column in ("ms", "to inference", "to minimal step", "MB", "MB ratio", "fwd / bwd"):
-            table.add_column(column, justify="right")
-        for r in own:
-            passes = "" if r["forwards"] is None else f"{r['forwards']:.1f} / {r['backwards']:.1f}"
-            table.add_row(
-                r["name"], f"{r['milliseconds']:.1f}", spread(r["to_inference"]),
-                spread(r["to_minimal"]), f"{r['megabytes']:.0f}",
-                f"{r['memory_to_minimal']:.2f}", passes,
-            )  # fmt: skip
-        console = Console()
-        console.width = max(console.width, 110)
-        console.print(table)
-
-
 def machine() -> dict[str, Any]:
     """Where the numbers come from."""
     cpu = platform.processor() or platform.machine()
@@ -236,25 +260,43 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", default="embedded,resnet50,vit_s")
+    parser.add_argument("--models", default="embedded,resnet50,resnet50_gn,vit_s")
     parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--batch", type=int, default=None, help="images; by the model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=None, help="JSON file of the rows")
+    parser.add_argument("--measure", default="seconds,memory")
+    parser.add_argument("--overhead", action="store_true", help="of a call, and nothing else")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file that the rows join")
+    parser.add_argument("--page", type=Path, default=None, help="write the tables of --out there")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), default=None)
+    parser.add_argument("--tolerance", type=float, default=0.1, help="share that may be worse")
     chosen = parser.parse_args()
-    rows = [
-        row
-        for name in chosen.models.split(",")
-        for row in measure(name, chosen.methods.split(","), chosen.rounds)
-    ]
-    show(rows)
-    beyond = overhead()
-    print("overhead of a call, ms:", {name: round(value, 3) for name, value in beyond.items()})
+    if chosen.compare:
+        old, new = (json.loads(path.read_text()) for path in chosen.compare)
+        worse = compare(old, new, tolerance=chosen.tolerance)
+        print("\n".join(worse) or "nothing is worse")
+        return 1 if worse else 0
+    if chosen.page:
+        page(chosen.page, json.loads(chosen.out.read_text()))
+        return 0
+    found: dict[str, Any] = {"machine": machine(), "rows": []}
+    if chosen.overhead:
+        found["overhead_ms"] = overhead()
+        print("overhead of a call, ms:", found["overhead_ms"])
+    else:
+        for name in chosen.models.split(","):
+            size = chosen.batch or BATCH[name]
+            found["rows"] += measure(
+                name, size, chosen.methods.split(","), chosen.rounds, chosen.measure.split(",")
+            )
+        show(found["rows"])
     if chosen.out:
-        found = {"machine": machine(), "overhead_ms": beyond, "rows": rows}
-        chosen.out.write_text(json.dumps(found, indent=1) + "\n")
+        held = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
+        chosen.out.write_text(json.dumps(join(held, found), indent=1) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

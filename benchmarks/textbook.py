@@ -73,25 +73,32 @@ def tent(model: nn.Module) -> Step:
     return step
 
 
-def eta(model: nn.Module) -> Step:
+def eta(
+    model: nn.Module, *, margin: float = 0.4, redundancy: float = 0.05, fisher: bool = False
+) -> Step:
+    """ETA; EATA with a Fisher penalty, whose information is 1 here: what it is costs nothing."""
     model, learnt = configured(model)
     optimizer = torch.optim.SGD(learnt, lr=2.5e-4, momentum=0.9)
+    known = [(torch.ones_like(p), p.detach().clone()) for p in learnt] if fisher else []
     mean: Tensor | None = None
 
     def step(x: Tensor) -> Tensor:
         nonlocal mean
         z = model(x)
-        margin = 0.4 * math.log(z.shape[1])
+        limit = margin * math.log(z.shape[1])
         h = entropy(z)
-        kept = torch.where(h < margin)[0]
+        kept = torch.where(h < limit)[0]
         p = z.detach().softmax(1)
         if mean is not None:
             similar = F.cosine_similarity(mean[None], p[kept], dim=1).abs()
-            kept = kept[similar < 0.05]
+            kept = kept[similar < redundancy]
         if len(kept):
             fresh = p[kept].mean(0)
             mean = fresh if mean is None else 0.9 * mean + 0.1 * fresh
-            ((margin - h[kept].detach()).exp() * h[kept]).mean().backward()
+            loss = ((limit - h[kept].detach()).exp() * h[kept]).mean()
+            for now, (weight, was) in zip(learnt, known, strict=False):
+                loss = loss + 2000 * (weight * (now - was) ** 2).sum()
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         return z.detach()
@@ -99,15 +106,19 @@ def eta(model: nn.Module) -> Step:
     return step
 
 
-def sar(model: nn.Module) -> Step:
+def eata(model: nn.Module, *, margin: float = 0.4, redundancy: float = 0.05) -> Step:
+    return eta(model, margin=margin, redundancy=redundancy, fisher=True)
+
+
+def sar(model: nn.Module, *, margin: float = 0.4) -> Step:
     model, learnt = configured(model)
     optimizer = torch.optim.SGD(learnt, lr=2.5e-4, momentum=0.9)
 
     def step(x: Tensor) -> Tensor:
         z = model(x)
-        margin = 0.4 * math.log(z.shape[1])
+        limit = margin * math.log(z.shape[1])
         h = entropy(z)
-        first = h < margin
+        first = h < limit
         if first.any():
             h[first].mean().backward()
             old = [p.detach().clone() for p in learnt]
@@ -119,7 +130,7 @@ def sar(model: nn.Module) -> Step:
                         p.add_(0.05 * p.grad / (norm + 1e-12))
             optimizer.zero_grad()
             again = entropy(model(x))
-            second = first & (again < margin)
+            second = first & (again < limit)
             if second.any():
                 again[second].mean().backward()
             with torch.no_grad():
@@ -133,7 +144,7 @@ def sar(model: nn.Module) -> Step:
     return step
 
 
-def deyo(model: nn.Module) -> Step:
+def deyo(model: nn.Module, *, entropy_margin: float = 0.5, drop_margin: float = 0.2) -> Step:
     model, learnt = configured(model)
     optimizer = torch.optim.SGD(learnt, lr=2.5e-4, momentum=0.9)
 
@@ -150,14 +161,14 @@ def deyo(model: nn.Module) -> Step:
         z = model(x)
         limit = math.log(z.shape[1])
         h = entropy(z)
-        kept = torch.where(h < 0.5 * limit)[0]
+        kept = torch.where(h < entropy_margin * limit)[0]
         if len(kept):
             with torch.no_grad():
                 after = model(shuffled(x[kept])).softmax(1)
             p = z.detach()[kept].softmax(1)
             c = p.argmax(1, keepdim=True)
             drop = (p.gather(1, c) - after.gather(1, c))[:, 0]
-            chosen = drop > 0.2
+            chosen = drop > drop_margin
             if chosen.any():
                 weight = (0.4 * limit - h[kept].detach()).exp() + drop.exp()
                 (weight * h[kept])[chosen].mean().backward()
@@ -202,10 +213,117 @@ def cotta(model: nn.Module, view: Step, views: int) -> Step:
     return step
 
 
-TEXTBOOK: dict[str, Callable[[nn.Module], Step]] = {
+class RobustNorm(nn.Module):
+    """RoTTA's normalisation with moving averages, as one writes it down."""
+
+    def __init__(self, layer: nn.Module, alpha: float = 0.05) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.alpha = layer.weight, layer.bias, layer.eps, alpha
+        self.register_buffer("mean", layer.running_mean.clone())
+        self.register_buffer("var", layer.running_var.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.mean, self.var
+        if self.training:
+            sides = [0, *range(2, x.dim())]
+            now_var, now_mean = torch.var_mean(x, dim=sides, unbiased=False)
+            mean = (1 - self.alpha) * mean + self.alpha * now_mean
+            var = (1 - self.alpha) * var + self.alpha * now_var
+            self.mean, self.var = mean.detach().clone(), var.detach().clone()
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        x = (x - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+
+def robust(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, BATCH_NORMS):
+            setattr(module, name, RobustNorm(child))
+        else:
+            robust(child)
+
+
+def rotta(model: nn.Module, view: Step) -> Step:  # noqa: PLR0915  (the paper, in one piece)
+    """RoTTA: a bank of 64 images, balanced over classes, and an update after every 64th.
+
+    Args:
+        model: images in [0, 1] to logits, with batch normalisation.
+        view: makes one changed copy of a batch.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    robust(model)
+    learnt: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, RobustNorm):
+            learnt += [module.weight.requires_grad_(), module.bias.requires_grad_()]
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    kept = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.Adam(learnt, lr=1e-3)
+    bank: dict[int, list[list]] = {}  # class -> [image, age, uncertainty]
+    seen = 0
+
+    def badness(item: list, classes: int) -> float:
+        return 1 / (1 + math.exp(-item[1] / 64)) + item[2] / math.log(classes)
+
+    def offer(image: Tensor, label: int, doubt: float, classes: int) -> None:
+        new, own = [image, 0, doubt], bank.setdefault(label, [])
+        among = [label]
+        if len(own) < 64 / classes:
+            if sum(map(len, bank.values())) < 64:
+                own.append(new)
+                return
+            most = max(map(len, bank.values()))
+            among = [c for c, items in bank.items() if len(items) == most]
+        held = [(badness(item, classes), c, item) for c in among for item in bank[c]]
+        worst = max(held, key=lambda entry: entry[0], default=None)
+        if worst is None or worst[0] > badness(new, classes):
+            if worst is not None:
+                bank[worst[1]] = [item for item in bank[worst[1]] if item is not worst[2]]
+            own = bank[label]
+            own.append(new)
+
+    def update() -> None:
+        items = [item for own in bank.values() for item in own]
+        images = torch.stack([item[0] for item in items])
+        ages = torch.tensor([item[1] / 64 for item in items])
+        model.train()
+        teacher.train()
+        with torch.no_grad():
+            t = teacher(images)
+        s = model(view(images))
+        weight = (-ages).exp() / (1 + (-ages).exp())
+        (-(t.softmax(1) * s.log_softmax(1)).sum(1) * weight).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for a, b in zip(teacher.parameters(), model.parameters(), strict=True):
+                a.copy_(0.999 * a + 0.001 * b)
+
+    def step(x: Tensor, kept: object = kept) -> Tensor:
+        nonlocal seen
+        teacher.eval()
+        with torch.no_grad():
+            z = teacher(x)
+            p = z.softmax(1)
+        for image, row in zip(x, p, strict=True):
+            doubt = float(-(row * (row + 1e-6).log()).sum())
+            for items in bank.values():
+                for item in items:
+                    item[1] += 1
+            offer(image, int(row.argmax()), doubt, z.shape[1])
+            seen += 1
+            if seen % 64 == 0:
+                update()
+        return z
+
+    return step
+
+
+TEXTBOOK: dict[str, Callable[..., Step]] = {
     "tent": tent,
     "eta": eta,
+    "eata": eata,
     "sar": sar,
     "deyo": deyo,
 }
-"""Methods whose textbook form needs only a model."""
+"""Methods whose textbook form needs only a model, and options."""

@@ -1,0 +1,98 @@
+"""The regression check of the cost suite, and what it writes."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROW = {
+    "model": "m", "batch": 4, "name": "tent", "to_inference": [2.0, 1.9, 2.1], "megabytes": 100.0,
+}  # fmt: skip
+FILE = {"machine": {"cpu": "c", "cores": 2, "threads": 2, "torch": "t"}, "rows": [ROW]}
+
+
+@pytest.fixture
+def cost(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import cost
+
+    return cost
+
+
+def changed(**figures):
+    found = copy.deepcopy(FILE)
+    found["rows"][0].update(figures)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        ({}, []),
+        ({"to_inference": [2.19, 2.0, 9.0]}, []),
+        ({"to_inference": [2.21, 2.0, 2.3]}, ["2.21 times inference, was 2.00"]),
+        ({"to_inference": [1.0, 1.0, 1.0], "megabytes": 10.0}, []),
+        ({"megabytes": 101.9}, []),
+        ({"megabytes": 102.1}, ["102 MB, was 100"]),
+        ({"name": "textbook tent", "megabytes": 900.0}, []),
+        ({"name": "another", "megabytes": 900.0}, []),
+    ],
+)
+def test_what_is_worse_is_told_and_fails(figures, says, cost, tmp_path, monkeypatch, capsys):
+    for name, content in (("old", FILE), ("new", changed(**figures))):
+        (tmp_path / name).write_text(json.dumps(content))
+    call = ["cost.py", "--compare", str(tmp_path / "old"), str(tmp_path / "new")]
+    monkeypatch.setattr(sys, "argv", call)
+    assert cost.main() == (1 if says else 0)
+    told = capsys.readouterr().out
+    assert all(f"tent on m, batch 4: {text}" in told for text in says)
+    assert says or "nothing is worse" in told
+
+
+def test_newer_figures_take_the_place_of_older(cost):
+    later = {"machine": {"cpu": "d"}, "rows": [{"model": "m", "batch": 4, "name": "tent", "x": 1}]}
+    joined = cost.join(FILE, later)
+    assert joined == {"machine": {"cpu": "d"}, "rows": [{**ROW, "x": 1}]}
+    assert cost.join({}, FILE) == FILE
+
+
+def test_tables_are_written_between_the_marks(cost, tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
+    for _ in range(2):
+        cost.page(path, {**FILE, "overhead_ms": {"tent": 0.25}})
+    text = path.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert text.count("| tent | 2.00 (1.90 to 2.10) | 100 |") == 1
+    assert "0.25 for `tent`" in text
+
+
+@pytest.mark.slow
+def test_every_textbook_form_takes_a_step_as_the_method_counts(cost):
+    torch.manual_seed(0)
+    model, x = cost.make("embedded", 8)
+    methods = ["tent", "eta", "eata", "sar", "deyo", "cotta", "rotta"]
+    steps = cost.contestants(model, x, 8, methods)
+    assert {f"textbook {name}" for name in methods} < steps.keys()
+    for name in methods:
+        assert steps[f"textbook {name}"](x[:8]).shape == (8, 10)
+
+
+@pytest.mark.slow
+def test_a_third_teaches_and_rows_are_whole(cost):
+    rows = cost.measure("embedded", 9, ["tent", "eta", "deyo"], 1, ["seconds", "memory"])
+    assert [row["name"] for row in rows[:3]] == ["inference", "minimal step", "textbook tent"]
+    for row in rows:
+        assert row["milliseconds"] > 0
+        assert row["megabytes"] > 0
+    model, x = cost.make("embedded", 9)
+    steps = cost.contestants(model, x, 9, ["eta", "sar", "deyo"])
+    for name in ("eta", "sar", "deyo"):
+        steps[name](x[9:])
+        assert int(steps[name].events[-1].used) == 3
