@@ -1,0 +1,243 @@
+"""LLMZip: lossless compression of text with the probabilities of a language model.
+
+    compress     bytes -> tokens and escapes -> range coder, with p(x_i | window) of the model
+    decompress   the same forward passes, token by token; the same tables; the same bytes
+    bound        H_ub = (1 / N_C) sum_i -log2 p(x_i | window)    bits per character
+
+The decoder must find the very probabilities of the encoder, so both run the same loop: the same
+batch of lanes, the same cache, the same number of threads. That holds on one machine with the same
+versions; elsewhere sums may round otherwise. A file therefore carries the fingerprint of the model, a
+checksum of itself, one of the content, and what it was made with: a wrong model or a damaged file is
+refused before the work, and wrong content is never returned.
+
+Reference: Valmeekam et al., LLMZip: Lossless Text Compression using Large Language Models, 2023.
+"""
+
+import hashlib
+import platform
+import struct
+import warnings
+import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from testtime._core.errors import OptionError, StateError, TesttimeWarning, WorkFailed
+from testtime.decode.coding import Progress, decode, encode
+from testtime.decode.lossless_tokens import from_tokens, to_tokens
+from testtime.decode.windows import WindowedModel
+
+MAGIC = b"TTLZ"
+VERSION = 1
+HEADER = struct.Struct("<4sBxHHHII16s16sQQ")
+"""Magic, version, lanes, threads, bytes of environment, window, stride, fingerprint of model and
+tokenizer, digest of the content, its length, number of tokens. The environment follows, then the
+payload, then a CRC-32 of all before it."""
+LANE = 1024
+"""Tokens that a lane has at least; shorter lanes would begin without context too often."""
+LANES = 16
+"""Lanes at most, if not asked for more: beyond, a processor gains little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """A compressed file, and how well it went.
+
+    Attributes:
+        data: the file.
+        characters: of the content (bytes that are no UTF-8 count as one each).
+        tokens: coded symbols, escapes included.
+        bits_per_character: of the whole file.
+        bound: bits per character that the model's probabilities ask for.
+    """
+
+    data: bytes
+    characters: int
+    tokens: int
+    bits_per_character: float
+    bound: float
+
+
+def compress(
+    content: bytes,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    fingerprint: str,
+    window: int = 512,
+    stride: int | None = None,
+    lanes: int | None = None,
+    on_progress: Progress | None = None,
+) -> Compressed:
+    """Compresses bytes without loss; text of the kind that the model knows becomes small.
+
+    Args:
+        content: any bytes.
+        model: a Hugging Face causal model, in eval mode.
+        tokenizer: its tokenizer.
+        fingerprint: of both, hexadecimal; `decompress` wants the same.
+        window: tokens of context at most.
+        stride: tokens dropped when the window is full; half a window when None.
+        lanes: parts of the text that are coded side by side. Each begins without context, and all
+            share the price of reading the weights. None: one for each 1024 tokens, 16 at most.
+        on_progress: called with tokens done and all.
+
+    Raises:
+        OptionError: an option that cannot be.
+        InputError: the model's logits are not finite.
+
+    Reference: Valmeekam et al., LLMZip, 2023.
+    """
+    tokens = to_tokens(content, tokenizer)
+    lanes = min(max(len(tokens) // LANE, 1), LANES) if lanes is None else lanes
+    stride = max(window // 2, 1) if stride is None else stride
+    if not 1 <= lanes < 2**16:
+        raise OptionError(f"lanes={lanes}: expected 1 to 65535")
+    predictor = _predictor(model, tokenizer, window, stride)
+    coded = encode(tokens, predictor, lanes=lanes, on_progress=on_progress)
+    made_with = _environment().encode()
+    head = HEADER.pack(
+        MAGIC, VERSION, lanes, torch.get_num_threads(), len(made_with), window, stride,
+        _short(bytes.fromhex(fingerprint)), _short(content), len(content), len(tokens),
+    )  # fmt: skip
+    data = head + made_with + coded.payload
+    data += struct.pack("<I", zlib.crc32(data))
+    characters = len(content.decode("utf-8", "surrogateescape"))
+    return Compressed(
+        data=data,
+        characters=characters,
+        tokens=len(tokens),
+        bits_per_character=8 * len(data) / max(characters, 1),
+        bound=coded.bound / max(characters, 1),
+    )
+
+
+def decompress(
+    data: bytes,
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    fingerprint: str,
+    on_progress: Progress | None = None,
+) -> bytes:
+    """The bytes that `compress` was given, or an error; never other bytes.
+
+    Args:
+        data: of `compress`.
+        model: the same model.
+        tokenizer: the same tokenizer.
+        fingerprint: of both.
+        on_progress: called with tokens done and all.
+
+    Raises:
+        StateError: no such file, a damaged one, or one made with another model.
+        WorkFailed: the model gave other probabilities than when the file was made.
+
+    Reference: Valmeekam et al., LLMZip, 2023.
+    """
+    file = inspect(data)
+    if file.fingerprint != _short(bytes.fromhex(fingerprint)):
+        raise StateError(
+            f"the file was compressed with another model or tokenizer (fingerprint "
+            f"{file.fingerprint.hex()}); this one has {_short(bytes.fromhex(fingerprint)).hex()}"
+        )
+    if file.made_with != _environment():
+        warnings.warn(
+            f"the file was made with {file.made_with}, this is {_environment()}: probabilities may "
+            "differ in their last bits, and then it cannot be read here",
+            TesttimeWarning,
+            stacklevel=2,
+        )
+    with _threads(file.threads):
+        predictor = _predictor(model, tokenizer, file.window, file.stride)
+        tokens = decode(
+            file.payload, file.tokens, predictor, lanes=file.lanes, on_progress=on_progress
+        )
+    content = from_tokens(tokens, tokenizer)
+    if len(content) != file.length or _short(content) != file.digest:
+        raise WorkFailed(
+            "the content is not what was compressed, though the file is whole: the model gave other "
+            f"probabilities here. It was made with {file.made_with}; this is {_environment()}."
+        )
+    return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a compressed file says of itself."""
+
+    lanes: int
+    threads: int
+    window: int
+    stride: int
+    fingerprint: bytes
+    digest: bytes
+    length: int
+    tokens: int
+    made_with: str
+    payload: bytes
+
+
+def inspect(data: bytes) -> Header:
+    """Reads a compressed file as far as no model is needed.
+
+    Raises:
+        StateError: it is no such file, or damaged.
+
+    Example:
+        >>> inspect(b"PK...")
+        Traceback (most recent call last):
+        testtime._core.errors.StateError: this is no file of testtime compress: it does not begin
+        with b'TTLZ'
+    """
+    if data[:4] != MAGIC:
+        raise StateError(f"this is no file of testtime compress: it does not begin with {MAGIC!r}")
+    if data[4:5] != bytes([VERSION]):
+        raise StateError(
+            f"the file has version {data[4:5].hex() or 'none'}; this testtime reads {VERSION}"
+        )
+    if len(data) < HEADER.size + 4 or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        raise StateError(
+            f"the file is damaged or cut short: its checksum does not fit its {len(data)} bytes"
+        )
+    _, _, lanes, threads, extent, window, stride, fingerprint, digest, length, tokens = (
+        HEADER.unpack_from(data)
+    )
+    end = HEADER.size + extent
+    return Header(
+        lanes=lanes, threads=threads, window=window, stride=stride, fingerprint=fingerprint,
+        digest=digest, length=length, tokens=tokens, made_with=data[HEADER.size : end].decode(),
+        payload=data[end:-4],
+    )  # fmt: skip
+
+
+def _predictor(model: nn.Module, tokenizer: Any, window: int, stride: int) -> WindowedModel:
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+    start = next(token for token in known if token is not None)
+    return WindowedModel(model, start=start, window=window, stride=stride)
+
+
+def _short(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _environment() -> str:
+    """What the last bits of a sum depend on, as far as it has a name."""
+    versions = ("torch", "transformers", "constriction")
+    named = " ".join(f"{name} {version(name)}" for name in versions)
+    return f"{named} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+@contextmanager
+def _threads(count: int) -> Generator[None, None, None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(count, 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,93 @@
+"""A causal model as predictor of the next token of an unbounded text, through a window of context.
+
+    window    start token, then the last tokens, at most M in all; positions from 0 in each window
+    full      the oldest `stride` tokens are dropped and the rest is read anew
+
+Between two such turns the key-value cache is used, one token at a time. LLMZip drops one token at a
+time (stride 1), which reads the whole window for each token, and begins its windows without a start
+token; many models need that token at the front, so that here every window has it.
+
+Reference: Valmeekam et al., LLMZip, 2023.
+"""
+
+from typing import Any, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from testtime._core.errors import InputError, OptionError
+
+
+@final
+class WindowedModel:
+    """Probabilities of the next token, for several texts side by side.
+
+    The sequence of calls decides every number: the same lanes and tokens lead through calls of the
+    same shapes, so that on one machine, with the same versions and number of threads, the
+    probabilities are the same to the last bit.
+
+    Args:
+        model: a Hugging Face causal model; it is left as it is.
+        start: token in front of every window, the tokenizer's start token.
+        window: tokens of context at most, 2 or more (LLMZip: 511 and the one to predict).
+        stride: tokens dropped when the window is full, 1 to window - 1; half a window when None
+            (LLMZip: 1).
+
+    Raises:
+        OptionError: window or stride cannot be.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, start: int, window: int = 512, stride: int | None = None
+    ) -> None:
+        stride = max(window // 2, 1) if stride is None else stride
+        if window < 2 or not 1 <= stride < window:
+            raise OptionError(
+                f"window={window}, stride={stride}: expected window >= 2, 1 <= stride < window"
+            )
+        self.filler = start
+        self._model, self._window, self._stride = model, window, stride
+        self._tokens = torch.empty(0, 0, dtype=torch.long)
+        self._cache: Any = None
+
+    def start(self, lanes: int) -> Float[Tensor, "lanes symbols"]:
+        """Forgets everything; the probabilities of the first token."""
+        self._tokens = torch.full((lanes, 1), self.filler)
+        return self._read_window()
+
+    def step(self, symbols: Int[Tensor, "lanes"]) -> Float[Tensor, "lanes symbols"]:
+        """Reads one token in each lane; the probabilities of the next.
+
+        Raises:
+            InputError: `start` was not called, or with another number of lanes.
+        """
+        if len(symbols) != len(self._tokens):
+            raise InputError(
+                f"{len(symbols)} tokens for {len(self._tokens)} lanes; call start(lanes) first"
+            )
+        self._tokens = torch.cat([self._tokens, symbols[:, None]], 1)
+        if self._tokens.shape[1] > self._window:
+            kept = self._tokens[:, 1 + self._stride :]
+            self._tokens = torch.cat([torch.full_like(kept[:, :1], self.filler), kept], 1)
+            return self._read_window()
+        return self._forward(self._tokens[:, -1:])
+
+    def _read_window(self) -> Float[Tensor, "lanes symbols"]:
+        self._cache = None
+        return self._forward(self._tokens)
+
+    @torch.inference_mode()
+    def _forward(self, tokens: Int[Tensor, "lanes length"]) -> Float[Tensor, "lanes symbols"]:
+        device = next(self._model.parameters()).device
+        found = self._model(
+            input_ids=tokens.to(device),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = found.past_key_values
+        logits = found.logits[:, -1].float()
+        if not logits.isfinite().any(1).all() or logits.isnan().any():
+            raise InputError("the model's logits are NaN or all masked; it cannot predict")
+        return logits.softmax(-1)
