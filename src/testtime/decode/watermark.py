@@ -13,16 +13,17 @@ et al., A Watermark for Large Language Models, ICML 2023 (the plain one).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import final
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from testtime._core.errors import InputError, OptionError
+from testtime.decode.windows import read
 from testtime.measures.entropy import entropy
 
 KEY = 15485863
@@ -196,6 +197,47 @@ def detect(
     green = sum(bool(watermark.green(previous)[token]) for previous, token in pairs)
     z = z_score(green, len(pairs), gamma=watermark.gamma)
     return Detection(z=z, p_value=math.erfc(z / math.sqrt(2)) / 2, scored=len(pairs), green=green)
+
+
+def token_entropies(
+    model: nn.Module,
+    tokens: Sequence[int],
+    *,
+    chunk: int = 64,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Entropy in nats of the distribution from which a model would draw each token of a text.
+
+    It is what `Watermark` saw if the tokens begin with the same start token and prompt. Without the
+    prompt the first entropies differ, most near the beginning.
+
+    Args:
+        model: the Hugging Face causal model that wrote the text.
+        tokens: start token, prompt if known, and text.
+        chunk: tokens read in one pass; the cache holds those before.
+        on_progress: called with tokens done and all.
+
+    Returns:
+        One number for each token; that of the first, for which there is no distribution, is 0.
+
+    Raises:
+        InputError: no token, or more than the model's context.
+
+    Reference: Lee et al., ACL 2024.
+    """
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not tokens or (context is not None and len(tokens) > context):
+        raise InputError(
+            f"{len(tokens)} tokens, but the model reads 1 to {context}; split the text"
+        )
+    found, cache = [0.0], None
+    for at in range(0, len(tokens) - 1, chunk):
+        part = torch.tensor([list(tokens[at : min(at + chunk, len(tokens) - 1)])])
+        logits, cache = read(model, part, cache, last=0)
+        found += entropy(logits[0].float()).tolist()
+        if on_progress is not None:
+            on_progress(len(found), len(tokens))
+    return found
 
 
 def z_score(green: int, scored: int, *, gamma: float) -> float:

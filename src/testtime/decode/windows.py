@@ -10,6 +10,7 @@ token; many models need that token at the front, so that here every window has i
 Reference: Valmeekam et al., LLMZip, 2023.
 """
 
+from inspect import signature
 from typing import Any, final
 
 import torch
@@ -77,17 +78,30 @@ class WindowedModel:
         self._cache = None
         return self._forward(self._tokens)
 
-    @torch.inference_mode()
     def _forward(self, tokens: Int[Tensor, "lanes length"]) -> Float[Tensor, "lanes symbols"]:
-        device = next(self._model.parameters()).device
-        found = self._model(
-            input_ids=tokens.to(device),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._cache = found.past_key_values
-        logits = found.logits[:, -1].float()
-        if not logits.isfinite().any(1).all() or logits.isnan().any():
+        logits, self._cache = read(self._model, tokens, self._cache, last=1)
+        logits = logits[:, -1].float()
+        if logits.isnan().any() or logits.isneginf().all(1).any():
             raise InputError("the model's logits are NaN or all masked; it cannot predict")
         return logits.softmax(-1)
+
+
+@torch.inference_mode()
+def read(
+    model: nn.Module, tokens: Int[Tensor, "rows length"], cache: Any, *, last: int
+) -> tuple[Float[Tensor, "rows last symbols"], Any]:
+    """Logits of the last positions of some tokens after what a cache holds, and the cache after them.
+
+    Args:
+        model: a Hugging Face causal model.
+        tokens: without padding.
+        cache: of the tokens before, or None.
+        last: for how many of the positions logits are wanted; 0 for all.
+    """
+    # transformers 5 calls the cache `cache`; before it was `past_key_values`
+    named = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    device = next(model.parameters()).device
+    found = model(
+        input_ids=tokens.to(device), use_cache=True, logits_to_keep=last, **{named: cache}
+    )
+    return found.logits, getattr(found, named)

@@ -1,0 +1,182 @@
+import struct
+import zlib
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from testtime._core import errors
+from testtime._core.errors import InputError, OptionError, StateError, WorkFailed
+from testtime.decode import compression
+from testtime.decode.compression import compress, decompress, inspect
+from testtime.decode.lossless_tokens import BREAK, from_tokens, to_tokens
+from testtime.decode.windows import WindowedModel
+from toys import ToyModel, ToyTokenizer
+
+pytest.importorskip("constriction")
+MARK = "00ff"
+TOKENIZER = ToyTokenizer()
+TEXT = b"the thin text, Then ~ and \xff\x00 more of that \xe2\x82\xac \xed\xa0\x80 text"
+contents = st.one_of(st.binary(max_size=60), st.text(max_size=40).map(str.encode))
+
+
+@settings(max_examples=150, deadline=None)
+@given(contents)
+@example(b"")
+@example(b"T")
+@example("Ħ~th\u2028\ud7ff\U0010ffff\r\n\0".encode())
+@example(b"\xed\xb2\x80\xff")  # bytes that look like an escape of Python's own
+@example(TEXT)
+def test_any_bytes_are_tokens_and_come_back(content):
+    tokens = to_tokens(content, TOKENIZER)
+    assert from_tokens(tokens, TOKENIZER) == content
+    assert all(BREAK <= token < 258 for token in tokens)
+
+
+def test_what_the_tokenizer_spells_rightly_is_not_escaped():
+    assert to_tokens(b"the thing", TOKENIZER) == [257, *b"e ", 257, *b"ing"]
+    assert to_tokens(b"thE", TOKENIZER)[-1] == -1 - ord("E")
+    assert BREAK in to_tokens(b"a~aaaaaa", TOKENIZER)
+
+
+@settings(max_examples=40, deadline=None)
+@given(content=contents, lanes=st.sampled_from([None, 1, 2, 7]), window=st.integers(2, 9),
+       data=st.data())  # fmt: skip
+def test_compression_gives_the_same_bytes(content, lanes, window, data):
+    stride = data.draw(st.none() | st.integers(1, window - 1))
+    model = ToyModel()
+    made = compress(content, model, TOKENIZER, fingerprint=MARK, lanes=lanes, window=window,
+                    stride=stride)  # fmt: skip
+    assert decompress(made.data, model, TOKENIZER, fingerprint=MARK) == content
+    header = inspect(made.data)
+    assert (header.length, header.tokens, header.window) == (len(content), made.tokens, window)
+    payload = 8 * len(header.payload)
+    assert payload <= made.bound * max(made.characters, 1) * 1.001 + 64
+
+
+def test_text_that_the_model_expects_becomes_small():
+    model, written = ToyModel(seed=3), [256]
+    with torch.no_grad():
+        model.head[:, : ord("a")] = model.head[:, ord("h") :] = 0
+        for _ in range(400):
+            written.append(int(model(torch.tensor([written])).logits[0, -1].argmax()))
+    text = bytes(written[1:])
+    made = compress(text, model, TOKENIZER, fingerprint=MARK, window=600)
+    assert made.bits_per_character == pytest.approx(8 * len(made.data) / len(text))
+    assert made.bound < 0.25 * 8
+    assert made.bound * len(text) <= 8 * len(inspect(made.data).payload) <= (
+        made.bound * len(text) * 1.01 + 64)  # fmt: skip
+
+
+def test_a_window_begins_with_the_start_token_and_the_newest_tokens():
+    model = ToyModel()
+    predictor = WindowedModel(model, start=256, window=5, stride=2)
+    tokens = list(range(10, 22))
+    probs = [predictor.start(1)]
+    probs += [predictor.step(torch.tensor([token])) for token in tokens]
+    windows = [[256, *tokens[:n]] for n in range(5)]  # at most five
+    windows += [[256, 12, 13, 14]]  # full: the two oldest are dropped
+    windows += [[256, 12, 13, 14, 15][:5], [256, 14, 15, 16], [256, 14, 15, 16, 17]]
+    for found, window in zip(probs, windows, strict=False):
+        with torch.no_grad():
+            alone = model(torch.tensor([window])).logits[:, -1].softmax(-1)
+        torch.testing.assert_close(found, alone)
+    again = WindowedModel(model, start=256, window=5, stride=2)
+    assert torch.equal(again.start(1), probs[0])
+    assert all(torch.equal(again.step(torch.tensor([t])), p)
+               for t, p in zip(tokens, probs[1:], strict=True))  # fmt: skip
+
+
+def test_stride_one_is_the_window_of_the_paper():
+    model = ToyModel()
+    predictor = WindowedModel(model, start=256, window=4, stride=1)
+    predictor.start(2)
+    for step in range(9):
+        found = predictor.step(torch.tensor([step, 50 + step]))
+    with torch.no_grad():
+        alone = model(torch.tensor([[256, 6, 7, 8], [256, 56, 57, 58]])).logits[:, -1].softmax(-1)
+    torch.testing.assert_close(found, alone)
+
+
+def test_encoder_and_decoder_make_the_same_calls():
+    model = ToyModel()
+    made = compress(TEXT, model, TOKENIZER, fingerprint=MARK, window=6, lanes=3)
+    calls, model.calls = model.calls, []
+    decompress(made.data, model, TOKENIZER, fingerprint=MARK)
+    assert calls == model.calls
+    assert {shape[0] for shape, _ in calls} == {3}
+
+
+def test_the_file_says_with_how_many_threads_it_was_made(monkeypatch):
+    model, set_to = ToyModel(), []
+    made = compress(TEXT, model, TOKENIZER, fingerprint=MARK)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    assert decompress(made.data, model, TOKENIZER, fingerprint=MARK) == TEXT
+    assert set_to == [inspect(made.data).threads, 77]
+
+
+def test_every_damaged_file_is_refused_before_the_model_is_asked():
+    model = ToyModel()
+    data = compress(TEXT, model, TOKENIZER, fingerprint=MARK).data
+    model.calls = []
+    broken = [data[:end] for end in range(len(data))] + [data + b"\0"]
+    broken += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(len(data))]
+    for damaged in broken:
+        with pytest.raises(StateError):
+            decompress(damaged, model, TOKENIZER, fingerprint=MARK)
+    assert model.calls == []
+
+
+def test_another_model_is_refused_by_its_fingerprint():
+    model = ToyModel()
+    data = compress(TEXT, model, TOKENIZER, fingerprint=MARK).data
+    model.calls = []
+    with pytest.raises(StateError, match="another model or tokenizer"):
+        decompress(data, model, TOKENIZER, fingerprint="00fe")
+    assert model.calls == []
+
+
+def test_other_probabilities_are_noticed_and_never_answered_with_other_bytes():
+    data = compress(TEXT, ToyModel(), TOKENIZER, fingerprint=MARK).data
+    with pytest.raises(WorkFailed, match="gave other probabilities"):
+        decompress(data, ToyModel(seed=1), TOKENIZER, fingerprint=MARK)
+
+
+def test_another_environment_is_said_before_the_work(monkeypatch):
+    model = ToyModel()
+    data = compress(TEXT, model, TOKENIZER, fingerprint=MARK).data
+    monkeypatch.setattr(compression, "_environment", lambda: "torch 9")
+    with pytest.warns(errors.TesttimeWarning, match="torch 9"):
+        assert decompress(data, model, TOKENIZER, fingerprint=MARK) == TEXT
+
+
+def test_a_file_of_another_version_is_refused():
+    data = bytearray(compress(b"a", ToyModel(), TOKENIZER, fingerprint=MARK).data)
+    data[4] = 9
+    data[-4:] = struct.pack("<I", zlib.crc32(data[:-4]))
+    with pytest.raises(StateError, match="version 09; this testtime reads 1"):
+        inspect(bytes(data))
+
+
+def test_wrong_calls_are_refused():
+    for options in ({"lanes": 0}, {"lanes": 2**16}, {"window": 1}, {"window": 4, "stride": 4},
+                    {"stride": 0}):  # fmt: skip
+        with pytest.raises(OptionError):
+            compress(b"ab", ToyModel(), TOKENIZER, fingerprint=MARK, **options)
+    broken = ToyModel()
+    with torch.no_grad():
+        broken.head[:] = torch.nan
+    with pytest.raises(InputError, match="NaN"):
+        compress(b"ab", broken, TOKENIZER, fingerprint=MARK)
+    with pytest.raises(InputError, match="2 tokens for 0 lanes"):
+        WindowedModel(ToyModel(), start=0).step(torch.tensor([1, 2]))
+
+
+def test_progress_reaches_the_end():
+    seen = []
+    compress(TEXT, ToyModel(), TOKENIZER, fingerprint=MARK, lanes=2,
+             on_progress=lambda done, total: seen.append((done, total)))  # fmt: skip
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1] == len(to_tokens(TEXT, TOKENIZER))
