@@ -15,6 +15,13 @@ class ToyModel(nn.Module):
         self.embed = nn.Parameter(torch.randn(vocabulary, 16, generator=draw))
         self.head = nn.Parameter(torch.randn(16, vocabulary, generator=draw) * sharp)
         self.calls = []
+        self.config = SimpleNamespace(max_position_embeddings=4096)
+
+    def generate(self):
+        raise AssertionError("a toy is only asked for logits")
+
+    def get_input_embeddings(self):
+        return SimpleNamespace(weight=self.embed)
 
     def forward(self, input_ids, past_key_values=None, use_cache=True, logits_to_keep=0):
         total, count = past_key_values or (torch.zeros(len(input_ids), 16), 0)
@@ -35,6 +42,9 @@ class ToyTokenizer:
 
     def __len__(self):
         return 258
+
+    def get_vocab(self):
+        return {str(token): token for token in range(258)}
 
     def __call__(self, text, **_):
         parts = text.lower().replace("~", "").split("th")

@@ -15,7 +15,6 @@ from testtime.decode.windows import WindowedModel
 from toys import ToyModel, ToyTokenizer
 
 pytest.importorskip("constriction")
-MARK = "00ff"
 TOKENIZER = ToyTokenizer()
 TEXT = b"the thin text, Then ~ and \xff\x00 more of that \xe2\x82\xac \xed\xa0\x80 text"
 contents = st.one_of(st.binary(max_size=60), st.text(max_size=40).map(str.encode))
@@ -46,9 +45,9 @@ def test_what_the_tokenizer_spells_rightly_is_not_escaped():
 def test_compression_gives_the_same_bytes(content, lanes, window, data):
     stride = data.draw(st.none() | st.integers(1, window - 1))
     model = ToyModel()
-    made = compress(content, model, TOKENIZER, fingerprint=MARK, lanes=lanes, window=window,
+    made = compress(content, model, TOKENIZER, lanes=lanes, window=window,
                     stride=stride)  # fmt: skip
-    assert decompress(made.data, model, TOKENIZER, fingerprint=MARK) == content
+    assert decompress(made.data, model, TOKENIZER) == content
     header = inspect(made.data)
     assert (header.length, header.tokens, header.window) == (len(content), made.tokens, window)
     payload = 8 * len(header.payload)
@@ -62,7 +61,7 @@ def test_text_that_the_model_expects_becomes_small():
         for _ in range(400):
             written.append(int(model(torch.tensor([written])).logits[0, -1].argmax()))
     text = bytes(written[1:])
-    made = compress(text, model, TOKENIZER, fingerprint=MARK, window=600)
+    made = compress(text, model, TOKENIZER, window=600)
     assert made.bits_per_character == pytest.approx(8 * len(made.data) / len(text))
     assert made.bound < 0.25 * 8
     assert made.bound * len(text) <= 8 * len(inspect(made.data).payload) <= (
@@ -101,59 +100,66 @@ def test_stride_one_is_the_window_of_the_paper():
 
 def test_encoder_and_decoder_make_the_same_calls():
     model = ToyModel()
-    made = compress(TEXT, model, TOKENIZER, fingerprint=MARK, window=6, lanes=3)
+    made = compress(TEXT, model, TOKENIZER, window=6, lanes=3)
     calls, model.calls = model.calls, []
-    decompress(made.data, model, TOKENIZER, fingerprint=MARK)
+    decompress(made.data, model, TOKENIZER)
     assert calls == model.calls
     assert {shape[0] for shape, _ in calls} == {3}
 
 
 def test_the_file_says_with_how_many_threads_it_was_made(monkeypatch):
     model, set_to = ToyModel(), []
-    made = compress(TEXT, model, TOKENIZER, fingerprint=MARK)
+    made = compress(TEXT, model, TOKENIZER)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    assert decompress(made.data, model, TOKENIZER, fingerprint=MARK) == TEXT
+    assert decompress(made.data, model, TOKENIZER) == TEXT
     assert set_to == [inspect(made.data).threads, 77]
 
 
 def test_every_damaged_file_is_refused_before_the_model_is_asked():
     model = ToyModel()
-    data = compress(TEXT, model, TOKENIZER, fingerprint=MARK).data
+    data = compress(TEXT, model, TOKENIZER).data
     model.calls = []
     broken = [data[:end] for end in range(len(data))] + [data + b"\0"]
     broken += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(len(data))]
     for damaged in broken:
         with pytest.raises(StateError):
-            decompress(damaged, model, TOKENIZER, fingerprint=MARK)
+            decompress(damaged, model, TOKENIZER)
     assert model.calls == []
 
 
-def test_another_model_is_refused_by_its_fingerprint():
+def test_another_model_or_tokenizer_is_refused_by_its_fingerprint():
+    class Other(ToyTokenizer):
+        def get_vocab(self):
+            return {"other": 257}
+
     model = ToyModel()
-    data = compress(TEXT, model, TOKENIZER, fingerprint=MARK).data
-    model.calls = []
-    with pytest.raises(StateError, match="another model or tokenizer"):
-        decompress(data, model, TOKENIZER, fingerprint="00fe")
-    assert model.calls == []
+    data = compress(TEXT, model, TOKENIZER).data
+    for wrong, tokenizer in ((ToyModel(seed=1), TOKENIZER), (model, Other())):
+        wrong.calls = []
+        with pytest.raises(StateError, match="another model or tokenizer"):
+            decompress(data, wrong, tokenizer)
+        assert wrong.calls == []
 
 
-def test_other_probabilities_are_noticed_and_never_answered_with_other_bytes():
-    data = compress(TEXT, ToyModel(), TOKENIZER, fingerprint=MARK).data
-    with pytest.raises(WorkFailed, match="gave other probabilities"):
-        decompress(data, ToyModel(seed=1), TOKENIZER, fingerprint=MARK)
+def test_other_probabilities_are_noticed_and_never_answered_with_other_bytes(monkeypatch):
+    monkeypatch.setattr(compression, "identity", lambda *_: bytes(16))
+    data = compress(TEXT, ToyModel(), TOKENIZER).data
+    for seed in range(1, 6):
+        with pytest.raises(WorkFailed, match="gave other probabilities"):
+            decompress(data, ToyModel(seed=seed), TOKENIZER)
 
 
 def test_another_environment_is_said_before_the_work(monkeypatch):
     model = ToyModel()
-    data = compress(TEXT, model, TOKENIZER, fingerprint=MARK).data
+    data = compress(TEXT, model, TOKENIZER).data
     monkeypatch.setattr(compression, "_environment", lambda: "torch 9")
     with pytest.warns(errors.TesttimeWarning, match="torch 9"):
-        assert decompress(data, model, TOKENIZER, fingerprint=MARK) == TEXT
+        assert decompress(data, model, TOKENIZER) == TEXT
 
 
 def test_a_file_of_another_version_is_refused():
-    data = bytearray(compress(b"a", ToyModel(), TOKENIZER, fingerprint=MARK).data)
+    data = bytearray(compress(b"a", ToyModel(), TOKENIZER).data)
     data[4] = 9
     data[-4:] = struct.pack("<I", zlib.crc32(data[:-4]))
     with pytest.raises(StateError, match="version 09; this testtime reads 1"):
@@ -164,19 +170,34 @@ def test_wrong_calls_are_refused():
     for options in ({"lanes": 0}, {"lanes": 2**16}, {"window": 1}, {"window": 4, "stride": 4},
                     {"stride": 0}):  # fmt: skip
         with pytest.raises(OptionError):
-            compress(b"ab", ToyModel(), TOKENIZER, fingerprint=MARK, **options)
+            compress(b"ab", ToyModel(), TOKENIZER, **options)
     broken = ToyModel()
     with torch.no_grad():
         broken.head[:] = torch.nan
     with pytest.raises(InputError, match="NaN"):
-        compress(b"ab", broken, TOKENIZER, fingerprint=MARK)
+        compress(b"ab", broken, TOKENIZER)
+    with pytest.raises(OptionError, match="window=5000 is more than the model's context of 4096"):
+        compress(b"ab", ToyModel(), TOKENIZER, window=5000)
+    with pytest.raises(InputError, match="tokenizer does not belong"):
+        compress(b"ab", ToyModel(vocabulary=200), TOKENIZER)
     with pytest.raises(InputError, match="2 tokens for 0 lanes"):
         WindowedModel(ToyModel(), start=0).step(torch.tensor([1, 2]))
 
 
 def test_progress_reaches_the_end():
     seen = []
-    compress(TEXT, ToyModel(), TOKENIZER, fingerprint=MARK, lanes=2,
+    compress(TEXT, ToyModel(), TOKENIZER, lanes=2,
              on_progress=lambda done, total: seen.append((done, total)))  # fmt: skip
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1] == len(to_tokens(TEXT, TOKENIZER))
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_models_of_transformers_compress_any_text_beyond_their_window(model, tokenizer, lanes):
+    content = "Grüße \U0001f600 <bos><eos>\r\n\ttab \u200d ".encode() * 4 + b"\xff\xfe\x00"
+    made = compress(content, model, tokenizer, window=24, lanes=lanes)
+    assert decompress(made.data, model, tokenizer) == content
+    payload = 8 * len(inspect(made.data).payload)
+    assert payload == pytest.approx(made.bound * made.characters, rel=0.01, abs=64)
+    whole = compress(content[:20], model, tokenizer, lanes=lanes)
+    assert inspect(whole.data).window == 128

@@ -205,3 +205,22 @@ def test_what_generation_saw_is_what_detection_computes():
     assert detected == detect(tokens, mark, entropies=seen, prompt=3)
     assert detected.z > 4 > abs(detect(tokens, Watermark(vocabulary=300, key=7, tau=4.0),
                                        entropies=found, prompt=3).z)  # fmt: skip
+
+
+@pytest.mark.parametrize("tau", [None, 2.0])
+def test_generation_with_left_padding_is_marked_and_found(model, tokenizer, tau):
+    prompts = tokenizer(["a", "a longer prompt"], return_tensors="pt", padding=True,
+                        padding_side="left")  # fmt: skip
+    mark = Watermark(vocabulary=len(tokenizer), tau=tau, delta=8.0)
+    torch.manual_seed(0)
+    written = model.generate(**prompts, do_sample=True, min_new_tokens=70, max_new_tokens=70,
+                             logits_processor=[mark])  # fmt: skip
+    starts = prompts["attention_mask"].shape[1] - prompts["attention_mask"].sum(1)
+    for row, start in zip(written.tolist(), starts.tolist(), strict=True):
+        entropies = token_entropies(model, row[start:])
+        counted = len(row) - start - 70
+        found = detect(row[start:], mark, entropies=entropies, prompt=counted)
+        assert found.p_value < 1e-4
+        assert 0 < found.scored <= 70
+        wrong = Watermark(vocabulary=len(tokenizer), tau=tau, key=99)
+        assert detect(row[start:], wrong, entropies=entropies, prompt=counted).p_value > 1e-3

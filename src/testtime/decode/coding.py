@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from testtime._core.errors import InputError, MissingExtra, OptionError
+from testtime._core.errors import InputError, MissingExtra, OptionError, WorkFailed
 
 ESCAPES = 257
 """Symbols beyond the predictor's: 256 bytes, and one that only parts what stands around it."""
@@ -136,8 +136,8 @@ def decode(
 ) -> list[int]:
     """The symbols that `encode` was given; needs the same predictor and lanes.
 
-    With another predictor it returns other symbols: nothing in the payload tells. The container of
-    `compression` does.
+    With another predictor it mostly returns other symbols: nothing in the payload tells. The
+    container of `compression` does.
 
     Args:
         payload: of `encode`.
@@ -148,6 +148,7 @@ def decode(
 
     Raises:
         InputError: the payload is no whole number of words, or probabilities are not.
+        WorkFailed: the payload cannot have been written with these probabilities.
         MissingExtra: constriction is not installed.
     """
     stream = _constriction().stream
@@ -157,11 +158,17 @@ def decode(
     symbols = [0] * count
 
     def code(place: int, row: Row, chance: float) -> int:
-        if decoder.decode(stream.model.Bernoulli(chance, perfect=False)):
-            symbols[place] = -1 - int(decoder.decode(stream.model.Uniform(ESCAPES)))
-        else:
-            model = stream.model.Categorical(row, lazy=True, perfect=False)
-            symbols[place] = int(decoder.decode(model))
+        try:
+            if decoder.decode(stream.model.Bernoulli(chance, perfect=False)):
+                symbols[place] = -1 - int(decoder.decode(stream.model.Uniform(ESCAPES)))
+            else:
+                model = stream.model.Categorical(row, lazy=True, perfect=False)
+                symbols[place] = int(decoder.decode(model))
+        except AssertionError as error:  # what constriction raises
+            raise WorkFailed(
+                f"the payload cannot have been written with these probabilities (symbol {place}); "
+                "expected the predictor and lanes that encode had"
+            ) from error
         return symbols[place]
 
     _run(code, count, predictor, lanes, on_progress)

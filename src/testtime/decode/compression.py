@@ -30,6 +30,12 @@ from torch import nn
 from testtime._core.errors import OptionError, StateError, TesttimeWarning, WorkFailed
 from testtime.decode.coding import Progress, decode, encode
 from testtime.decode.lossless_tokens import from_tokens, to_tokens
+from testtime.decode.models import (
+    check_pair,
+    context_length,
+    fingerprint,
+    tokenizer_fingerprint,
+)
 from testtime.decode.windows import WindowedModel
 
 MAGIC = b"TTLZ"
@@ -38,6 +44,8 @@ HEADER = struct.Struct("<4sBxHHHII16s16sQQ")
 """Magic, version, lanes, threads, bytes of environment, window, stride, fingerprint of model and
 tokenizer, digest of the content, its length, number of tokens. The environment follows, then the
 payload, then a CRC-32 of all before it."""
+WINDOW = 512
+"""Tokens of context with the start token; LLMZip's longest has 511."""
 LANE = 1024
 """Tokens that a lane has at least; shorter lanes would begin without context too often."""
 LANES = 16
@@ -68,8 +76,7 @@ def compress(
     model: nn.Module,
     tokenizer: Any,
     *,
-    fingerprint: str,
-    window: int = 512,
+    window: int | None = None,
     stride: int | None = None,
     lanes: int | None = None,
     on_progress: Progress | None = None,
@@ -80,19 +87,30 @@ def compress(
         content: any bytes.
         model: a Hugging Face causal model, in eval mode.
         tokenizer: its tokenizer.
-        fingerprint: of both, hexadecimal; `decompress` wants the same.
-        window: tokens of context at most.
+        window: tokens of context at most; None: 512, or the model's context if that is shorter.
         stride: tokens dropped when the window is full; half a window when None.
         lanes: parts of the text that are coded side by side. Each begins without context, and all
             share the price of reading the weights. None: one for each 1024 tokens, 16 at most.
         on_progress: called with tokens done and all.
 
     Raises:
-        OptionError: an option that cannot be.
-        InputError: the model's logits are not finite.
+        OptionError: an option that cannot be, or a window beyond the model's context.
+        InputError: the tokenizer is not the model's, or its logits are NaN.
+
+    Example:
+        >>> from testtime.decode.models import load_language_model
+        >>> model, tokenizer = load_language_model("gemma:270m")  # doctest: +SKIP
+        >>> made = compress(b"Tent adapts while it predicts.", model, tokenizer)  # doctest: +SKIP
+        >>> decompress(made.data, model, tokenizer)  # doctest: +SKIP
+        b'Tent adapts while it predicts.'
 
     Reference: Valmeekam et al., LLMZip, 2023.
     """
+    check_pair(model, tokenizer)
+    context = context_length(model)
+    window = min(WINDOW, context or WINDOW) if window is None else window
+    if context is not None and window > context:
+        raise OptionError(f"window={window} is more than the model's context of {context} tokens")
     tokens = to_tokens(content, tokenizer)
     lanes = min(max(len(tokens) // LANE, 1), LANES) if lanes is None else lanes
     stride = max(window // 2, 1) if stride is None else stride
@@ -103,7 +121,7 @@ def compress(
     made_with = _environment().encode()
     head = HEADER.pack(
         MAGIC, VERSION, lanes, torch.get_num_threads(), len(made_with), window, stride,
-        _short(bytes.fromhex(fingerprint)), _short(content), len(content), len(tokens),
+        identity(model, tokenizer), _short(content), len(content), len(tokens),
     )  # fmt: skip
     data = head + made_with + coded.payload
     data += struct.pack("<I", zlib.crc32(data))
@@ -122,7 +140,6 @@ def decompress(
     model: nn.Module,
     tokenizer: Any,
     *,
-    fingerprint: str,
     on_progress: Progress | None = None,
 ) -> bytes:
     """The bytes that `compress` was given, or an error; never other bytes.
@@ -131,7 +148,6 @@ def decompress(
         data: of `compress`.
         model: the same model.
         tokenizer: the same tokenizer.
-        fingerprint: of both.
         on_progress: called with tokens done and all.
 
     Raises:
@@ -141,10 +157,11 @@ def decompress(
     Reference: Valmeekam et al., LLMZip, 2023.
     """
     file = inspect(data)
-    if file.fingerprint != _short(bytes.fromhex(fingerprint)):
+    own = identity(model, tokenizer)
+    if file.fingerprint != own:
         raise StateError(
-            f"the file was compressed with another model or tokenizer (fingerprint "
-            f"{file.fingerprint.hex()}); this one has {_short(bytes.fromhex(fingerprint)).hex()}"
+            "the file was compressed with another model or tokenizer: their fingerprint is "
+            f"{file.fingerprint.hex()}, and that of these is {own.hex()}"
         )
     if file.made_with != _environment():
         warnings.warn(
@@ -153,13 +170,16 @@ def decompress(
             TesttimeWarning,
             stacklevel=2,
         )
-    with _threads(file.threads):
-        predictor = _predictor(model, tokenizer, file.window, file.stride)
-        tokens = decode(
-            file.payload, file.tokens, predictor, lanes=file.lanes, on_progress=on_progress
-        )
-    content = from_tokens(tokens, tokenizer)
-    if len(content) != file.length or _short(content) != file.digest:
+    try:
+        with _threads(file.threads):
+            predictor = _predictor(model, tokenizer, file.window, file.stride)
+            tokens = decode(
+                file.payload, file.tokens, predictor, lanes=file.lanes, on_progress=on_progress
+            )
+        content = from_tokens(tokens, tokenizer)
+    except WorkFailed:
+        content = None
+    if content is None or len(content) != file.length or _short(content) != file.digest:
         raise WorkFailed(
             "the content is not what was compressed, though the file is whole: the model gave other "
             f"probabilities here. It was made with {file.made_with}; this is {_environment()}."
@@ -214,6 +234,11 @@ def inspect(data: bytes) -> Header:
         digest=digest, length=length, tokens=tokens, made_with=data[HEADER.size : end].decode(),
         payload=data[end:-4],
     )  # fmt: skip
+
+
+def identity(model: nn.Module, tokenizer: Any) -> bytes:
+    """16 bytes that stand for the weights, the configuration and the tokenizer's rules."""
+    return _short((fingerprint(model) + tokenizer_fingerprint(tokenizer)).encode())
 
 
 def _predictor(model: nn.Module, tokenizer: Any, window: int, stride: int) -> WindowedModel:
