@@ -1,0 +1,150 @@
+"""Has an adapted model collapsed? Class shares, marginal entropy, and disagreement with the source.
+
+    for each block of samples, with classes a of the adapted and s of the source model:
+        share_c       = share of a = c less share of s = c                              in [-1, 1]
+        narrowness    = ( H(mean p_source) - H(mean p_adapted) ) / ln C                 in [-1, 1]
+        disagreement  = share of a ≠ s                                                  in [0, 1]
+    bet that the mean of each is above its limit
+
+The source answers the same samples, so a stream in which one class is frequent, or alone, is no
+collapse: the source sees it, too.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from testtime._core.errors import InputError
+from testtime._core.options import in_range, whole
+from testtime.guard.betting import Bets, Starting
+from testtime.guard.monitor import Alarm, State, log_mean
+from testtime.measures.entropy import entropy_of_probs
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Collapse:
+    """Watches an adapted model beside its frozen source.
+
+    A batch is two tensors of logits (n, classes), of the adapted and of the source model. The null
+    hypothesis: given the past, in each block the mean of every statistic above is at most its
+    limit. Under it the probability that the alarm is ever raised is at most alpha. That the limits
+    tell collapse from useful adaptation is a choice, and heuristic: a model that is rightly
+    changed on more than `disagreement` of its answers raises the alarm as well.
+
+    `Alarm.parts` are the log wealth of the classes' shares (their mean), of narrowness and of
+    disagreement.
+
+    Args:
+        classes: number of classes C, at least 2.
+        share: by how much a class may be more frequent than the source says; 0.25.
+        narrowness: by how much of ln C the marginal entropy may be lower than the source's; 0.1.
+        disagreement: share of answers that may differ from the source's; 0.6.
+        block: samples that one bet is about; 64. Smaller batches are collected.
+        alpha: bound on the probability of a false alarm; 0.05.
+        bets: how much is bet.
+
+    Raises:
+        OptionError: an option is out of its range.
+
+    Example:
+        >>> from testtime.guard.monitor import Monitor
+        >>> source = 5 * torch.eye(10).repeat(64, 1)
+        >>> monitor = Monitor(Collapse(classes=10))
+        >>> bool(monitor.update(source, source))
+        False
+        >>> collapsed = torch.zeros(640, 10).index_fill(1, torch.tensor(3), 5.0)
+        >>> bool(monitor.update(collapsed, source)) or bool(monitor.update(collapsed, source))
+        True
+    """
+
+    classes: int
+    share: float = 0.25
+    narrowness: float = 0.1
+    disagreement: float = 0.6
+    block: int = 64
+    alpha: float = 0.05
+    bets: Bets = field(default_factory=Starting)
+
+    def __post_init__(self) -> None:
+        whole(2, classes=self.classes)
+        whole(1, block=self.block)
+        limits = {"share": self.share, "narrowness": self.narrowness}
+        in_range(0, 0.999, **limits, disagreement=self.disagreement)
+        in_range(1e-12, 1, alpha=self.alpha)
+
+    def init(self) -> State:
+        """Wealth 1, an empty block."""
+        sums = torch.zeros(self.classes, dtype=torch.float64)
+        return self.bets.init(torch.Size([self.classes + 2])) | {
+            "shares": sums, "adapted": sums, "source": sums,
+            "differ": sums[0], "seen": torch.zeros((), dtype=torch.int64),
+            "wealth": torch.zeros(self.classes + 2, dtype=torch.float64),
+            "log_peak": torch.zeros((), dtype=torch.float64),
+        }  # fmt: skip
+
+    def step(self, state: State, adapted: Tensor, source: Tensor) -> tuple[State, Alarm]:
+        """Bets on each block that becomes full.
+
+        Raises:
+            InputError: the logits are not (n, classes), or not finite.
+        """
+        pair = [self._probs("adapted", adapted), self._probs("source", source)]
+        if len(pair[0]) != len(pair[1]):
+            raise InputError(
+                f"{len(pair[0])} adapted and {len(pair[1])} source answers; expected those of the "
+                "same samples."
+            )
+        while len(pair[0]):
+            free = self.block - int(state["seen"])
+            state = self._collect(state, *(each[:free] for each in pair))
+            pair = [each[free:] for each in pair]
+            if int(state["seen"]) == self.block:
+                state = self._bet(state)
+        parts = self._parts(state["wealth"])
+        raised = state["log_peak"] >= -math.log(self.alpha)
+        return state, Alarm(raised, log_mean(parts), parts)
+
+    def _collect(self, state: State, adapted: Tensor, source: Tensor) -> State:
+        ours, theirs = (each.argmax(1) for each in (adapted, source))
+        count = [each.bincount(minlength=self.classes).double() for each in (ours, theirs)]
+        return state | {
+            "shares": state["shares"] + count[0] - count[1],
+            "adapted": state["adapted"] + adapted.sum(0),
+            "source": state["source"] + source.sum(0),
+            "differ": state["differ"] + (ours != theirs).sum(),
+            "seen": state["seen"] + len(adapted),
+        }
+
+    def _bet(self, state: State) -> State:
+        entropies = [entropy_of_probs(state[name] / self.block) for name in ("adapted", "source")]
+        narrow = (entropies[1] - entropies[0]) / math.log(self.classes)
+        payoffs = torch.cat(
+            [
+                (state["shares"] / self.block - self.share) / (1 + self.share),
+                ((narrow - self.narrowness) / (1 + self.narrowness))[None],
+                (state["differ"] / self.block - self.disagreement)[None]
+                / max(self.disagreement, 1 / self.block),
+            ]
+        )
+        bets, path = self.bets.run(state, payoffs[None])
+        peak = torch.maximum(state["log_peak"], log_mean(self._parts(path[-1])))
+        fresh = {name: torch.zeros_like(state[name]) for name in ("shares", "adapted", "source")}
+        fresh |= {name: torch.zeros_like(state[name]) for name in ("differ", "seen")}
+        return state | bets | fresh | {"wealth": path[-1], "log_peak": peak}
+
+    def _parts(self, wealth: Tensor) -> Tensor:
+        return torch.cat([log_mean(wealth[: self.classes])[None], wealth[self.classes :]])
+
+    def _probs(self, name: str, logits: Tensor) -> Tensor:
+        if logits.dim() != 2 or len(logits) == 0 or logits.shape[1] != self.classes:
+            raise InputError(
+                f"{name} logits have the shape {tuple(logits.shape)}; expected (n, {self.classes})."
+            )
+        probs = logits.detach().to("cpu", torch.float64).softmax(1)
+        if not bool(probs.isfinite().all()):
+            raise InputError(f"{name} logits hold NaN or +inf; leave these samples out.")
+        return probs

@@ -1,0 +1,135 @@
+"""What a monitor is: a detector is a value, its state is apart, and few verbs hold the two together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from testtime._core.errors import InputError, StateError
+
+State = dict[str, Tensor]
+"""Everything a detector remembers, by name. A step never writes to an old state."""
+
+R_co = TypeVar("R_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What a monitor says after a batch.
+
+    Attributes:
+        raised: whether the wealth has ever reached 1 / alpha; it stays raised until `reset`.
+        log_wealth: natural logarithm of the wealth now, an e-process: under the null hypothesis
+            its mean is at most 1 at any stopping time.
+        parts: log wealth of each part (signal, class, stream) that the wealth is the mean of.
+    """
+
+    raised: Tensor
+    log_wealth: Tensor
+    parts: Tensor
+
+    def __bool__(self) -> bool:
+        return bool(self.raised.any())
+
+
+class Detector(Protocol[R_co]):
+    """What `Monitor` runs: a frozen value with a first state and a step."""
+
+    def init(self) -> State:
+        """The state before any data."""
+        ...
+
+    def step(self, state: State, *data: Tensor) -> tuple[State, R_co]:
+        """The state after a batch, and what is to be said of it."""
+        ...
+
+
+class Monitor(Generic[R_co]):
+    """Holds a detector and its state while a stream goes by.
+
+    Args:
+        detector: what is watched for, e.g. `Independence`, `Exchangeability`, `Risk`, `Collapse`.
+
+    Example:
+        >>> from testtime.guard.risk import Risk
+        >>> monitor = Monitor(Risk(bound=0.2))
+        >>> bool(monitor.update(torch.full((8,), 0.1))), bool(monitor.update(torch.ones(8)))
+        (False, True)
+        >>> monitor.reset()
+        >>> bool(monitor.update(torch.full((8,), 0.1)))
+        False
+    """
+
+    def __init__(self, detector: Detector[R_co]) -> None:
+        self.detector = detector
+        self._state = detector.init()
+
+    def update(self, *data: Tensor) -> R_co:
+        """Takes a batch and says whether there is an alarm.
+
+        Raises:
+            InputError: the batch cannot be used; the state is what it was.
+        """
+        self._state, said = self.detector.step(self._state, *data)
+        return said
+
+    def reset(self) -> None:
+        """Forgets the stream."""
+        self._state = self.detector.init()
+
+    def state_dict(self) -> State:
+        """A copy of everything that is remembered."""
+        return {name: value.clone() for name, value in self._state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on where `state_dict` was taken.
+
+        Raises:
+            StateError: the state is of another detector; the own one is unchanged.
+        """
+        own = self.detector.init()
+        if set(state) != set(own):
+            raise StateError(
+                f"the state holds {', '.join(sorted(state))}; {type(self.detector).__name__} "
+                f"expects {', '.join(sorted(own))}. Load it into the detector it was taken from."
+            )
+        for name, value in state.items():
+            fits = own[name].numel() == 0 or own[name].shape == value.shape  # memories grow
+            if not fits or own[name].dtype != value.dtype:
+                raise StateError(
+                    f"{name} is {tuple(value.shape)} of {value.dtype}; expected "
+                    f"{tuple(own[name].shape)} of {own[name].dtype}. The options differ."
+                )
+        self._state = {name: value.clone() for name, value in state.items()}
+
+
+def log_mean(log_wealth: Tensor) -> Tensor:
+    """Logarithm of the mean wealth over the last dimension: a mean of e-processes is one.
+
+    Example:
+        >>> log_mean(torch.tensor([0.0, -torch.inf]))
+        tensor(-0.6931)
+    """
+    return torch.logsumexp(log_wealth, -1) - torch.log(
+        torch.tensor(log_wealth.shape[-1], dtype=log_wealth.dtype, device=log_wealth.device)
+    )
+
+
+def finite(name: str, values: Tensor) -> Tensor:
+    """The values as float64 on the CPU; refuses NaN and infinite ones, and an empty batch.
+
+    Example:
+        >>> finite("scores", torch.tensor([1, 2])).dtype
+        torch.float64
+    """
+    if values.numel() == 0:
+        raise InputError(f"{name} is empty, {tuple(values.shape)}; expected at least one sample.")
+    values = values.detach().to("cpu", torch.float64)
+    if not bool(values.isfinite().all()):
+        raise InputError(
+            f"{int((~values.isfinite()).sum())} of {values.numel()} values of {name} are NaN or "
+            "infinite; expected finite numbers. Leave these samples out, and count them."
+        )
+    return values

@@ -1,0 +1,91 @@
+"""What can be read off a deployed model without labels: one number for each sample and signal.
+
+    entropy, confidence     of the prediction
+    features                norm of the input of the last linear layer
+    statistics/LAYER        distance of a sample's channel means from those stored in training, in
+                            variances, for each batch normalisation; for layers that store none, the
+                            logarithm of the variance that they divide by
+
+They are what `Exchangeability` watches; `entropy` over ln C and `1 - confidence` suit `Risk`.
+"""
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from testtime._core.errors import InputError
+from testtime.adaptation.layers import NormLayer, norm_layers
+from testtime.adaptation.look import named_layer
+from testtime.adaptation.outputs import read_logits
+from testtime.guard.borrow import borrowed
+from testtime.measures.confidence import confidence
+from testtime.measures.entropy import entropy
+
+
+def read_signals(model: nn.Module, x: Tensor, *, features: str | None = None) -> dict[str, Tensor]:
+    """One forward of the model in eval mode, and its signals, each (n,).
+
+    The model's modes, flags, hooks and the random state are the same afterwards.
+
+    Args:
+        model: maps a batch to logits (n, classes), or to an output that holds them.
+        x: a batch.
+        features: name of the layer whose input are the features; None: the linear layer that runs
+            last, and no such signal where there is none.
+
+    Raises:
+        InputError: the logits are not (n, classes).
+        UnknownName: the model has no layer of that name.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval()
+        >>> signals = read_signals(model, torch.randn(16, 4))
+        >>> list(signals)
+        ['entropy', 'confidence', 'features', 'statistics/1']
+        >>> torch.stack(list(signals.values()), 1).shape
+        torch.Size([16, 4])
+    """
+    chosen = named_layer(model, features)
+    statistics: dict[str, Tensor] = {}
+    entered: list[Tensor] = []
+
+    def see(found: NormLayer, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        statistics[f"statistics/{found.name}"] = _distance(found, args[0].detach())
+
+    def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        entered.append(args[0].detach())
+
+    hooks = [
+        layer.module.register_forward_pre_hook(partial(see, layer)) for layer in norm_layers(model)
+    ]
+    for module in [chosen] if chosen else model.modules():
+        if chosen or isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_pre_hook(enter))
+    try:
+        with borrowed(model):
+            logits = read_logits(model(x))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if logits.dim() != 2 or len(logits) != len(x):
+        raise InputError(
+            f"the logits have the shape {tuple(logits.shape)}; expected ({len(x)}, classes)."
+        )
+    found = {"entropy": entropy(logits), "confidence": confidence(logits)}
+    if entered and len(entered[-1]) == len(x):
+        found["features"] = entered[-1].flatten(1).float().norm(dim=1)
+    return found | {name: value for name, value in statistics.items() if len(value) == len(x)}
+
+
+def _distance(layer: NormLayer, x: Tensor) -> Tensor:
+    """How far each sample of a layer's input lies from what the layer expects: (n,)."""
+    x = x.float()
+    if layer.has_statistics:
+        stored = {name: value.float() for name, value in layer.module.named_buffers()}
+        means = x.flatten(2).mean(2) if x.dim() > 2 else x
+        variance = stored["running_var"] + layer.eps
+        return ((means - stored["running_mean"]).square() / variance).mean(1)
+    groups = getattr(layer.module, "num_groups", None)
+    over = x.reshape(len(x), groups, -1) if groups else x
+    return (over.var(-1, correction=0) + 1e-12).log().flatten(1).mean(1)

@@ -1,0 +1,212 @@
+"""Exchangeability, Risk, TwoSample, Collapse."""
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reference import monitors as reference
+from testtime._core.errors import InputError, OptionError
+from testtime.guard.betting import Mixture, Starting
+from testtime.guard.collapse import Collapse
+from testtime.guard.exchangeability import Exchangeability
+from testtime.guard.monitor import Monitor
+from testtime.guard.risk import Risk, upper_bound
+from testtime.guard.two_sample import TwoSample
+
+
+def draw(seed, *shape):
+    chance = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=chance, dtype=torch.float64)
+
+
+def test_bins_of_a_stream_are_an_urn_whatever_the_order():
+    """All 5040 orders of seven values: bins of the last four are as probable as the urn says."""
+    found = Counter()
+    for order in itertools.permutations(range(7)):
+        values = torch.tensor(order, dtype=torch.float64)[:, None]
+        test = Exchangeability.fit(values[:3], bins=3)
+        assert test.gaps.tolist() == [1, 1, 2]
+        found[tuple((values[3:] > test.edges[:, 0]).sum(1).tolist())] += 1
+    for bins, count in found.items():
+        counts, probability = [1, 1, 2], 1.0
+        for b in bins:
+            probability *= counts[b] / sum(counts)
+            counts[b] += 1
+        assert count / math.factorial(7) == pytest.approx(probability)
+
+
+def test_p_values_equal_those_of_all_values_kept():
+    reference_values, stream = draw(0, 20, 1), draw(1, 60, 1)
+    test = Exchangeability.fit(reference_values, bins=21)
+    state = test.init()
+    chance = torch.Generator()
+    chance.set_state(state["chance"])
+    blur = torch.rand(2, 60, 1, generator=chance, dtype=torch.float64)[1, :, 0]
+    _, p = test.p_values(state, stream)
+    gap = (stream > reference_values.sort(0).values.T).sum(1)
+    for t in range(60):
+        counts = [1 + int((gap[:t] == j).sum()) for j in range(21)]
+        expected = (sum(counts[gap[t] + 1 :]) + blur[t] * counts[gap[t]]) / (21 + t)
+        assert p[t, 0] == pytest.approx(float(expected))
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.lists(st.integers(1, 90), min_size=1, max_size=5), seed=st.integers(0, 99))
+def test_counts_do_not_depend_on_batches_and_ties_are_broken_evenly(cuts, seed):
+    stream = draw(seed, sum(cuts), 2).round()
+    monitor = Monitor(Exchangeability.fit(draw(seed + 1, 30, 2).round()))
+    for part in stream.split(cuts):
+        monitor.update(part)
+    counts = monitor.state_dict()["counts"]
+    assert counts.sum(0).tolist() == [31 + len(stream)] * 2
+
+
+def test_saving_in_mid_stream_changes_nothing():
+    test, stream = Exchangeability.fit(draw(0, 100, 3)), draw(1, 90, 3)
+    whole, monitor = Monitor(test), Monitor(test)
+    whole.update(stream[:40])
+    monitor.load_state_dict(whole.state_dict())
+    one, other = whole.update(stream[40:]), monitor.update(stream[40:])
+    assert torch.equal(one.parts, other.parts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x + 1, lambda x: x - 1, lambda x: 4 * x, lambda x: x / 4],
+    ids=["up", "down", "wider", "narrower"],
+)
+def test_a_late_change_is_found_and_no_change_is_not(change):
+    monitor = Monitor(Exchangeability.fit(draw(0, 500, 2)))
+    assert not monitor.update(draw(1, 5000, 2))
+    later = draw(2, 300, 2)
+    later[:, 1] = change(later[:, 1])
+    alarm = monitor.update(later)
+    assert alarm
+    assert alarm.parts[1] > alarm.parts[0]
+    assert monitor.update(draw(3, 10, 2))  # it stays raised
+    monitor.reset()
+    assert not monitor.update(draw(4, 10, 2))
+
+
+def test_constants_never_alarm_and_one_reference_value_is_enough():
+    monitor = Monitor(Exchangeability.fit(torch.ones(50, 1)))
+    assert not monitor.update(torch.ones(3000, 1))
+    assert monitor.update(torch.full((300, 1), 2.0))
+    assert not Monitor(Exchangeability.fit(torch.zeros(1, 1))).update(draw(0, 50, 1))
+
+
+def test_false_alarms_of_streams_side_by_side_are_at_most_alpha():
+    """400 streams as 400 signals, watched one by one; 0.05 and three standard errors."""
+    test = Exchangeability.fit(draw(0, 100, 400), bins=20)
+    state, peak = test.init(), torch.zeros(400)
+    for part in draw(1, 500, 400).split(5):
+        state, alarm = test.step(state, part)
+        peak = torch.maximum(peak, alarm.parts)
+    assert (peak >= math.log(20)).double().mean() <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
+
+
+@settings(max_examples=30, deadline=None)
+@given(scores=st.lists(st.floats(0, 1), min_size=1, max_size=30), bound=st.floats(0.01, 0.99))
+def test_risk_bets_on_the_ratio_to_its_bound(scores, bound):
+    alarm = Monitor(Risk(bound=bound, bets=Starting(fractions=(0.3,)))).update(torch.tensor(scores))
+    payoffs = [score / bound - 1 for score in torch.tensor(scores).double().tolist()]
+    expected = reference.starting(payoffs, (0.3,))
+    assert alarm.log_wealth.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_upper_bound_covers_the_mean_and_tightens():
+    coins = (torch.rand(100, 400, generator=torch.Generator().manual_seed(0)) < 0.3).double()
+    bounds = torch.tensor([upper_bound(row, alpha=0.05) for row in coins])
+    assert (bounds < 0.3).double().mean() <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 100)
+    assert 0.33 < bounds.mean() < 0.42
+    assert upper_bound(coins.flatten()[:10000], alpha=0.05) < 0.325
+    payoffs = (0.35 - coins[0]) / 0.65
+    below = reference.mixture(payoffs.tolist(), Mixture().fractions) < math.log(20)
+    assert below == (upper_bound(coins[0], alpha=0.05) > 0.35)
+
+
+def test_risk_asks_for_scores_in_the_unit_interval_and_for_enough_of_them():
+    for bad, said in (
+        (torch.tensor([2.0]), "Divide"), (torch.tensor([math.nan]), "NaN"),
+        (torch.zeros(0), "empty"), (torch.zeros(2, 2), "expected"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            Monitor(Risk(bound=0.5)).update(bad)
+    with pytest.raises(InputError, match="more scores"):
+        Risk.fit(torch.ones(3))
+    with pytest.raises(OptionError):
+        Risk(bound=0.0)
+
+
+def test_two_samples_are_told_apart_and_side_by_side_as_alone():
+    reference_points, new = draw(0, 200, 2, 3), draw(1, 200, 2, 3)
+    new[:, 1] += 1
+    test = TwoSample.fit(draw(2, 50, 3))
+    alarm = Monitor(test).update(reference_points, new)
+    assert alarm.parts[1] > math.log(20) > alarm.parts[0]
+    alone = Monitor(test).update(reference_points[:, 1], new[:, 1])
+    torch.testing.assert_close(alarm.parts[1], alone.log_wealth)
+    with pytest.raises(InputError, match="same for both"):
+        Monitor(test).update(reference_points, new[:5])
+
+
+def test_two_samples_bet_on_the_normed_difference_of_mean_kernels():
+    x, y = draw(0, 4, 1), draw(1, 4, 1) + 0.5
+    gamma, test = 0.7, TwoSample(gamma=0.7, bets=Mixture(fractions=(0.5,)))
+
+    def kernel(a, b):
+        return (-gamma * (a - b.T) ** 2).exp()
+
+    wealth = 1.0
+    for t in range(1, 4):
+        past_x, past_y = x[:t], y[:t]
+        norm = kernel(past_x, past_x).mean() + kernel(past_y, past_y).mean()
+        norm = (norm - 2 * kernel(past_x, past_y).mean()).sqrt()
+
+        def g(z, px=past_x, py=past_y, norm=norm):
+            return (kernel(z, py).mean() - kernel(z, px).mean()) / norm
+
+        wealth *= 1 + 0.5 * (g(y[t : t + 1]) - g(x[t : t + 1])) / math.sqrt(2)
+    alarm = Monitor(test).update(x, y)
+    assert alarm.log_wealth.exp().item() == pytest.approx(float(wealth))
+
+
+def logits(answers, classes=10, height=6.0):
+    return height * torch.nn.functional.one_hot(torch.as_tensor(answers), classes).double()
+
+
+def test_collapse_is_told_from_rare_classes_and_from_useful_changes():
+    chance = torch.Generator().manual_seed(0)
+    source = torch.randint(10, (6400,), generator=chance)
+    repaired = torch.where(torch.rand(6400, generator=chance) < 0.4, source.flip(0), source)
+    alone = torch.full((6400,), 3)
+    for adapted, beside, expected in (
+        (source, source, False), (repaired, source, False), (alone, alone, False),
+        (alone, source, True), (source.roll(1), source, True), (source % 4, source, True),
+    ):  # fmt: skip
+        monitor = Monitor(Collapse(classes=10))
+        for a, s in zip(logits(adapted).split(50), logits(beside).split(50), strict=True):
+            alarm = monitor.update(a, s)
+        assert bool(alarm) == expected
+
+
+def test_collapse_collects_blocks_whatever_the_batches():
+    chance = torch.Generator().manual_seed(0)
+    adapted, source = torch.randn(2, 300, 4, generator=chance)
+    test = Collapse(classes=4, block=32)
+    whole = Monitor(test).update(adapted, source)
+    monitor = Monitor(test)
+    for a, s in zip(adapted.split(7), source.split(7), strict=True):
+        alarm = monitor.update(a, s)
+    torch.testing.assert_close(alarm.parts, whole.parts)
+    assert monitor.state_dict()["seen"] == 300 % 32
+    for bad in (adapted[:, :3], adapted[:0], adapted * math.nan):
+        with pytest.raises(InputError):
+            monitor.update(bad, source[: len(bad)])
+    with pytest.raises(InputError, match="same samples"):
+        monitor.update(adapted, source[:-1])

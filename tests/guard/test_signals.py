@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch import nn
+
+from testtime._core.errors import InputError, UnknownName
+from testtime.guard.exchangeability import Exchangeability
+from testtime.guard.monitor import Monitor
+from testtime.guard.signals import read_signals
+
+
+def small(norm=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), norm or nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
+        nn.Linear(4 * 36, 3),
+    )  # fmt: skip
+    for _ in range(20):
+        model(torch.randn(64, 1, 8, 8))
+    return model
+
+
+def test_signals_say_what_they_are_named_and_leave_the_model_alone():
+    model, x = small().train(), torch.randn(5, 1, 8, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    chance, hooks = torch.random.get_rng_state(), [len(m._forward_pre_hooks) for m in model]
+    signals = read_signals(model, x)
+    assert all(module.training for module in model.modules())
+    assert torch.equal(chance, torch.random.get_rng_state())
+    assert hooks == [len(m._forward_pre_hooks) for m in model]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    model.eval()
+    probs = model(x).softmax(1)
+    torch.testing.assert_close(signals["confidence"], probs.amax(1))
+    torch.testing.assert_close(signals["entropy"], -(probs * probs.log()).sum(1))
+    torch.testing.assert_close(signals["features"], model[:5](x).norm(dim=1))
+    means, norm = model[0](x).mean((2, 3)), model[1]
+    expected = ((means - norm.running_mean) ** 2 / (norm.running_var + norm.eps)).mean(1)
+    torch.testing.assert_close(signals["statistics/1"], expected)
+    one = read_signals(model, x[2:3])
+    for name, value in signals.items():
+        torch.testing.assert_close(one[name], value[2:3], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.BatchNorm2d(4)])
+def test_a_shift_of_the_input_shows_in_the_statistics(norm):
+    model = small(norm)
+
+    def read(shift):
+        found = read_signals(model, torch.randn(256, 1, 8, 8) * (1 + shift))
+        return torch.stack(list(found.values()), 1)
+
+    monitor = Monitor(Exchangeability.fit(read(0)))
+    assert not monitor.update(read(0))
+    assert monitor.update(read(1))
+
+
+def test_models_without_a_linear_layer_and_bad_calls():
+    model = nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten())
+    assert list(read_signals(model, torch.randn(4, 1, 8, 8))) == ["entropy", "confidence"]
+    with pytest.raises(UnknownName):
+        read_signals(model, torch.randn(4, 1, 8, 8), features="head")
+    with pytest.raises(InputError, match="classes"):
+        read_signals(nn.Conv2d(1, 3, 3), torch.randn(4, 1, 8, 8))

@@ -1,0 +1,48 @@
+"""The small checks of monitors: their plumbing on small sizes, and what their claims allow."""
+
+import inspect
+import math
+
+import pytest
+
+from testtime._core.registry import entries
+
+SMALL = {"skit": {"STREAMS": 3, "POINTS": 40}}
+"""Sizes with which a check runs in a moment."""
+
+EDGES = {
+    "skit": (
+        {"rejected, beta 0.0": 10.0, "points, beta 0.0": 600.0, "rejected, beta 0.5": 90.0,
+         "points, beta 0.3": 400.0, "points, beta 0.5": 230.0, "points, beta 1.0": 120.0,
+         "rejected by correlation, beta 0": 15.1},
+        [{"rejected, beta 0.0": 10.1}, {"rejected, beta 0.5": 89.9}, {"points, beta 1.0": 230.0},
+         {"points, beta 0.3": 600.0}, {"rejected by correlation, beta 0": 15.0}],
+    ),
+}  # fmt: skip
+"""Numbers for which the claim just holds, and changes for which it does not."""
+
+
+@pytest.mark.parametrize("slug", EDGES)
+def test_a_check_gives_the_numbers_that_its_claim_reads(slug, monkeypatch):
+    check = entries("check")[slug].factory
+    for name, value in SMALL[slug].items():
+        monkeypatch.setattr(inspect.getmodule(check), name, value)
+    found = check(seeds=(3,))
+    assert set(EDGES[slug][0]) <= set(found.numbers)
+    assert all(math.isfinite(value) for values in found.numbers.values() for value in values)
+
+
+@pytest.mark.parametrize("slug", EDGES)
+def test_a_claim_holds_up_to_its_thresholds(slug):
+    holds = vars(inspect.getmodule(entries("check")[slug].factory))["holds"]
+    numbers, changes = EDGES[slug]
+    assert holds(numbers)
+    for change in changes:
+        assert not holds(numbers | change), change
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", ["skit"])
+def test_the_claim_holds_on_one_seed(slug):
+    found = entries("check")[slug].factory(seeds=(0,))
+    assert found.held, found.numbers

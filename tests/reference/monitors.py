@@ -1,0 +1,60 @@
+"""Monitors, written from the papers in numpy, one point at a time."""
+
+import math
+
+import numpy as np
+
+
+def independence(x, y, gamma_x, gamma_y, memory=10**9, limit=0.5):
+    """Log wealth of SKIT after each pair, all sums taken anew."""
+    wealth, path, fraction, curvature = 0.0, [], 0.0, 1.0
+
+    def kernel(gamma, a, b):
+        return np.exp(-gamma * ((a[:, None] - b[None]) ** 2).sum(-1))
+
+    for t in range(2, len(x) - 1, 2):
+        px, py = x[max(0, t - memory) : t], y[max(0, t - memory) : t]
+        m = len(px)
+        big_k, big_l = kernel(gamma_x, px, px), kernel(gamma_y, py, py)
+        centre = np.eye(m) - 1 / m
+        norm = math.sqrt(np.trace(big_k @ centre @ big_l @ centre)) / m
+
+        def g(a, b, px=px, py=py, norm=norm):
+            k, l = kernel(gamma_x, a[None], px)[0], kernel(gamma_y, b[None], py)[0]
+            return ((k * l).mean() - k.mean() * l.mean()) / norm
+
+        x1, x2, y1, y2 = x[t], x[t + 1], y[t], y[t + 1]
+        f = (g(x1, y1) + g(x2, y2) - g(x1, y2) - g(x2, y1)) / 2
+        wealth += math.log1p(fraction * f)
+        z = f / (1 + fraction * f)
+        curvature += z * z
+        fraction = min(max(fraction + 2 / (2 - math.log(3)) * z / curvature, 0), limit)
+        path.append(wealth)
+    return path
+
+
+def grapa(payoffs, limit=0.9):
+    wealth, seen = 0.0, [(1e-3, 1.0)]
+    for f in payoffs:
+        mean, square = np.mean([s[0] for s in seen]), np.mean([s[1] for s in seen])
+        wealth += math.log1p(min(max(mean / square, 0), limit) * f)
+        seen.append((f, f * f))
+    return wealth
+
+
+def mixture(payoffs, fractions):
+    return math.log(np.mean([np.prod(1 + fraction * np.array(payoffs)) for fraction in fractions]))
+
+
+def starting(payoffs, fractions):
+    """Every gambler who begins at every time, one by one."""
+    n = len(payoffs)
+
+    def tail(t):
+        return 1 / math.log2(t + 2)
+
+    total = tail(n)
+    for start in range(n):
+        share = (tail(start) - tail(start + 1)) / len(fractions)
+        total += sum(share * np.prod(1 + f * np.array(payoffs[start:])) for f in fractions)
+    return math.log(total)
