@@ -7,7 +7,10 @@ import pytest
 
 from testtime._core.registry import entries
 
-SMALL = {"skit": {"STREAMS": 3, "POINTS": 40}}
+SMALL = {
+    "skit": {"STREAMS": 3, "POINTS": 40},
+    "feature-shift": {"TRIALS": 2, "BOOTSTRAP": 5, "SAMPLES": 40},
+}
 """Sizes with which a check runs in a moment."""
 
 EDGES = {
@@ -17,6 +20,13 @@ EDGES = {
          "rejected by correlation, beta 0": 15.1},
         [{"rejected, beta 0.0": 10.1}, {"rejected, beta 0.5": 89.9}, {"points, beta 1.0": 230.0},
          {"points, beta 0.3": 600.0}, {"rejected by correlation, beta 0": 15.0}],
+    ),
+    "feature-shift": (
+        {f"{what}, correlation {r}": value for r in (0.5, 0.3)
+         for what, value in (("false alarms", 12.0), ("detected", 90.0), ("right feature", 90.0))}
+        | {"detected by marginals": 20.0},
+        [{"detected by marginals": 20.1}, {"false alarms, correlation 0.3": 12.1},
+         {"detected, correlation 0.5": 89.9}, {"right feature, correlation 0.3": 89.9}],
     ),
 }  # fmt: skip
 """Numbers for which the claim just holds, and changes for which it does not."""
@@ -42,7 +52,7 @@ def test_a_claim_holds_up_to_its_thresholds(slug):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slug", ["skit"])
+@pytest.mark.parametrize("slug", ["skit", "feature-shift"])
 def test_the_claim_holds_on_one_seed(slug):
     found = entries("check")[slug].factory(seeds=(0,))
     assert found.held, found.numbers

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -67,6 +68,6 @@ def holds(found: dict[str, float]) -> bool:
     return (
         found["rejected, beta 0.0"] <= 10
         and found["rejected, beta 0.5"] >= 90
-        and all(more > fewer for more, fewer in zip(points, points[1:], strict=False))
+        and all(more > fewer for more, fewer in pairwise(points))
         and found["rejected by correlation, beta 0"] > 15
     )

@@ -1,0 +1,167 @@
+"""Densities that give their score, the gradient of their logarithm, and samples of themselves.
+
+The j-th entry of the score of p(x) is that of the conditional p(x_j | all others), so that one
+gradient speaks about all conditionals at once.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-5
+"""Added to the diagonal of a covariance, so that constant and collinear features are no obstacle."""
+
+
+class Density(Protocol):
+    """A density fitted to samples."""
+
+    def score(self, x: Tensor) -> Tensor:
+        """Gradient of the log density at each sample: of the shape of x."""
+        ...
+
+    def sample(self, count: int, chance: torch.Generator) -> Tensor:
+        """Draws (..., count, d)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """A Gaussian with the mean and the covariance of the samples, plus 1e-5 on the diagonal.
+
+    Attributes:
+        mean: (..., 1, d).
+        covariance: (..., d, d).
+
+    Example:
+        >>> density = Gaussian.fit(torch.tensor([[0.0], [2.0]]).double())
+        >>> density.score(torch.tensor([[2.0]]).double())
+        tensor([[-0.5000]], dtype=torch.float64)
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    @staticmethod
+    def fit(x: Tensor) -> "Gaussian":
+        """Of samples (..., n, d), n at least 2."""
+        mean = x.mean(-2, keepdim=True)
+        away = x - mean
+        covariance = away.mT @ away / (x.shape[-2] - 1)
+        return Gaussian(mean, covariance + RIDGE * torch.eye(x.shape[-1], dtype=x.dtype))
+
+    def score(self, x: Tensor) -> Tensor:
+        """-Σ⁻¹ (x - μ)."""
+        return -torch.linalg.solve(self.covariance, (x - self.mean).mT).mT
+
+    def sample(self, count: int, chance: torch.Generator) -> Tensor:
+        """Draws (..., count, d)."""
+        shape = (*self.covariance.shape[:-2], count, self.covariance.shape[-1])
+        noise = torch.randn(shape, generator=chance, dtype=self.mean.dtype)
+        return self.mean + noise @ torch.linalg.cholesky(self.covariance).mT
+
+    def conditionals(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Means (n, d) and standard deviations (d,) of each feature given all the others."""
+        precision = torch.linalg.inv(self.covariance)
+        scale = precision.diagonal(dim1=-2, dim2=-1)
+        return x + self.score(x) / scale, scale.rsqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    rotation: Tensor  # (d, d), columns are principal axes
+    mean: Tensor
+    std: Tensor
+    heights: Tensor  # (d, bins), density of the histogram on [0, 1]
+
+    @property
+    def edges(self) -> Tensor:
+        """Distribution function at the left edge of each bin: (d, bins)."""
+        return (self.heights.cumsum(1) - self.heights) / self.heights.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class DeepDensity:
+    """A deep density: layers that turn samples to their principal axes and each axis to a normal.
+
+    Each layer is a rotation by PCA and, for every coordinate, the distribution function of a normal
+    with its mean and deviation, that of a histogram of ten bins with one count added to each, and
+    the inverse of the standard normal's. What leaves the last layer is taken for standard normal.
+
+    Example:
+        >>> chance = torch.Generator().manual_seed(0)
+        >>> x = torch.rand(2000, 1, generator=chance, dtype=torch.float64)
+        >>> density = DeepDensity.fit(x)
+        >>> density.log_prob(torch.tensor([[0.5], [3.0]]).double()).exp().round(decimals=1)
+        tensor([1., 0.], dtype=torch.float64)
+
+    Reference: Inouye, Ravikumar, Deep Density Destructors, ICML 2018.
+    """
+
+    layers: tuple[_Layer, ...]
+
+    @staticmethod
+    def fit(x: Tensor, *, layers: int = 2, bins: int = 10) -> "DeepDensity":
+        """Of samples (n, d), n at least 2."""
+        made: list[_Layer] = []
+        for _ in range(layers):
+            rotation = torch.linalg.eigh(Gaussian.fit(x).covariance).eigenvectors
+            z = x @ rotation
+            mean, std = z.mean(0), (z.var(0) + RIDGE).sqrt()
+            place = (_cdf((z - mean) / std) * bins).long().clamp(max=bins - 1)
+            counts = torch.nn.functional.one_hot(place, bins).sum(0) + 1.0
+            made.append(_Layer(rotation, mean, std, bins * counts / counts.sum(1, keepdim=True)))
+            x, _ = _through(made[-1], x)
+        return DeepDensity(tuple(made))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Natural logarithm of the density at (n, d)."""
+        total = x.new_zeros(len(x))
+        for layer in self.layers:
+            x, gain = _through(layer, x)
+            total = total + gain
+        return total + _log_normal(x).sum(1)
+
+    def score(self, x: Tensor) -> Tensor:
+        """Gradient of the log density by autograd."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.log_prob(x).sum(), x)[0]
+
+    def sample(self, count: int, chance: torch.Generator) -> Tensor:
+        """Standard normal draws, sent back through the layers."""
+        d = self.layers[0].rotation.shape[0]
+        x = torch.randn(count, d, generator=chance, dtype=self.layers[0].mean.dtype)
+        for layer in reversed(self.layers):
+            u = _cdf(x).T.contiguous()
+            bins = layer.heights.shape[1]
+            place = torch.searchsorted(layer.edges, u, right=True) - 1
+            inside = (u - layer.edges.gather(1, place)) / layer.heights.gather(1, place)
+            z = layer.mean + layer.std * _quantile((place / bins + inside).T)
+            x = z @ layer.rotation.T
+        return x
+
+
+def _through(layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's output, and the logarithm of the determinant of its derivative."""
+    z = (x @ layer.rotation - layer.mean) / layer.std
+    u, bins = _cdf(z), layer.heights.shape[1]
+    place = (u.detach() * bins).long().clamp(max=bins - 1).T
+    height = layer.heights.gather(1, place).T
+    out = _quantile(layer.edges.gather(1, place).T + height * (u - place.T / bins))
+    gain = _log_normal(z) - layer.std.log() + height.log() - _log_normal(out)
+    return out, gain.sum(1)
+
+
+def _cdf(z: Tensor) -> Tensor:
+    return (0.5 * (1 + torch.erf(z / math.sqrt(2)))).clamp(1e-9, 1 - 1e-9)
+
+
+def _quantile(u: Tensor) -> Tensor:
+    return math.sqrt(2) * torch.erfinv(2 * u.clamp(1e-9, 1 - 1e-9) - 1)
+
+
+def _log_normal(z: Tensor) -> Tensor:
+    return -0.5 * (z.square() + math.log(2 * math.pi))

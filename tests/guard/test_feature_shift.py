@@ -1,0 +1,144 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ks_2samp
+
+from testtime._core.errors import InputError, OptionError
+from testtime.guard.densities import RIDGE, DeepDensity, Gaussian
+from testtime.guard.feature_shift import SeriesShift, feature_shift
+from testtime.guard.monitor import Monitor
+from testtime.guard.shift_statistics import (
+    DeepScore,
+    GaussianScore,
+    KnnKS,
+    ModelKS,
+    ks_distance,
+)
+
+
+def draw(seed, n=200, d=4, correlation=0.5):
+    chance = torch.Generator().manual_seed(seed)
+    own = torch.randn(n, d, generator=chance, dtype=torch.float64)
+    shared = torch.randn(n, 1, generator=chance, dtype=torch.float64)
+    return correlation**0.5 * shared + (1 - correlation) ** 0.5 * own
+
+
+def attack(x, j, seed=9):
+    x = x.clone()
+    x[:, j] = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)), j]
+    return x
+
+
+def test_the_gaussian_score_is_the_gradient_of_its_log_density():
+    x = draw(0)
+    density = Gaussian.fit(x)
+    covariance = torch.tensor(np.cov(x.T.numpy())) + RIDGE * torch.eye(4)
+    law = torch.distributions.MultivariateNormal(x.mean(0), covariance)
+    z = draw(1).requires_grad_()
+    (expected,) = torch.autograd.grad(law.log_prob(z).sum(), z)
+    torch.testing.assert_close(density.score(z.detach()), expected, rtol=0, atol=1e-6)
+    drawn = density.sample(200_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(Gaussian.fit(drawn).covariance, covariance, rtol=0, atol=0.02)
+
+
+def test_conditionals_are_those_of_the_partitioned_gaussian():
+    x, z = draw(0), draw(1, n=3)
+    density = Gaussian.fit(x)
+    mean, std = density.conditionals(z)
+    for j in range(4):
+        rest = [k for k in range(4) if k != j]
+        across = torch.linalg.solve(
+            density.covariance[rest][:, rest], density.covariance[rest][:, j]
+        )
+        expected = density.mean[0, j] + (z[:, rest] - density.mean[0, rest]) @ across
+        torch.testing.assert_close(mean[:, j], expected)
+        variance = density.covariance[j, j] - density.covariance[j, rest] @ across
+        assert std[j] == pytest.approx(math.sqrt(variance))
+
+
+def test_the_deep_density_is_one_and_its_samples_follow_it():
+    chance = torch.Generator().manual_seed(0)
+    x = torch.rand(3000, 1, generator=chance, dtype=torch.float64) ** 3
+    density = DeepDensity.fit(x)
+    grid = torch.linspace(-2, 3, 40_001, dtype=torch.float64)[:, None]
+    probs = density.log_prob(grid).exp()
+    assert float(torch.trapezoid(probs, grid[:, 0])) == pytest.approx(1, abs=2e-3)
+    drawn = density.sample(20_000, chance)
+    inside = float(torch.trapezoid(probs[grid[:, 0] <= 0.3], grid[grid[:, 0] <= 0.3][:, 0]))
+    assert float((drawn <= 0.3).double().mean()) == pytest.approx(inside, abs=0.02)
+    at = torch.tensor([[0.21], [0.83]], dtype=torch.float64)
+    slope = (density.log_prob(at + 1e-6) - density.log_prob(at - 1e-6)) / 2e-6
+    torch.testing.assert_close(density.score(at)[:, 0], slope, rtol=1e-4, atol=1e-4)
+
+
+def test_the_statistic_is_the_mean_squared_difference_of_scores():
+    x, y = draw(0), draw(1)
+    value = GaussianScore(samples=50)(x, y, torch.Generator().manual_seed(3))
+    chance = torch.Generator().manual_seed(3)
+    p, q = Gaussian.fit(x), Gaussian.fit(y)
+    drawn = [*p.sample(50, chance), *q.sample(50, chance)]
+    expected = sum((p.score(s[None]) - q.score(s[None])) ** 2 for s in drawn)[0] / 100
+    torch.testing.assert_close(value, expected)
+    both = GaussianScore()(torch.stack([x, x]), torch.stack([x, y]), torch.Generator())
+    assert both.shape == (2, 4)
+    assert bool((both[0] < 1e-9).all())
+
+
+def test_the_distance_equals_that_of_scipy():
+    a, b = draw(0, n=30, d=2), draw(1, n=50, d=2)
+    for j in range(2):
+        expected = ks_2samp(a[:, j].numpy(), b[:, j].numpy()).statistic
+        assert float(ks_distance(a, b)[j]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("statistic", [GaussianScore(), DeepScore(), ModelKS(samples=15), KnnKS()])
+def test_each_statistic_names_the_feature_that_was_permuted(statistic):
+    x, y = draw(0, n=600, correlation=0.8), draw(1, n=600, correlation=0.8)
+    found = feature_shift(x, attack(y, 2), statistic=statistic, bootstrap=20)
+    assert found.features == (2,)
+    assert found.statistic[2] > found.threshold[2]
+
+
+def test_several_features_may_be_named_and_none_without_a_shift():
+    x, y = draw(0, n=500, d=6), draw(1, n=500, d=6)
+    shifted = feature_shift(x, attack(attack(y, 1), 4), compromised=2)
+    assert set(shifted.features) == {1, 4}
+    calm = feature_shift(x, y)
+    assert not calm
+    assert calm.features == ()
+
+
+def test_constants_are_finite_and_bad_input_is_refused():
+    x, y = draw(0), draw(1)
+    x[:, 0] = y[:, 0] = 1.0
+    found = feature_shift(x, y, bootstrap=20)
+    assert bool(found.statistic.isfinite().all() & found.excess.isfinite().all())
+    for bad in ((x[:1], y), (x, y[:, :2]), (x * math.nan, y), (x[:, 0], y)):
+        with pytest.raises(InputError):
+            feature_shift(*bad, bootstrap=5)
+    for bad in ({"bootstrap": 0}, {"alpha": 0.0}, {"compromised": 9}):
+        with pytest.raises(OptionError):
+            feature_shift(x, y, **bad)
+
+
+def test_a_series_gives_the_feature_and_the_time():
+    series = draw(0, n=2000)
+    series[1250:] = attack(series[1250:], 3)
+    monitor = Monitor(SeriesShift.fit(series[:1000], window=200))
+    alarms = {}
+    for start in range(1000, 1600, 50):
+        state, monitor = monitor.state_dict(), Monitor(monitor.detector)
+        monitor.load_state_dict(state)
+        if found := monitor.update(series[start : start + 50]):
+            alarms[start] = found
+    assert min(alarms) >= 1250
+    last = alarms[1400]
+    assert last.features == (3,)
+    assert last.change_point == pytest.approx(250, abs=25)
+    assert len(monitor.state_dict()["latest"]) == 200
+    with pytest.raises(InputError, match="two windows"):
+        SeriesShift.fit(series[:300], window=200)
+    with pytest.raises(InputError, match="features"):
+        monitor.update(series[:5, :2])
