@@ -10,6 +10,8 @@ from testtime._core.registry import entries
 SMALL = {
     "skit": {"STREAMS": 3, "POINTS": 40},
     "feature-shift": {"TRIALS": 2, "BOOTSTRAP": 5, "SAMPLES": 40},
+    "relative-uncertainty": {"SAMPLES": 60},
+    "predictive-uncertainty": {"MEMBERS": 2, "EPOCHS": 1},
 }
 """Sizes with which a check runs in a moment."""
 
@@ -27,6 +29,17 @@ EDGES = {
         | {"detected by marginals": 20.0},
         [{"detected by marginals": 20.1}, {"false alarms, correlation 0.3": 12.1},
          {"detected, correlation 0.5": 89.9}, {"right feature, correlation 0.3": 89.9}],
+    ),
+    "relative-uncertainty": (
+        {"Rel-U": 80.0, "largest probability": 60.0},
+        [{"Rel-U": 79.9}, {"largest probability": 60.1}],
+    ),
+    "predictive-uncertainty": (
+        {"two members, mutual information": 0.6852, "two members, epistemic": 3.4465,
+         "two members, total": 3.4544, "largest lead of entropy over total": 0.0,
+         "AUROC, total": 90.0, "AUROC, entropy": 90.5},
+        [{"two members, epistemic": 3.44}, {"largest lead of entropy over total": 1e-3},
+         {"AUROC, entropy": 90.6}],
     ),
 }  # fmt: skip
 """Numbers for which the claim just holds, and changes for which it does not."""

@@ -58,3 +58,32 @@ def starting(payoffs, fractions):
         share = (tail(start) - tail(start + 1)) / len(fractions)
         total += sum(share * np.prod(1 + f * np.array(payoffs[start:])) for f in fractions)
     return math.log(total)
+
+
+def relative_uncertainty(tune, labels, probs, weight):
+    """Scores of probs (n, K), with the matrix from tuning probabilities, sample by sample."""
+    k = tune.shape[1]
+    wrong, right, count = np.zeros((k, k)), np.zeros((k, k)), [0, 0]
+    for p, y in zip(tune, labels, strict=True):
+        if p.argmax() == y:
+            right += np.outer(p, p)
+            count[1] += 1
+        else:
+            wrong += np.outer(p, p)
+            count[0] += 1
+    m = weight * wrong / max(count[0], 1) - (1 - weight) * right / max(count[1], 1)
+    np.fill_diagonal(m, 0)
+    m = np.maximum((m + m.T) / 2, 0)
+    if not m.any():
+        m = 1 - np.eye(k)
+    m /= np.sqrt((m**2).sum())
+    return np.array([p @ m @ p for p in probs])
+
+
+def pairwise_uncertainty(probs, different=False):
+    """Total, aleatoric and epistemic of members (S, K), pair by pair."""
+    s = len(probs)
+    pairs = [(a, b) for a in range(s) for b in range(s) if a != b or not different]
+    aleatoric = np.mean([-(p * np.log(p)).sum() for p in probs])
+    kl = np.mean([(probs[a] * np.log(probs[a] / probs[b])).sum() for a, b in pairs])
+    return aleatoric + kl, aleatoric, kl
