@@ -196,8 +196,10 @@ def petal(
     Needs `source=tt.fit_source(model, loader, methods=["petal"])` with labels; the loader is read
     `passes` times, so give a list or a DataLoader.
 
-    Departures from the code: the views are made only when they are used; the rate of the further
-    training is constant, in the code it rises to its value over three epochs; the source, where
+    Departures from the code: the views are made only when they are used; the further training
+    normalises with the statistics of each batch, where the code leaves the model in eval mode
+    (small networks run away so), and its rate is constant, where the code's rises to its value over
+    three epochs; the source, where
     streams begin and weights return, is the model as given, in the code the posterior's mean (give
     a model that was averaged so for that).
 
