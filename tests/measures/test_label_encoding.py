@@ -29,11 +29,14 @@ def test_recorded_value():
     )
 
 
-@given(drawn)
-def test_the_definition_and_its_gradient(logits):
+distances = st.sampled_from(["absolute", "squared", "divergence"])
+
+
+@given(drawn, distances)
+def test_the_definition_and_its_gradient(logits, distance):
     logits = (logits / 30).requires_grad_()  # no class without a share that can be told from zero
-    own = label_encoding_risk(logits)
-    expected = reference.risk(logits.softmax(1))
+    own = label_encoding_risk(logits, distance=distance)
+    expected = reference.risk(logits.softmax(1), distance)
     torch.testing.assert_close(own, expected)
     torch.testing.assert_close(
         *(torch.autograd.grad(risk, logits)[0] for risk in (own, expected)), rtol=1e-6, atol=1e-9
@@ -48,19 +51,24 @@ def test_bounds_and_the_order_of_classes(logits):
     torch.testing.assert_close(label_encoding_risk(logits.flip(0)), risk)
 
 
-def test_nothing_but_sure_and_diverse_predictions_has_no_risk():
+@pytest.mark.parametrize("distance", ["absolute", "squared", "divergence"])
+def test_nothing_but_sure_and_diverse_predictions_has_no_risk(distance):
+    def risk(logits):
+        return float(label_encoding_risk(logits, distance=distance))
+
     sure = 200 * torch.eye(4)
-    assert label_encoding_risk(sure) == 0
-    assert label_encoding_risk(sure.repeat(3, 1)) == 0
-    assert label_encoding_risk(sure[:3]) > 0.05  # a class that never occurs
-    assert label_encoding_risk(0.02 * sure) > 0.01  # unsure
+    assert risk(sure) == 0
+    assert risk(sure.repeat(3, 1)) == 0
+    assert risk(sure[:3]) > 0.05  # a class that never occurs
+    assert risk(0.02 * sure) > 0.001  # unsure
 
 
+@pytest.mark.parametrize("distance", ["absolute", "squared", "divergence"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_masked_and_far_logits_keep_gradients_finite(dtype):
+def test_masked_and_far_logits_keep_gradients_finite(dtype, distance):
     for row in ([1e4, -1e4, 0.0], [0.0, -math.inf, 1.0], [0.0, 0.0, 0.0]):
         logits = torch.tensor([row, row], dtype=dtype, requires_grad=True)
-        risk = label_encoding_risk(logits)
+        risk = label_encoding_risk(logits, distance=distance)
         assert risk.dtype == torch.float32
         assert risk.isfinite()
         assert torch.autograd.grad(risk, logits)[0].isfinite().all()
@@ -74,6 +82,14 @@ def test_the_semi_supervised_risk_weighs_its_three_terms():
     )
     found = semi_supervised_risk(LOGITS[:2], labels, weak, strong, trade_off=5)
     torch.testing.assert_close(found, expected)
+    squared = semi_supervised_risk(
+        LOGITS[:2], labels, weak, strong, trade_off=5, distance="squared"
+    )
+    expected = F.cross_entropy(LOGITS[:2], labels) + 5 * (
+        reference.risk(weak.softmax(1), "squared")
+        + 0.1 * reference.risk(strong.softmax(1), "squared")
+    )
+    torch.testing.assert_close(squared, expected)
 
 
 @pytest.mark.parametrize(

@@ -3,20 +3,30 @@
 It asks of unlabelled data what entropy asks, sure predictions, and besides that every class occurs.
 """
 
+from typing import Literal, get_args
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from testtime._core.errors import InputError
+from testtime._core.errors import InputError, OptionError
 from testtime._core.options import in_range
 from testtime.measures.log_space import check_classes
 
+Distance = Literal["absolute", "squared", "divergence"]
+"""How far a mean prediction is from its code: over all entries, or KL(code || mean) of each row."""
 
-def label_encoding_risk(logits: Float[Tensor, "samples classes"]) -> Float[Tensor, ""]:
-    """Mean distance of the classes' mean predictions from their one-hot codes, in [0, 2 / C].
 
-        a_c = sum_n P_nc,   E = diag(1 / a) P^T P,   risk = mean_cd |E_cd - [c = d]|
+def label_encoding_risk(
+    logits: Float[Tensor, "samples classes"], *, distance: Distance = "absolute"
+) -> Float[Tensor, ""]:
+    """Mean distance of the classes' mean predictions from their one-hot codes; 0 is the least.
+
+        a_c = sum_n P_nc,   E = diag(1 / a) P^T P
+        absolute    mean_cd |E_cd - [c = d]|,  at most 2 / C
+        squared     mean_cd (E_cd - [c = d])^2,  at most 2 / C
+        divergence  mean_c -ln E_cc,  the KL divergence of row c from its code
 
     Row c of E is the mean prediction of the samples that belong to c, each as far as it does. The
     risk is 0 just when all predictions are one-hot and every class occurs, so it needs about as
@@ -25,9 +35,13 @@ def label_encoding_risk(logits: Float[Tensor, "samples classes"]) -> Float[Tenso
 
     Args:
         logits: (samples, classes), of one batch.
+        distance: absolute is the paper's; the other two are of its code for heterogeneous adaptation,
+            which takes a softmax of E before the logarithm: that is left out here, as E is a mean
+            of probabilities already.
 
     Raises:
         InputError: for another shape, or without samples or classes.
+        OptionError: for another distance.
 
     Example:
         >>> label_encoding_risk(torch.tensor([[2, 0, 0], [1, 0.5, 0], [0, 3, 0], [0.2, 0.1, 0]]))
@@ -38,11 +52,14 @@ def label_encoding_risk(logits: Float[Tensor, "samples classes"]) -> Float[Tenso
     """
     check_samples(logits, "logits")
     probs = torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    return label_encoding_distance(probs.T @ probs, probs.sum(0))
+    return label_encoding_distance(probs.T @ probs, probs.sum(0), distance=distance)
 
 
 def label_encoding_distance(
-    together: Float[Tensor, "classes classes"], belonging: Float[Tensor, "classes"]
+    together: Float[Tensor, "classes classes"],
+    belonging: Float[Tensor, "classes"],
+    *,
+    distance: Distance = "absolute",
 ) -> Float[Tensor, ""]:
     """The risk from sums over samples: P^T P, and how many samples belong to each class.
 
@@ -52,8 +69,16 @@ def label_encoding_distance(
         >>> label_encoding_distance(torch.eye(2), torch.ones(2))
         tensor(0.)
     """
-    means = together / belonging.clamp(min=torch.finfo(belonging.dtype).tiny)[:, None]
-    return (means - torch.eye(len(means), dtype=means.dtype, device=means.device)).abs().mean()
+    if distance not in get_args(Distance):
+        raise OptionError(
+            f"distance is {distance!r}; expected one of {', '.join(get_args(Distance))}."
+        )
+    least = torch.finfo(belonging.dtype).tiny
+    means = together / belonging.clamp(min=least)[:, None]
+    if distance == "divergence":
+        return -means.diagonal().clamp(min=least).log().mean()
+    apart = means - torch.eye(len(means), dtype=means.dtype, device=means.device)
+    return (apart.abs() if distance == "absolute" else apart.square()).mean()
 
 
 def semi_supervised_risk(
@@ -64,6 +89,7 @@ def semi_supervised_risk(
     *,
     trade_off: float = 0.1,
     strong_share: float = 0.1,
+    distance: Distance = "absolute",
 ) -> Float[Tensor, ""]:
     """Cross-entropy of labelled samples and the label-encoding risk of two views of unlabelled ones.
 
@@ -77,10 +103,11 @@ def semi_supervised_risk(
         trade_off: 0.1 for CIFAR-10 with four labels a class, 10 for Office-31, 50 for CIFAR-100
             (code).
         strong_share: 0.1 (code).
+        distance: as of `label_encoding_risk`.
 
     Raises:
         InputError: as `label_encoding_risk`.
-        OptionError: when a weight is negative or no number.
+        OptionError: when a weight is negative or no number, or for another distance.
 
     Example:
         >>> sure = 50 * torch.eye(3)
@@ -91,7 +118,8 @@ def semi_supervised_risk(
     """
     in_range(0, trade_off=trade_off, strong_share=strong_share)
     check_samples(labelled, "labelled")
-    unlabelled = label_encoding_risk(weak) + strong_share * label_encoding_risk(strong)
+    risks = [label_encoding_risk(view, distance=distance) for view in (weak, strong)]
+    unlabelled = risks[0] + strong_share * risks[1]
     return F.cross_entropy(labelled.to(unlabelled.dtype), labels.long()) + trade_off * unlabelled
 
 

@@ -8,18 +8,25 @@ for each batch x:
 """
 
 from testtime._core.registry import register
-from testtime.adaptation.parts.objective import label_encoding
+from testtime.adaptation.parts.objective import LabelEncoding
 from testtime.adaptation.parts.optimizer import Adam
 from testtime.adaptation.parts.scope import norm_affine
 from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.recipe import Recipe
+from testtime.measures.label_encoding import Distance
 
 
 @register("method", paper="lerm")
-def lerm(*, lr: float = 1e-3, steps: int = 1, episodic: bool = False) -> Recipe:
+def lerm(
+    *,
+    lr: float = 1e-3,
+    distance: Distance = "absolute",
+    steps: int = 1,
+    episodic: bool = False,
+) -> Recipe:
     """Makes predictions sure and diverse at once: the mean prediction of a class becomes its code.
 
-    It is Tent with another loss, `parts.objective.label_encoding`, which other recipes can take as
+    It is Tent with another loss, `parts.objective.LabelEncoding`, which other recipes can take as
     their `batch_objective`. To train with few labels there is
     `testtime.measures.label_encoding.semi_supervised_risk`.
 
@@ -32,6 +39,8 @@ def lerm(*, lr: float = 1e-3, steps: int = 1, episodic: bool = False) -> Recipe:
         lr: step size of Adam; 1e-3, as Tent for CIFAR-10-C. The paper trains; it gives no rate for
             adaptation. With Adam the scale of the loss, which is small for many classes, is
             irrelevant.
+        distance: of mean predictions from codes; absolute (the box), squared, or divergence, the
+            mean of -ln E_cc (the code's for heterogeneous adaptation).
         steps: steps on each batch; the answer comes from the last forward, before its step.
         episodic: whether every batch begins at the source.
 
@@ -45,7 +54,7 @@ def lerm(*, lr: float = 1e-3, steps: int = 1, episodic: bool = False) -> Recipe:
     return Recipe(
         scope=norm_affine,
         statistics=BatchStatistics(),
-        batch_objective=label_encoding,
+        batch_objective=LabelEncoding(distance),
         optimizer=Adam(lr=lr),
         steps=steps,
         episodic=episodic,

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from testtime._core.arrays import at_least_single
 from testtime._core.options import in_range
 from testtime.adaptation.ranks import Ranks
 from testtime.measures import entropy as measure
-from testtime.measures.label_encoding import label_encoding_distance
+from testtime.measures.label_encoding import Distance, label_encoding_distance
 
 
 def entropy(entropies: Tensor) -> Tensor:
@@ -48,10 +49,24 @@ def marginal_entropy(logits: Tensor, ranks: Ranks) -> Tensor:
     return measure.entropy_of_probs(ranks.mean(at_least_single(logits).softmax(-1)))
 
 
-def label_encoding(logits: Tensor, ranks: Ranks) -> Tensor:
-    """Label-encoding risk of the batch: sure predictions, and every class among them."""
-    probs = at_least_single(logits).softmax(-1)
-    return label_encoding_distance(ranks.sum(probs.T @ probs), ranks.sum(probs.sum(0)))
+@dataclass(frozen=True)
+class LabelEncoding:
+    """Label-encoding risk of the batch: sure predictions, and every class among them.
+
+    Args:
+        distance: of a class's mean prediction from its code; absolute, squared or divergence.
+    """
+
+    distance: Distance = "absolute"
+
+    def __post_init__(self) -> None:
+        one = torch.ones(1)
+        label_encoding_distance(one[:, None], one, distance=self.distance)  # refuses another one
+
+    def __call__(self, logits: Tensor, ranks: Ranks) -> Tensor:
+        probs = at_least_single(logits).softmax(-1)
+        together, belonging = ranks.sum(probs.T @ probs), ranks.sum(probs.sum(0))
+        return label_encoding_distance(together, belonging, distance=self.distance)
 
 
 def generalised_entropy(logits: Tensor) -> Tensor:
