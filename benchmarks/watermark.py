@@ -23,9 +23,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from testtime.decode.models import load_language_model
 
 from testtime.bench.machine import describe_machine
+from testtime.decode.models import load_language_model
 from testtime.decode.watermark import Watermark, detect, token_entropies
 
 ROOT = Path(__file__).resolve().parents[1]
