@@ -32,12 +32,13 @@ from testtime.adaptation.layers import NormLayer, norm_layers
 from testtime.adaptation.loan import Restated, lock_of
 from testtime.adaptation.look import look, named_layer
 from testtime.adaptation.outputs import read_logits
-from testtime.adaptation.parts.prediction import from_teacher
+from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
     BatchStatistics,
     MixedStatistics,
     RunningStatistics,
+    SourceStatistics,
 )
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe
@@ -118,7 +119,8 @@ class Adapter:
         self.counts = Counts()
         self._on_event, self._seed, self._source = on_event, seed, source
         self._features = features
-        self._ranks = Ranks(process_group)
+        alone = getattr(recipe.procedure, "alone", False)  # no batch teaches another
+        self._ranks = Ranks(None if alone else process_group)
         self._lock = threading.RLock()
         with lock_of(model):
             self._check_source()
@@ -297,6 +299,20 @@ class Adapter:
                 "this one."
             )
 
+    def _check_layers(self, engine: Engine, norms: list[NormLayer]) -> None:
+        """Refuses a method that only changes stored statistics for a model that stores none."""
+        recipe, loan = self.recipe, engine.loan
+        acts = recipe.learns or recipe.procedure is not None or recipe.prediction is not student
+        if acts or isinstance(recipe.statistics, SourceStatistics) or loan.norms or loan.tracked:
+            return
+        kinds = ", ".join(sorted({layer.kind for layer in norms})) or "none"
+        raise ScopeError(
+            "this method only changes the statistics that normalisation layers stored in training, "
+            f"and {type(self.model).__name__} stores none (its normalisation layers: {kinds}). It "
+            "would answer as the source model. Take tent or sar, which adapt scales and shifts of "
+            "any normalisation layer, or lame, which changes no model."
+        )
+
     def _build(self, order: list[str], feature_layer: nn.Module | None = None) -> Engine:
         norms = norm_layers(self.model, order)
         device = next(iter(self.model.parameters()), torch.zeros(())).device
@@ -314,6 +330,7 @@ class Adapter:
             self.model, self.recipe, norms, known=known, seed=self._seed, ranks=self._ranks,
             feature_layer=feature_layer,
         )  # fmt: skip
+        self._check_layers(engine, norms)
         for need in self.recipe.needs:
             if getattr(need, "of_tensors", False):
                 held = {key.rpartition(" ")[2] for key in known[need.name]}

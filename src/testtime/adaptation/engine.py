@@ -310,7 +310,7 @@ class Engine:
                     "source": [self.loan.source(name) for name in state.tensors],
                     "grads": grads[: len(moved)],
                     "teacher": followed,
-                    "generator": self.generator,
+                    "generator": self._common_generator(state),
                 }
                 asked = reads(recipe.restoration)
                 restored = recipe.restoration(**{name: offered[name] for name in asked})
@@ -330,6 +330,12 @@ class Engine:
                 return replace(self.fresh(), loss_average=None), Outcome.RECOVERED, measured
             state = replace(state, loss_average=average)
         return state, Outcome.ADAPTED, measured
+
+    def _common_generator(self, state: State) -> torch.Generator:
+        """Chance that all ranks share: their own has moved on by the size of their batch."""
+        if self.ranks.alone:
+            return self.generator
+        return generator(self.seed, "ranks", state.steps, device=self.device)
 
     # --- losses -------------------------------------------------------------------------------
 

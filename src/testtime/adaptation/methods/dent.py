@@ -27,7 +27,6 @@ from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.objective import Diversity, entropy
 from testtime.adaptation.parts.optimizer import AdaMod
 from testtime.adaptation.parts.scope import batchnorm_affine
-from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
 from testtime.measures import entropy as measure
@@ -79,6 +78,7 @@ class EachItsOwn:
 
     steps: int
     dense: ClassVar[bool] = False
+    alone: ClassVar[bool] = True
 
     @property
     def passes(self) -> tuple[float, float]:
@@ -116,7 +116,6 @@ class EachItsOwn:
                 own = {name: t.detach() for name, t in own.items()}
             own = {name: t if t.requires_grad else t.requires_grad_() for name, t in own.items()}
             evidence = Evidence(engine, state, own, x)
-            evidence.ranks = Ranks()  # samples of other ranks have scales and shifts of their own
             with torch.enable_grad():
                 evidence.output = self.answer(engine, x, own)
                 loss = evidence.ask(recipe.objective).mean()
@@ -166,7 +165,7 @@ def dent(*, lr: float = 6e-3, steps: int = 6) -> Recipe:
     """Gives each sample scales and shifts of its own, made sure and diverse before the answer.
 
     A dynamic defence: adversarial examples meet a network that moves away from them. `predict`
-    adapts too, since nothing is kept.
+    adapts too, since nothing is kept. Each process adapts to its own batch.
 
     Use when: inputs may be attacked by somebody who does not see the adaptation, and batches are
     large (128 in the paper).

@@ -81,7 +81,9 @@ class PromptSearch:
             candidates = torch.cat([strategy.ask(search, engine.generator), best[None]])
             shift = self._shift(engine, memory, blocks)
             winner, values, ends = None, [], []
-            for part in candidates.split(max(1, self.chunk // len(x))):
+            # by the joined batch of all ranks, so that they make as many forwards
+            joined = int(engine.ranks.sum(torch.tensor(float(len(x)), device=x.device)))
+            for part in candidates.split(max(1, self.chunk // joined)):
                 found = self._evaluate(engine, x, blocks, part, shift)
                 for output, value, end in found:
                     if winner is None or value < min(values):
@@ -128,13 +130,15 @@ class PromptSearch:
         inputs = x.repeat(count, *[1] * (x.dim() - 1))
         output, _ = engine.run(inputs, {}, averages=None, learn=False, tap=lambda: watched)
         moments = engine.known["cls_moments"]
-        seen = at_least_single(torch.cat(tokens, 1)).split(len(x))
-        doubt = entropy(at_least_single(rows(read_logits(output))))[: len(inputs)].split(len(x))
+        own = at_least_single(torch.cat(tokens, 1)).unflatten(0, (count, len(x)))
+        seen = engine.ranks.gather(own.transpose(0, 1)).unbind(1)
+        doubt = entropy(at_least_single(rows(read_logits(output))))[: len(inputs)]
+        doubt = engine.ranks.sum(doubt.view(count, len(x)).sum(1))
         before = 0 if shift is None else len(inputs)
         found = []
         for i in range(count):
             apart = discrepancy(seen[i], moments["mean"], moments["deviation"])
-            value = doubt[i].sum() + self.lam * len(x) / 64 * apart
+            value = doubt[i] + self.lam * len(seen[i]) / 64 * apart
             place = slice(before + i * len(x), before + (i + 1) * len(x))
             answer = map_tensors(lambda t, place=place: _own(t, place, len(inputs), before), output)
             found.append((answer, float(value), seen[i][:, -blocks.width :].mean(0)))

@@ -40,6 +40,7 @@ class EachImage:
     count: int
     augment: Augment
     dense: ClassVar[bool] = False
+    alone: ClassVar[bool] = True
 
     @property
     def pixels(self) -> bool:
@@ -95,7 +96,7 @@ def memo(
 
     Inputs are images in [0, 1], normalisation belongs in the model; an `augment` of your own may
     take other inputs. Nothing is kept between images, so their order does not matter but for the
-    random draws.
+    random draws, and processes have nothing to agree on.
 
     Use when: images come one at a time, each shifted in its own way, and time does not matter.
 
@@ -106,7 +107,8 @@ def memo(
         lr: step size of SGD; 2.5e-4 for a ResNet-50 (code; CIFAR-10: 0.005).
         views: V; 64 (code; CIFAR-10: 32).
         prior: N; layers with statistics use 1 / (N + 1) of the batch's; 16 (code).
-        augment: makes the copies.
+        augment: makes the copies; for small images, as the code for CIFAR-10,
+            `small_augmix_view` of `adaptation.parts.views`.
 
     Example:
         >>> memo(views=8).procedure.count
