@@ -9,6 +9,7 @@ from torch import Tensor
 import testtime as tt
 from models import batches, tiny
 from reference import methods as reference
+from testtime._core.errors import ScopeError
 from testtime.adaptation.methods.eata import eata
 from testtime.adaptation.methods.lame import affinities
 from testtime.adaptation.methods.ostta import ostta
@@ -241,6 +242,13 @@ def test_bn_adapt_between_source_and_batch():
     half = tt.adapt(model, "bn-adapt", prior=16.0)(x)
     torch.testing.assert_close(half, tt.adapt(model, "bn-adapt", alpha=0.5)(x))
     assert not torch.allclose(half, batch_answer, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["group", "layer", "rms"])
+@pytest.mark.parametrize("options", [{}, {"prior": 16}, {"momentum": 0.1}])
+def test_bn_adapt_refuses_a_model_that_stores_no_statistics(kind, options):
+    with pytest.raises(ScopeError, match=r"stores none .*tent or sar"):
+        tt.adapt(tiny(kind), "bn-adapt", **options)
 
 
 def test_bn_adapt_moving_average_is_torch_running_statistics():

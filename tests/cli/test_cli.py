@@ -157,3 +157,20 @@ def test_work_that_failed_ends_with_one_and_names_the_cell(tmp_path, monkeypatch
     done = call(app, ["bench", "--methods", "tent", "--out", str(tmp_path)])
     assert done.exit_code == 1
     assert "tent[a] on m: memory" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "says"), [("reproduce", False), ("bench", True)])
+def test_a_stopped_command_says_what_is_true(name, says, one_check, monkeypatch, tmp_path):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("testtime.papers.catalogue.record", stop)
+    monkeypatch.setattr("testtime.cli.bench.execute", stop)
+    words = {
+        "reproduce": ["reproduce", "tent"],
+        "bench": ["bench", "--methods", "tent", "--out", str(tmp_path / "run")],
+    }[name]
+    stopped = call(app, words)
+    assert stopped.exit_code == 1
+    assert "interrupted" in stopped.stderr
+    assert ("goes on from here" in stopped.stderr) == says

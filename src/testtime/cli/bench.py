@@ -1,18 +1,19 @@
 """`testtime bench`: methods x models x scenarios x seeds, on disk, resumable."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from testtime.cli.show import Json, Watch, exits, print_json, print_table
+from testtime.cli.show import GOES_ON, Json, Watch, exits, print_json, print_table
 
 if TYPE_CHECKING:
     from testtime.bench.cells import Cell
 
 
-@exits
+@partial(exits, interrupted=GOES_ON)
 def bench(
     methods: str = typer.Option(
         ...,

@@ -1,18 +1,19 @@
 """`testtime demo`: the main job on embedded data, in less than a minute."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import typer
 
 from testtime.cli.bench import cells_of, execute, print_summary
-from testtime.cli.show import Json, exits, print_json
+from testtime.cli.show import GOES_ON, Json, exits, print_json
 
 METHODS = ("bn-adapt", "tent", "eta", "eata", "sar", "deyo", "lame")
 STREAM = "continual,severity=5,batch_size=200,samples=600"
 
 
-@exits
+@partial(exits, interrupted=GOES_ON)
 def demo(
     out: Path = typer.Option(Path("testtime-demo"), help="Folder of results."),  # noqa: B008
     json: bool = Json,

@@ -63,8 +63,17 @@ def print_text(text: str) -> None:
     Console().print(text, markup=False, highlight=False)
 
 
-def exits(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns the library's errors into one sentence on standard error and an exit code."""
+GOES_ON = "; the same command goes on from here"
+"""What a command says when it is stopped that keeps what is finished."""
+
+
+def exits(command: Callable[..., None], *, interrupted: str = "") -> Callable[..., None]:
+    """Turns the library's errors into one sentence on standard error and an exit code.
+
+    Args:
+        command: of the command line.
+        interrupted: what is said beside "interrupted" when the user stops it.
+    """
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -77,7 +86,7 @@ def exits(command: Callable[..., None]) -> Callable[..., None]:
             console.print(Text("error:", "red"), Text(str(error)), highlight=False)
             raise typer.Exit(1 if isinstance(error, WorkFailed) else 2) from error
         except KeyboardInterrupt as error:
-            Console(stderr=True).print("interrupted; the same command goes on from here")
+            Console(stderr=True).print(f"interrupted{interrupted}")
             raise typer.Exit(1) from error
 
     return run

@@ -32,8 +32,8 @@ def bn_adapt(
     Use when: a network with BatchNorm meets another camera, noise or weather. Nothing is learnt by
     gradient, so nothing can drift; most of what the others gain on such networks is this.
 
-    Not when: the network stores no statistics (LayerNorm, GroupNorm), or batches are small or hold
-    few classes; then give `prior=16`, or use `rotta`.
+    Not when: batches are small or hold few classes; then give `prior=16`, or use `rotta`. A network
+    that stores no statistics (LayerNorm, GroupNorm) is refused.
 
     Args:
         alpha: weight of the batch; 1 (Nado et al.) uses the batch alone, with its biased variance.
@@ -45,6 +45,7 @@ def bn_adapt(
             statistics. A moving average does so always.
 
     Raises:
+        ScopeError: from `adapt`, when the model has no layers that store statistics.
         OptionError: when two of alpha, prior and momentum are set, or one is out of range.
 
     Example:
