@@ -376,7 +376,7 @@ class Engine:
         return sum(terms[1:], start=terms[0]), used
 
     def _gradient(self, loss: Tensor, evidence: Evidence) -> list[Tensor]:
-        return self.gradient(loss, evidence.learning, samples=len(evidence.student_inputs))
+        return self.gradient(loss, evidence.learning, samples=evidence.differentiated)
 
     def gradient(self, loss: Tensor, tensors: dict[str, Tensor], *, samples: int) -> list[Tensor]:
         """Gradients of these leaves, and of nothing else; zero for those the loss never meets."""

@@ -29,6 +29,9 @@ class Evidence:
         ages: how long the samples have been in memory, in units of its capacity.
         learn: whether moving averages take the batch in.
         tapped: whether features are recorded; None: when a part reads them.
+
+    Attributes:
+        differentiated: samples that a backward goes through, changed copies included.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Evidence:
         self._tapped = engine.reads_features if tapped is None else tapped
         self.beside = {n: t.detach().requires_grad_() for n, t in state.beside.items()}
         self.weights: Tensor | None = None
+        self.differentiated = len(self.student_inputs)
         self._features: list[Tensor] = []
         self._augmented_features: list[Tensor] = []
 
@@ -114,6 +118,7 @@ class Evidence:
         """Runs the adapted model on other inputs, for a loss, and gives logits."""
 
         def run(inputs: Tensor) -> Tensor:
+            self._differentiates(inputs)
             output, _ = self.engine.run(
                 inputs, self.tensors, averages=self.state.averages, learn=self.learn
             )
@@ -133,6 +138,7 @@ class Evidence:
     def augmented(self) -> Tensor:
         """The adapted model's logits for a changed copy of the batch, made by `recipe.augment`."""
         changed = self.engine.recipe.augment(self.inputs, self.generator)
+        self._differentiates(changed)
         output, _ = self.engine.run(
             changed,
             self.tensors,
@@ -141,6 +147,11 @@ class Evidence:
             tap=self._tap(self._augmented_features),
         )
         return rows(read_logits(output))
+
+    def _differentiates(self, inputs: Tensor) -> None:
+        """Counts what a backward goes through besides the student's batch."""
+        if torch.is_grad_enabled():
+            self.differentiated += len(inputs)
 
     @property
     def augmented_features(self) -> Tensor:
