@@ -160,7 +160,7 @@ def test_work_that_failed_ends_with_one_and_names_the_cell(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("name", "says"), [("reproduce", False), ("bench", True)])
-def test_a_stopped_command_says_what_is_true(name, says, one_check, monkeypatch, tmp_path):
+def test_a_stopped_command_says_what_is_true(name, says, monkeypatch, tmp_path):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
