@@ -1,7 +1,9 @@
 """DENT's claim: what adapts to each input resists attacks better than what stands still.
 
 Most of that is the attack not seeing the adaptation: perturbations made for the static network,
-and attacks that differentiate through all six steps, are measured beside it.
+and attacks that differentiate through all six steps, are measured beside it. Against every attack it
+resists better with all seeds. What is missed, on two seeds of five, is the point on clean digits: eight and
+nine of 797 are lost where seven might be. An adversarially trained network is unsure of some.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,9 @@
-"""DeYO's claim: samples that depend on shape teach better where a background misleads."""
+"""DeYO's claim: samples that depend on shape teach better where a background misleads.
+
+The networks learn less of the background than the claim presumes: the worst group is right on about
+nine images of ten before anything adapts. At 1e-3 deyo is above tent or level with it but for the
+worst group of one seed; at 5e-3 each leads on some seeds.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace

@@ -1,7 +1,8 @@
 """DomainAdaptor's claim: mixing statistics as the images ask helps shifted data and harms no clean.
 
 On these corruptions, which change the statistics much, the batch's own do better; the mixture is
-made for milder shifts. The step on the generalised entropy changes next to nothing here.
+made for milder shifts. The step on the generalised entropy changes next to nothing here. Where the
+source is right on more than a third of the images, thirty points more are just not reached.
 """
 
 from collections.abc import Iterator, Sequence

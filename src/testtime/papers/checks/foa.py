@@ -1,4 +1,11 @@
-"""FOA's claim: forward passes alone adapt a transformer, by prompts and by moving its class token."""
+"""FOA's claim: forward passes alone adapt a transformer, by prompts and by moving its class token.
+
+In fog the claim holds with every seed. In noise and shot noise moving the class token gains none to
+three points, and the prompts nothing more, though what the search minimises falls there too; nor do they
+on streams four times as long. The method is not at fault: written once more with the search of the
+package cma, it answers as well within two points, and on two other small transformers the prompts add
+nothing in noise either, on the mean of three seeds. At this size a lower value is no better answer.
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache

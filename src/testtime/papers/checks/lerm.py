@@ -1,4 +1,8 @@
-"""LERM's claim: what keeps predictions diverse does not let them fall into one class."""
+"""LERM's claim: what keeps predictions diverse does not let them fall into one class.
+
+The collapse holds with every seed. On digits lerm is ahead of or level with tent in nine comparisons of
+ten; in the other, in batches of 16, it is nine answers of 7,920 behind.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,10 @@
-"""SADE's claim: the weights of the experts follow the class distribution that is met, unlabelled."""
+"""SADE's claim: the weights of the experts follow the class distribution that is met, unlabelled.
+
+The weights follow the distribution with every seed; what is missed is in points of accuracy. Where
+equal weights are right on nearly 95 % there are no two points to gain (1.8). On one seed the inverse
+tail loses 1.1 points, and on one the weights drift towards the third expert on uniform data and lose
+2.2: being sure, its answers look stable.
+"""
 
 from collections.abc import Iterator, Sequence
 

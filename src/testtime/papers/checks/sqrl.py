@@ -1,4 +1,8 @@
-"""SQRL's claim: keeping rules of clean training data mends a model that learnt wrong labels."""
+"""SQRL's claim: keeping rules of clean training data mends a model that learnt wrong labels.
+
+Accuracy rises with every seed. Violations fall by 53 % only where the network breaks few rules to begin
+with: the true labels themselves break a third as many.
+"""
 
 from collections.abc import Iterator, Sequence
 

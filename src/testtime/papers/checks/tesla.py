@@ -1,4 +1,9 @@
-"""TeSLA's claim: flipped self-learning on hard images beats Tent, and stays calibrated."""
+"""TeSLA's claim: flipped self-learning on hard images beats Tent, and stays calibrated.
+
+The learned policy is hard on digits of 16 pixels: it turns, inverts and posterises them. Where the claim
+is missed it is by half a point or less against tent, on one seed of five; the flipped loss and its
+calibration hold with all.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
