@@ -10,5 +10,6 @@ class Outcome(StrEnum):
     ADAPTED = "adapted"
     STORED = "stored in memory; no update was due"
     NOTHING_RELIABLE = "no sample was fit to teach; nothing changed"
+    NOT_DUE = "answered; no update was due"
     NON_FINITE = "loss or gradient was not finite; nothing changed"
     RECOVERED = "the loss had collapsed; the source was restored"

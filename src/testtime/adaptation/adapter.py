@@ -3,29 +3,29 @@
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from testtime._core.errors import (
     InputError,
     NeedsSource,
     OptionError,
-    ScopeError,
     StateError,
     TesttimeError,
     TesttimeWarning,
 )
+from testtime._core.options import whole
 from testtime._core.outcomes import Outcome
-from testtime.adaptation.checks import check_input, check_output, expected_rank
-from testtime.adaptation.engine import Engine
+from testtime.adaptation.checks import check_input, check_model, check_output, expected_rank
+from testtime.adaptation.deferred import Behind, Give, Job, Lane, autocasting, check_deferred
+from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
 from testtime.adaptation.layers import NormLayer, norm_layers
@@ -40,46 +40,10 @@ from testtime.adaptation.parts.statistics import (
     RunningStatistics,
     SourceStatistics,
 )
+from testtime.adaptation.plan import Plan, size_of
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe
 from testtime.adaptation.state import State, load_state, save_state
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an adapter will change, and what each step costs.
-
-    Attributes:
-        tensors: names of the tensors that adapt.
-        values: numbers in them.
-        share: of the model's parameters.
-        layers: normalisation layers by kind.
-        statistics: what layers with stored statistics normalise with.
-        ordered: whether layers are known in order of execution, or only as registered.
-        forwards, backwards: passes through the model that a step costs for each sample, at most;
-            None when the method does not tell.
-        bytes: held beside the model, by tensors that adapt, optimizer, teacher, moving averages and
-            what is in memory by now.
-    """
-
-    tensors: tuple[str, ...]
-    values: int
-    share: float
-    layers: dict[str, int]
-    statistics: str
-    ordered: bool
-    forwards: float | None
-    backwards: float | None
-    bytes: int
-
-    def __str__(self) -> str:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.layers.items()) or "none"
-        return (
-            f"adapts {len(self.tensors)} tensors, {self.values} values, {self.share:.3%} of the "
-            f"model; normalisation layers: {kinds}; statistics: {self.statistics}; "
-            f"at most {self.forwards or '?'} forward and {self.backwards if self.forwards else '?'} "
-            f"backward passes for each sample; {self.bytes} bytes held"
-        )
 
 
 class Adapter:
@@ -90,8 +54,6 @@ class Adapter:
 
     Attributes:
         recipe: the method.
-        events: the latest steps, oldest first; a thousand are kept.
-        counts: what the adapter has done since it was built.
     """
 
     def __init__(
@@ -104,8 +66,10 @@ class Adapter:
         on_event: Callable[[Event], None] | None = None,
         process_group: Any = None,
         features: str | None = None,
+        deferred: bool = False,
+        every: int = 1,
     ) -> None:
-        _check_model(model)
+        check_model(model)
         named_layer(model, features)
         if on_event is not None and not callable(on_event):
             raise OptionError(f"on_event is {on_event!r}; expected a function of one event")
@@ -114,9 +78,12 @@ class Adapter:
                 f"source is of type {type(source).__name__}; expected what tt.fit_source(model, "
                 "loader) gives, or tt.SourceKnowledge.load(path) reads."
             )
+        check_deferred(deferred, recipe)
+        whole(1, every=every)
         self.model, self.recipe = model, recipe
-        self.events: deque[Event] = deque(maxlen=1000)
-        self.counts = Counts()
+        self._events: deque[Event] = deque(maxlen=1000)
+        self._counts = Counts()
+        self._deferred, self._every, self._behind = deferred, every, Behind()
         self._on_event, self._seed, self._source = on_event, seed, source
         self._features = features
         alone = getattr(recipe.procedure, "alone", False)  # no batch teaches another
@@ -126,6 +93,7 @@ class Adapter:
             self._check_source()
             self._engine = self._build(order=[])
             self._state = self._engine.fresh()
+        self._lane = Lane(self._engine.device)
         self._seen: tuple[torch.Size, torch.dtype] | None = None  # kind of batch the model took
         self._expected = expected_rank(model)
 
@@ -151,20 +119,57 @@ class Adapter:
             InputError: when the batch is empty, not finite, or of the wrong rank, type or device;
                 nothing has changed then.
         """
-        with self._lock, _computing():
+        with self._settled(), _computing():
             x = self._admit(x)
             before = self._engine.forwards, self._engine.backwards
             was = self._state
             state = self._due(was)
-            step = self._guard(x, lambda: self._engine.step(x, state))
-            self._state = step.state
-            self._count(len(x), before, step.outcome, restored=state is not was)
-            event = Event(self.counts.steps, step.outcome, len(x), step.measured)
-            self.events.append(event)
-            answer = _detached(step.output)
+            later = self._deferred and not self._behind.inside
+            mine = self._lane.take(x) if later else x
+            steps = self._steps(mine, state)
+            event = None
+
+            def settle(step: Step) -> Event:
+                self._state = step.state
+                self._count(len(x), before, step.outcome, restored=state is not was)
+                event = Event(self._counts.steps, step.outcome, len(x), step.measured)
+                self._events.append(event)
+                return event
+
+            if later:
+                job = self._deferring(x, steps, settle)
+                answer = self._lane.leave(*self._behind.ask(job))
+            else:
+                step = self._guard(x, lambda: ended(steps))
+                event, answer = settle(step), _detached(step.output)
+        if event is not None:
+            self._tell(event)
+        return answer
+
+    def _steps(self, x: Tensor, state: State) -> Steps:
+        """The step that a batch gets: the method's, or an answer alone."""
+        if state.steps % self._every:
+            return self._engine.spared(x, state)
+        return (yield from self._engine.steps(x, state))
+
+    def _deferring(self, x: Tensor, steps: Steps, settle: Callable[[Step], Event]) -> Job:
+        """The step as a job that gives its answer first; the caller's modes go with it."""
+        casting = autocasting(self._engine.device)
+
+        def job(give: Give) -> None:
+            with _computing(), casting(), self._lane.computing():
+                output, step = self._guard(x, lambda: begun(steps))
+                if not give(self._lane.give(output)):
+                    steps.close()
+                    return
+                event = settle(step or self._guard(x, lambda: ended(steps)))
+            self._tell(event)
+
+        return job
+
+    def _tell(self, event: Event) -> None:
         if self._on_event is not None:
             self._on_event(event)
-        return answer
 
     def predict(self, x: Tensor) -> Any:
         """Predicts only; changes nothing. What a call would answer, where the answer comes first.
@@ -172,10 +177,33 @@ class Adapter:
         Raises:
             InputError: as a call.
         """
-        with self._lock, _computing():
+        with self._settled(), _computing():
             x = self._admit(x)
             output, _ = self._guard(x, lambda: self._engine.predict(x, self._state))
             return _detached(output)
+
+    # --- what was done ------------------------------------------------------------------------
+
+    @property
+    def events(self) -> deque[Event]:
+        """The latest steps, oldest first; a thousand are kept. Waits for an update that runs."""
+        self._behind.settle()
+        return self._events
+
+    @property
+    def counts(self) -> Counts:
+        """What the adapter has done since it was built. Waits for an update that runs."""
+        self._behind.settle()
+        return self._counts
+
+    def flush(self) -> None:
+        """Waits for the update that runs behind the last answer, and raises the error it ended with.
+
+        With `deferred=True` all other methods wait likewise. This is for a stream's end, and for
+        before one writes to the model or runs it oneself.
+        """
+        with self._settled():
+            pass
 
     # --- state --------------------------------------------------------------------------------
 
@@ -184,14 +212,16 @@ class Adapter:
 
         The source is the model as it now is: weights and modules may have been replaced.
         """
-        with self._lock, self._engine.loan.lock:
+        with self._settled(), self._engine.loan.lock:
             self._engine, self._seen = self._build(order=[]), None
             self._state = self._engine.fresh()
-            self.counts = self.counts._replace(resets=self.counts.resets + 1)
+            self._lane = Lane(self._engine.device)
+            self._counts = self._counts._replace(resets=self._counts.resets + 1)
 
     def snapshot(self) -> State:
         """A mark to which `restore` returns. Costs nothing: steps never write to an old state."""
-        return self._state
+        with self._settled():
+            return self._state
 
     def restore(self, mark: State) -> None:
         """Back to a snapshot of this adapter, or of another of the same model and method.
@@ -199,12 +229,12 @@ class Adapter:
         Raises:
             StateError: when the mark is of another method, or of a model of other shapes.
         """
-        with self._lock:
+        with self._settled():
             self._state = self._own(mark, "this snapshot")
 
     def save(self, path: str | Path) -> None:
         """Writes the state as safetensors, wholly or not at all."""
-        with self._lock, self._engine.loan.lock:
+        with self._settled(), self._engine.loan.lock:
             save_state(self._state, path, owner=self._owner())
 
     def load(self, path: str | Path) -> None:
@@ -214,7 +244,7 @@ class Adapter:
             StateError: when the file is truncated or damaged, holds values that are not finite, or
                 is of another model or method. The adapter's own state is unchanged then.
         """
-        with self._lock, self._engine.loan.lock:
+        with self._settled(), self._engine.loan.lock:
             state = load_state(path, owner=self._owner(), device=self._engine.device)
             self._state = self._own(state, str(path))
 
@@ -226,7 +256,7 @@ class Adapter:
         averages over views (CoTTA); and MEMO looks at each image alone, so it is the copy's answer
         for batches of one that is `predict`'s.
         """
-        with self._lock, self._engine.loan.lock, torch.no_grad():
+        with self._settled(), self._engine.loan.lock, torch.no_grad():
             copy = deepcopy(self.model).eval()
             teaches = self.recipe.prediction is from_teacher
             tensors = (self._state.teacher if teaches else self._state.tensors) or {}
@@ -262,7 +292,7 @@ class Adapter:
 
         Layers are in order of execution once a batch, or `x`, was seen.
         """
-        with self._lock, _computing():
+        with self._settled(), _computing():
             if x is not None:
                 self._admit(x)
             tensors = self._state.tensors
@@ -281,10 +311,21 @@ class Adapter:
             return Plan(
                 tuple(tensors), values, values / max(total, 1), kinds,
                 describe(self.recipe.statistics), self._seen is not None, forwards, backwards,
-                _bytes(held),
+                size_of(held),
             )  # fmt: skip
 
     # --- inside -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """The adapter to oneself, with no update pending; what the last one raised is raised."""
+        while True:
+            self._behind.wait()  # without the lock: an update that ends may call the adapter
+            with self._lock:
+                if self._behind.inside or not self._behind.busy:
+                    self._lane.join()
+                    yield
+                    return
 
     def _check_source(self) -> None:
         needs = self.recipe.needs
@@ -411,8 +452,8 @@ class Adapter:
     def _count(
         self, samples: int, before: tuple[int, int], outcome: Outcome, *, restored: bool
     ) -> None:
-        old, engine = self.counts, self._engine
-        self.counts = Counts(
+        old, engine = self._counts, self._engine
+        self._counts = Counts(
             steps=old.steps + 1,
             samples=old.samples + samples,
             forwards=old.forwards + engine.forwards - before[0],
@@ -420,6 +461,7 @@ class Adapter:
             updates=old.updates + (outcome in (Outcome.ADAPTED, Outcome.RECOVERED)),
             skipped=old.skipped + (outcome in (Outcome.NOTHING_RELIABLE, Outcome.NON_FINITE)),
             resets=old.resets + (restored or outcome is Outcome.RECOVERED),
+            spared=old.spared + (outcome is Outcome.NOT_DUE),
         )
 
     def _owner(self) -> dict[str, str]:
@@ -472,37 +514,6 @@ def _computing() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise OptionError(
-            f"the model is {given}; expected an instance of nn.Module that maps inputs to logits. "
-            "The model comes first: tt.adapt(model, 'tent')."
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ScopeError("a scripted model cannot be lent; give the nn.Module it was made from")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise ScopeError(
-                f"{name} has no shape yet; run the model on a batch before adapting it"
-            )
-        if tensor.is_meta:
-            raise ScopeError(f"{name} has no values (device meta); load the model's weights first")
-        if tensor.is_inference():
-            raise ScopeError(
-                "the model was built under torch.inference_mode(), so nothing can learn through "
-                "it. Build or load it outside."
-            )
-
-
-def _bytes(tree: Any) -> int:
-    if isinstance(tree, Tensor):
-        return tree.nbytes
-    if isinstance(tree, dict):
-        tree = tree.values()
-    return sum(map(_bytes, tree)) if isinstance(tree, Iterable) and type(tree) is not str else 0
 
 
 def _detached(output: Any) -> Any:

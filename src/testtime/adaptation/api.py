@@ -48,6 +48,8 @@ def adapt(
     on_event: Callable[[Event], None] | None = None,
     process_group: Any = None,
     features: str | None = None,
+    deferred: bool = False,
+    every: int | None = None,
     **options: Any,
 ) -> Adapter:
     """Puts an adapter around a model: it answers as the model does, and learns while it answers.
@@ -63,11 +65,18 @@ def adapt(
             with the joined batch. None: this process adapts alone.
         features: name of the layer whose input are the features, for methods that read them. None:
             the linear layer that runs last.
+        deferred: whether an answer leaves before its update, which then runs behind it. The next
+            call waits for it, so that all results are the same to the last bit; see
+            `Adapter.flush`.
+        every: learns from the first of so many batches, and answers the others at the cost of plain
+            inference; None: learns from each. RoTTA has an option of this name of its own, and
+            takes it: it learns seldom by itself.
         options: of the method, when it is named.
 
     Raises:
         UnknownName: no method has that name.
-        OptionError: the method has no such option, or it cannot take the value.
+        OptionError: the method has no such option, or it cannot take the value; or `deferred` with
+            a method that answers after its update.
         ScopeError: the model has nothing that the method could adapt.
         NeedsSource: the method needs `source`.
 
@@ -95,6 +104,8 @@ def adapt(
         )
     else:
         entry = find("method", method)
+        if every is not None and "every" in entry.options:
+            options, every = {**options, "every": every}, None
         recipe = entry.build(**options)
         if entry.needs and source is None:
             raise NeedsSource(
@@ -110,4 +121,6 @@ def adapt(
         on_event=on_event,
         process_group=process_group,
         features=features,
+        deferred=deferred,
+        every=1 if every is None else every,
     )

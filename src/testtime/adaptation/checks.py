@@ -1,11 +1,13 @@
 """Bad input is refused before anything changes."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from testtime._core.errors import InputError
+from testtime._core.errors import InputError, OptionError, ScopeError
 from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.views import needs_pixels
 from testtime.adaptation.recipe import Recipe
@@ -24,6 +26,30 @@ def expected_rank(model: nn.Module) -> tuple[int, str] | None:
             if isinstance(module, kind):
                 return rank, shape
     return None
+
+
+def check_model(model: Any) -> None:
+    """Refuses what is no module, or one through which nothing can be learnt."""
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise OptionError(
+            f"the model is {given}; expected an instance of nn.Module that maps inputs to logits. "
+            "The model comes first: tt.adapt(model, 'tent')."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ScopeError("a scripted model cannot be lent; give the nn.Module it was made from")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ScopeError(
+                f"{name} has no shape yet; run the model on a batch before adapting it"
+            )
+        if tensor.is_meta:
+            raise ScopeError(f"{name} has no values (device meta); load the model's weights first")
+        if tensor.is_inference():
+            raise ScopeError(
+                "the model was built under torch.inference_mode(), so nothing can learn through "
+                "it. Build or load it outside."
+            )
 
 
 def check_input(

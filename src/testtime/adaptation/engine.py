@@ -1,6 +1,6 @@
 """The one loop: forward, answer, loss, gradient, step. Every method of the library runs in it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -39,6 +39,27 @@ class Step(NamedTuple):
     state: State
     outcome: Outcome
     measured: dict[str, Any]
+
+
+Steps = Generator[Any, None, Step]
+"""A step under way: it gives the output as soon as that is known, and ends with the whole step."""
+
+
+def ended(steps: Steps) -> Step:
+    """The step that is under way, brought to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def begun(steps: Steps) -> tuple[Any, Step | None]:
+    """The output of a step under way, and the whole step where nothing is left to do."""
+    try:
+        return next(steps), None
+    except StopIteration as end:
+        return end.value.output, end.value
 
 
 class Engine:
@@ -169,6 +190,13 @@ class Engine:
 
     def step(self, x: Tensor, state: State) -> Step:
         """Answers a batch and learns from it."""
+        return ended(self.steps(x, state))
+
+    def steps(self, x: Tensor, state: State) -> Steps:
+        """The same in two halves where the answer comes first: it is given before the rest runs.
+
+        The rest may run in another thread. Nothing is given early where the answer comes last.
+        """
         recipe = self.recipe
         if state.generator is not None:
             self.generator.set_state(state.generator)
@@ -176,10 +204,21 @@ class Engine:
             done = recipe.procedure.step(self, x, state)
         elif not recipe.learns:
             done = self._only_answer(x, state)
-        else:
+        elif recipe.steps > 1 or recipe.answer_after:
             done = self._learn_and_answer(x, state)
-        if recipe.outlier is not None:
-            done.measured["outlier"] = recipe.outlier(done.logits.detach())
+        else:
+            done = yield from self._one_step(x, state)
+        return self._settled(done, x, state)
+
+    def spared(self, x: Tensor, state: State) -> Step:
+        """Answers a batch at the cost of plain inference, and learns nothing from it."""
+        output, logits = self.predict(x, state)
+        measured: dict[str, Any] = {"entropy": entropy(logits).mean(), "used": 0}
+        return self._settled(Step(output, logits, state, Outcome.NOT_DUE, measured), x, state)
+
+    def _settled(self, done: Step, x: Tensor, state: State) -> Step:
+        if self.recipe.outlier is not None:
+            done.measured["outlier"] = self.recipe.outlier(done.logits.detach())
         settled = replace(
             done.state,
             generator=self.generator.get_state(),
@@ -201,9 +240,9 @@ class Engine:
         return Step(output, logits, state, outcome, {"entropy": entropy(logits).mean()})
 
     def _learn_and_answer(self, x: Tensor, state: State) -> Step:
-        done = self._one_step(x, state)
+        done = ended(self._one_step(x, state))
         for _ in range(self.recipe.steps - 1):
-            done = self._one_step(x, done.state)
+            done = ended(self._one_step(x, done.state))
         if self.recipe.answer_after:
             generator = replace(done.state, generator=self.generator.get_state())
             output, logits = self.predict(x, generator)
@@ -211,12 +250,13 @@ class Engine:
             return done._replace(output=output, logits=logits)
         return done
 
-    def _one_step(self, x: Tensor, state: State) -> Step:
+    def _one_step(self, x: Tensor, state: State) -> Steps:
         evidence = Evidence(self, state, self.leaves(state), x)
         few = state.teaching is not None and state.teaching < FEW and self.may_part(x)
         with torch.set_grad_enabled(not few):
             _ = evidence.logits
         output, logits = self.answer(evidence)
+        yield output
         state, outcome, measured = self.learn(evidence)
         answered = self.recipe.prediction is student
         uncertainty = evidence.entropies if answered else entropy(logits)

@@ -12,7 +12,8 @@ class Counts(NamedTuple):
     """What an adapter has done since it was built.
 
     `forwards` and `backwards` count samples that went through the model, so that
-    `forwards / samples` is the number of forward passes for each sample.
+    `forwards / samples` is the number of forward passes for each sample. `skipped` are batches that
+    could teach nothing, `spared` those that were not asked to.
     """
 
     steps: int = 0
@@ -22,6 +23,7 @@ class Counts(NamedTuple):
     updates: int = 0
     skipped: int = 0
     resets: int = 0
+    spared: int = 0
 
 
 @dataclass(frozen=True)
