@@ -262,7 +262,7 @@ def slowly(engine, evidence):
     time.sleep(0.3)
     return learn(engine, evidence)
 Engine.learn = slowly
-adapter = tt.adapt(tiny(), "tent", deferred=True, on_event=lambda e: print("told", e.step, flush=True))
+adapter = tt.adapt(tiny(), "tent", deferred=True, on_event=lambda e: os.write(1, b"told %d\\n" % e.step))
 """
 
 
@@ -290,7 +290,7 @@ if child:
     os.waitpid(child, 0)
     atexit.register(lambda: adapter(xs[0]))  # when no thread can begin any more
     adapter(xs[0])
-print(child > 0, answer.hex(), flush=True)
+os.write(1, f"{child > 0} {answer.hex()}\\n".encode())
 """
     lines = script(text).splitlines()
     assert lines[0] == "told 1"
@@ -375,7 +375,7 @@ def test_a_dropped_adapter_leaves_no_thread():
 # --- every k-th batch -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tent", "eata", "sar", "cotta", "memo", "adanpc"])
+@pytest.mark.parametrize("name", ["tent", "sar", "cotta", "memo", "adanpc"])
 @pytest.mark.parametrize("deferred", [False, True])
 def test_of_k_batches_the_first_teaches(name, deferred):
     if deferred and name in ANSWER_LAST:

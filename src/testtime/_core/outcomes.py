@@ -10,6 +10,7 @@ class Outcome(StrEnum):
     ADAPTED = "adapted"
     STORED = "stored in memory; no update was due"
     NOTHING_RELIABLE = "no sample was fit to teach; nothing changed"
+    LIKE_SOURCE = "answered by the source model, whose data these look like"
     NOT_DUE = "answered; no update was due"
     NON_FINITE = "loss or gradient was not finite; nothing changed"
     RECOVERED = "the loss had collapsed; the source was restored"

@@ -21,12 +21,14 @@ from testtime._core.errors import (
     TesttimeError,
     TesttimeWarning,
 )
+from testtime._core.gates import Gate
 from testtime._core.options import whole
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.checks import check_input, check_model, check_output, expected_rank
 from testtime.adaptation.deferred import Behind, Give, Job, Lane, autocasting, check_deferred
 from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
 from testtime.adaptation.events import Counts, Event
+from testtime.adaptation.gating import Signals, SourceLike, check_gate, judge
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
 from testtime.adaptation.layers import NormLayer, norm_layers
 from testtime.adaptation.loan import Restated, lock_of
@@ -68,6 +70,7 @@ class Adapter:
         features: str | None = None,
         deferred: bool = False,
         every: int = 1,
+        gate: Gate | bool | None = None,
     ) -> None:
         check_model(model)
         named_layer(model, features)
@@ -84,6 +87,7 @@ class Adapter:
         self._events: deque[Event] = deque(maxlen=1000)
         self._counts = Counts()
         self._deferred, self._every, self._behind = deferred, every, Behind()
+        self._gate = check_gate(gate)
         self._on_event, self._seed, self._source = on_event, seed, source
         self._features = features
         alone = getattr(recipe.procedure, "alone", False)  # no batch teaches another
@@ -148,6 +152,10 @@ class Adapter:
 
     def _steps(self, x: Tensor, state: State) -> Steps:
         """The step that a batch gets: the method's, or an answer alone."""
+        if self._gate is not None:
+            state, calm = judge(self._gate, self._engine, x, state)
+            if calm is not None:
+                return self._engine.settled(calm, x, state)
         if state.steps % self._every:
             return self._engine.spared(x, state)
         return (yield from self._engine.steps(x, state))
@@ -367,6 +375,9 @@ class Adapter:
                 )
             own = self._source[need.name]
             known[need.name] = {name: value.to(device) for name, value in own.items()}
+        if isinstance(self._gate, SourceLike):
+            signals = None if self._source is None else self._source.entries.get(Signals.name)
+            self._gate.begin(norms, signals and {k: v.to(device) for k, v in signals.items()})
         engine = Engine(
             self.model, self.recipe, norms, known=known, seed=self._seed, ranks=self._ranks,
             feature_layer=feature_layer,
@@ -446,6 +457,7 @@ class Adapter:
             return replace(
                 self._engine.fresh(),
                 steps=state.steps, samples=state.samples, generator=state.generator,
+                gate=state.gate,
             )  # fmt: skip
         return state
 
@@ -461,7 +473,7 @@ class Adapter:
             updates=old.updates + (outcome in (Outcome.ADAPTED, Outcome.RECOVERED)),
             skipped=old.skipped + (outcome in (Outcome.NOTHING_RELIABLE, Outcome.NON_FINITE)),
             resets=old.resets + (restored or outcome is Outcome.RECOVERED),
-            spared=old.spared + (outcome is Outcome.NOT_DUE),
+            spared=old.spared + (outcome in (Outcome.NOT_DUE, Outcome.LIKE_SOURCE)),
         )
 
     def _owner(self) -> dict[str, str]:

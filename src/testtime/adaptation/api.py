@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from testtime._core.errors import NeedsSource, OptionError
+from testtime._core.gates import Gate
 from testtime._core.registry import entries, find
 from testtime.adaptation.adapter import Adapter
 from testtime.adaptation.events import Event
@@ -50,6 +51,7 @@ def adapt(
     features: str | None = None,
     deferred: bool = False,
     every: int | None = None,
+    gate: Gate | bool | None = None,
     **options: Any,
 ) -> Adapter:
     """Puts an adapter around a model: it answers as the model does, and learns while it answers.
@@ -71,6 +73,9 @@ def adapt(
         every: learns from the first of so many batches, and answers the others at the cost of plain
             inference; None: learns from each. RoTTA has an option of this name of its own, and
             takes it: it learns seldom by itself.
+        gate: says when to learn. While it sees no shift, the source model answers, at the cost of
+            plain inference. True is `SourceLike()`; a monitor of `testtime.guard` will do. Before
+            a shift a batch is asked for each time, after it every fourth time.
         options: of the method, when it is named.
 
     Raises:
@@ -78,7 +83,7 @@ def adapt(
         OptionError: the method has no such option, or it cannot take the value; or `deferred` with
             a method that answers after its update.
         ScopeError: the model has nothing that the method could adapt.
-        NeedsSource: the method needs `source`.
+        NeedsSource: the method, or the gate, needs `source`.
 
     Example:
         >>> import torch
@@ -123,4 +128,5 @@ def adapt(
         features=features,
         deferred=deferred,
         every=1 if every is None else every,
+        gate=gate,
     )

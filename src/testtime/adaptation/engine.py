@@ -208,20 +208,22 @@ class Engine:
             done = self._learn_and_answer(x, state)
         else:
             done = yield from self._one_step(x, state)
-        return self._settled(done, x, state)
+        return self.settled(done, x, state)
 
     def spared(self, x: Tensor, state: State) -> Step:
         """Answers a batch at the cost of plain inference, and learns nothing from it."""
         output, logits = self.predict(x, state)
         measured: dict[str, Any] = {"entropy": entropy(logits).mean(), "used": 0}
-        return self._settled(Step(output, logits, state, Outcome.NOT_DUE, measured), x, state)
+        return self.settled(Step(output, logits, state, Outcome.NOT_DUE, measured), x, state)
 
-    def _settled(self, done: Step, x: Tensor, state: State) -> Step:
+    def settled(self, done: Step, x: Tensor, state: State) -> Step:
+        """The step with what is the same for every step: counts, and the random state."""
         if self.recipe.outlier is not None:
             done.measured["outlier"] = self.recipe.outlier(done.logits.detach())
         settled = replace(
             done.state,
             generator=self.generator.get_state(),
+            gate=state.gate,
             steps=state.steps + 1,
             samples=state.samples + len(x),
         )

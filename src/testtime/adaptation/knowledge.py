@@ -209,6 +209,7 @@ def fit_source(
     *,
     methods: str | Recipe | Sequence[str | Recipe] | Mapping[str, Recipe] = ("eata",),
     features: str | None = None,
+    gate: bool = False,
 ) -> SourceKnowledge:
     """Computes in one pass over source data all that the named methods need to know of it.
 
@@ -221,6 +222,7 @@ def fit_source(
         methods: names of the methods that will use it, or recipes.
         features: name of the layer whose input are the features; None is the linear layer that
             runs last.
+        gate: whether also what `tt.adapt(..., gate=True)` compares with.
 
     Raises:
         InputError: when the loader gives no batch, one that is not fit for the model, or no labels
@@ -235,16 +237,7 @@ def fit_source(
           eata: fisher (2 tensors, 0.00 MB)
     """
     recipes = _recipes(methods)
-    needs: dict[str, tuple[Need, dict[Any, Recipe]]] = {}
-    for recipe in recipes.values():
-        for need in recipe.needs:
-            known, scopes = needs.setdefault(need.name, (need, {}))
-            if known != need:
-                raise OptionError(
-                    f"two methods need {need.name} with other options: {describe(known)} and "
-                    f"{describe(need)}. Call fit_source for each."
-                )
-            scopes[recipe.scope, recipe.statistics] = recipe
+    needs = _needs(recipes, gate=gate)
     norms, rank = norm_layers(model), expected_rank(model)
     source = Engine(model, Recipe(), norms, ranks=Ranks())
     engines = {
@@ -287,6 +280,27 @@ def fit_source(
         entries[name] |= needs[name][0].finish(total, samples=samples, batches=batches)
     by_method = {name: tuple(n.name for n in recipe.needs) for name, recipe in recipes.items()}
     return SourceKnowledge(fingerprint(model), samples, entries, by_method)
+
+
+def _needs(
+    recipes: Mapping[str, Recipe], *, gate: bool
+) -> dict[str, tuple[Need, dict[Any, Recipe]]]:
+    """Each need by name, and the recipes that it is met for, by scope and statistics."""
+    needs: dict[str, tuple[Need, dict[Any, Recipe]]] = {}
+    for recipe in recipes.values():
+        for need in recipe.needs:
+            known, scopes = needs.setdefault(need.name, (need, {}))
+            if known != need:
+                raise OptionError(
+                    f"two methods need {need.name} with other options: {describe(known)} and "
+                    f"{describe(need)}. Call fit_source for each."
+                )
+            scopes[recipe.scope, recipe.statistics] = recipe
+    if gate:
+        from testtime.adaptation.gating import Signals  # noqa: PLC0415  (it runs engines)
+
+        needs[Signals.name] = (Signals(), {None: Recipe()})
+    return needs
 
 
 def _turned(need: Any, total: dict[str, Tensor], number: int) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ class State:
         loss_average: moving average of the loss, with a recovery.
         teaching: moving average of the share of samples that teach, where the engine chooses by it.
         generator: state of the random generator.
+        gate: state of the gate.
         steps: batches since the source.
         samples: samples since the source.
         method: the recipe, as text.
@@ -47,6 +48,7 @@ class State:
     loss_average: float | None = None
     teaching: float | None = None
     generator: Tensor | None = None
+    gate: dict[str, Any] | None = None
     steps: int = 0
     samples: int = 0
     method: str = ""

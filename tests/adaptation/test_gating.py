@@ -1,0 +1,245 @@
+"""An adapter that learns only where data part from the source's."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import testtime as tt
+from models import batches, tiny, tiny_vit
+from testtime._core.errors import NeedsSource, OptionError
+from testtime._core.outcomes import Outcome
+from testtime.adaptation.gating import AGAIN, SourceLike, effect, pooled, summaries
+from testtime.adaptation.layers import norm_layers
+from testtime.measures.entropy import entropy
+
+KINDS = ["batch", "sync", "frozen", "group", "layer", "instance", "rms"]
+
+
+def clean(count: int = 8, size: int = 64, seed: int = 3) -> list[Tensor]:
+    """Batches like those whose statistics `tiny` stored."""
+    generator = torch.Generator().manual_seed(seed)
+    return list(torch.rand(count, size, 3, 8, 8, generator=generator).unbind(0))
+
+
+def shifted(**more) -> list[Tensor]:
+    return [0.4 * x + 0.5 for x in clean(**more)]
+
+
+def trained() -> nn.Module:
+    """A tiny network that stored the statistics of such batches."""
+    model = tiny()
+    for norm in (model.norm1, model.norm2):
+        norm.reset_running_stats()
+        norm.momentum = None
+    with torch.no_grad():
+        for x in clean(16, seed=8):
+            model.train()(x)
+    return model.eval()
+
+
+def gated(kind: str = "batch", name: str = "tent", **more) -> tt.Adapter:
+    model = tiny(kind)
+    known = tt.fit_source(model, clean(16, seed=8), methods=[name], gate=True)
+    return tt.adapt(model, name, source=known, gate=True, **more)
+
+
+def outcomes(adapter: tt.Adapter, xs: list[Tensor]) -> list[Outcome]:
+    return [(adapter(x), adapter.events[-1].outcome)[1] for x in xs]
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    st.lists(st.lists(st.floats(-9, 9, width=32), min_size=3, max_size=3), min_size=2, max_size=9)
+)
+def test_the_effect_is_the_mean_of_unbiased_squares(rows):
+    samples, mean = torch.tensor(rows).double(), torch.tensor([1.0, 0.0, -2.0]).double()
+    found = pooled(None, samples, 64)
+    spread = torch.tensor([2.0, 1.0, 0.5]).double()
+    want = [
+        ((c.mean() - m) ** 2 - c.var() / len(c)) / s
+        for c, m, s in zip(samples.T, mean, spread, strict=True)
+    ]
+    torch.testing.assert_close(effect(found, mean, spread, 0.0), sum(want) / 3)
+    own = [((c.mean() - m) ** 2 - c.var() / len(c)) / (c.var() + 0.1)
+           for c, m in zip(samples.T, mean, strict=True)]  # fmt: skip
+    torch.testing.assert_close(effect(found, mean, None, 0.1), sum(own) / 3)
+
+
+def test_the_effect_is_unbiased_for_batches_of_any_size():
+    generator = torch.Generator().manual_seed(0)
+    for size in (4, 64):
+        drawn = torch.randn(20000 // size, size, 3, generator=generator).double() + 0.3
+        got = [effect(pooled(None, x, 64), torch.zeros(3), torch.ones(3), 0.0) for x in drawn]
+        assert torch.stack(got).mean() == pytest.approx(0.09, abs=0.01)
+
+
+def test_small_batches_are_judged_with_those_before_them():
+    sums, samples = None, torch.arange(100.0)[:, None]
+    for sample in samples.split(8):
+        sums = pooled(sums, sample, 64)
+    assert sums["count"] == pytest.approx(64, abs=8)
+    assert 40 < sums["sum"] / sums["count"] < 75  # a mean of late ones
+    assert pooled(sums, torch.ones(64, 1), 64)["sum"] == 64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_summaries_are_of_channels_wherever_these_stand(kind):
+    model, x = tiny(kind), clean(1)[0]
+    layer = norm_layers(model)[0]
+    got = summaries(layer, model.conv1(x))
+    planes = model.conv1(x).double().flatten(2)
+    want = torch.cat([planes.mean(2), planes.square().mean(2)], 1)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    tokens = torch.rand(4, 5, 8)
+    norm = norm_layers(tiny_vit())[0]
+    torch.testing.assert_close(summaries(norm, tokens)[:, :8], tokens.mean(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_like_the_source_are_answered_by_the_source(kind):
+    adapter, model = gated(kind), tiny(kind)
+    for x in clean():
+        assert torch.equal(adapter(x), model(x).detach())
+    assert adapter.counts.spared == 8
+    assert adapter.counts.forwards == adapter.counts.samples
+    assert adapter.counts.backwards == adapter.counts.updates == 0
+    assert set(outcomes(adapter, clean(2))) == {Outcome.LIKE_SOURCE}
+    event = adapter.events[-1]
+    assert event.entropy == pytest.approx(
+        float(entropy(model(clean(2)[-1]).detach()).mean()), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shift_is_learnt_from_as_without_a_gate(kind):
+    plain, adapter = tt.adapt(tiny(kind), "tent"), gated(kind)
+    for x in shifted():
+        assert torch.equal(adapter(x), plain(x))
+    assert adapter.counts.updates == plain.counts.updates == 8
+    asked = adapter.counts.forwards - plain.counts.forwards
+    assert asked == 64 * math.ceil(8 / AGAIN)
+
+
+def test_without_source_data_the_stored_statistics_serve():
+    adapter = tt.adapt(trained(), "tent", gate=True)
+    assert set(outcomes(adapter, clean())) == {Outcome.LIKE_SOURCE}
+    assert set(outcomes(adapter, shifted())) == {Outcome.ADAPTED}
+    back = outcomes(adapter, clean())
+    assert back[-AGAIN:] == [Outcome.LIKE_SOURCE] * AGAIN
+    for kind in ("group", "layer", "instance"):
+        with pytest.raises(NeedsSource, match="gate=True"):
+            tt.adapt(tiny(kind), "tent", gate=True)
+
+
+def test_entropy_alone_opens_the_gate():
+    x, gate = clean(1)[0], SourceLike()
+    model = tiny()
+    known = tt.fit_source(model, clean(16, seed=8), gate=True)["signals"]
+    gate.begin(norm_layers(model), known)
+    values = torch.full((64,), float(known["entropy.mean"]))
+    for more, opened in ((0.0, False), (0.4, False), (0.6, True)):
+        with gate.watching():
+            model(x)
+        assert gate.update(values + more * float(known["entropy.var"].sqrt())) is opened
+
+
+def test_the_entropy_of_calm_samples_serves_where_nobody_told_it():
+    model, gate = trained(), SourceLike()
+    gate.begin(norm_layers(model), None)
+    generator = torch.Generator().manual_seed(0)
+    said = []
+    for number, x in enumerate([*clean(6), clean(1)[0]]):
+        with gate.watching():
+            model(x)
+        said.append(gate.update(0.3 + 0.1 * torch.rand(64, generator=generator) + (number == 6)))
+    assert said == [False] * 6 + [True]
+
+
+def test_few_samples_are_learnt_from_until_there_are_enough():
+    adapter = gated(name="sar")
+    got = outcomes(adapter, [x[:4] for x in clean(24)])
+    assert got[0] is not Outcome.LIKE_SOURCE
+    assert got[-4:] == [Outcome.LIKE_SOURCE] * 4
+    one = gated("group", deferred=True)
+    outcomes(one, [x[:1] for x in clean(100)])
+    assert one.counts.spared > 0
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("name", ["tent", "rdumb", "memo"])
+def test_a_gate_is_saved_restored_and_reset_with_the_state(name, deferred, tmp_path):
+    if name == "memo" and deferred:
+        return
+    more = {"views": 2} if name == "memo" else {}
+    more |= {"reset_every": 2} if name == "rdumb" else {}
+    xs = [x[:16] for x in [*clean(3), *shifted(count=2), *clean(5)]]
+    one, two = (gated(name=name, deferred=deferred, **more) for _ in range(2))
+    begin = [one(x) for x in xs[:4]]
+    mark = one.snapshot()
+    one.save(tmp_path / "state")
+    later = [one(x) for x in xs[4:]]
+    two.load(tmp_path / "state")
+    assert all(torch.equal(two(x), y) for x, y in zip(xs[4:], later, strict=True))
+    one.restore(mark)
+    assert all(torch.equal(one(x), y) for x, y in zip(xs[4:], later, strict=True))
+    one.reset()
+    assert all(torch.equal(one(x), y) for x, y in zip(xs[:4], begin, strict=True))
+    assert one.counts.spared > 0
+
+
+class Bound:
+    """A monitor of nobody's: alarms where the mean is above a bound, and counts its batches."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def update(self, values: Tensor) -> bool:
+        assert values.shape == (16,)
+        assert 0 <= values.min() <= values.max() <= 1
+        self.batches += 1
+        return bool(values.mean() > 0.5)
+
+    def reset(self) -> None:
+        self.batches = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batches = state["batches"]
+
+
+def test_any_monitor_is_a_gate():
+    xs, model = batches(12), tiny()
+    adapter = tt.adapt(model, "tent", gate=Bound())
+    for x in xs:
+        sure = float(entropy(model(x).detach()).mean()) / math.log(5)
+        left = (adapter.snapshot().gate or {"left": 0})["left"]
+        adapter(x)
+        spared = adapter.events[-1].outcome is Outcome.LIKE_SOURCE
+        assert spared == (not left and sure <= 0.5)
+    assert 0 < adapter.snapshot().gate["memory"]["batches"] < 12
+
+
+def test_an_error_leaves_the_gate_where_it_was(monkeypatch):
+    adapter = tt.adapt(trained(), "tent", gate=True)
+    outcomes(adapter, clean(2))
+    mark = adapter.snapshot()
+    monkeypatch.setattr("testtime.adaptation.engine.Engine._gradient", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        adapter(shifted(count=1)[0])
+    assert adapter.snapshot() is mark
+
+
+def test_no_gate_is_refused():
+    for wrong in (3, "yes", object()):
+        with pytest.raises(OptionError, match="update"):
+            tt.adapt(tiny(), "tent", gate=wrong)
+    assert tt.adapt(tiny(), "tent", gate=False)._gate is None
+    for options in ({"effect": -1}, {"samples": 3}):
+        with pytest.raises(OptionError):
+            SourceLike(**options)
