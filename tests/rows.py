@@ -26,7 +26,7 @@ def make(methods=("source", "tent"), domains=("fog", "snow"), seeds=2, batches=3
                     "brier": rng.random(), "ece": rng.random(), "clean_error": 9 * rng.random(),
                     "source_clean_error": 7.0, "seconds_per_batch": 0.01 * (1 + m),
                     "forwards_per_sample": 1.0 + m, "backwards_per_sample": 0.5 * m,
-                    "peak_memory_mb": 9.0 + m, "weights_sha256": "a" * 64,
+                    "peak_memory_mb": 9.0 + m, "paced_error": 80 * rng.random(), "paced_share": 1 / (1 + m), "weights_sha256": "a" * 64,
                     "samples_sha256": str(seed) * 64, "version": "0.1.0", "trace": trace,
                     "reliability": [{"count": 8, "confidence": 0.9, "accuracy": 0.75}],
                 } | changes)  # fmt: skip

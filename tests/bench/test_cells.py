@@ -64,7 +64,7 @@ def test_all_is_every_method_once_and_the_source_first():
 def test_every_value_of_a_record_changes_its_key():
     (cell,) = named()
     changes = {"method": "tent", "options": '{"lr": 1.0}', "model": "n", "data": "e",
-               "stream": "x", "seed": 1, "device": "cuda", "threads": 2}  # fmt: skip
+               "stream": "x", "seed": 1, "device": "cuda", "threads": 2, "paced": True}  # fmt: skip
     assert set(changes) == set(vars(cell))
     keys = {type(cell)(**{**vars(cell), name: value}).key for name, value in changes.items()}
     assert len(keys | {cell.key}) == len(changes) + 1

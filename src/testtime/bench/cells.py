@@ -30,6 +30,7 @@ class Cell:
         seed: of the stream and of the method.
         device: "cpu", "cuda", "cuda:1", …
         threads: that torch computes with; sums, and so the last bits, may depend on it.
+        paced: whether the stream is also run as one that does not wait, see `pace`.
     """
 
     method: str
@@ -40,11 +41,13 @@ class Cell:
     seed: int
     device: str = "cpu"
     threads: int = 1
+    paced: bool = False
 
     @property
     def key(self) -> str:
         """A name that depends on the whole record and on the version of the library."""
-        record = json.dumps({**vars(self), "version": tt.__version__}, sort_keys=True)
+        own = {name: value for name, value in vars(self).items() if name != "paced" or value}
+        record = json.dumps({**own, "version": tt.__version__}, sort_keys=True)
         return hashlib.sha256(record.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
@@ -61,6 +64,7 @@ def plan(
     seeds: int,
     device: str = "cpu",
     threads: int = 1,
+    paced: bool = False,
 ) -> list[Cell]:
     """The cells of a run, seed by seed. The source model is always among the methods, and first.
 
@@ -72,6 +76,7 @@ def plan(
         seeds: how many; 0 to seeds - 1.
         device: where the models run.
         threads: that torch computes with in each cell.
+        paced: whether each stream is also run as one that does not wait.
 
     Raises:
         UnknownName: no method is called that.
@@ -88,7 +93,7 @@ def plan(
     return [
         Cell(
             method=method, options=options, model=model, data=data, stream=stream.to_toml(),
-            seed=seed, device=device, threads=threads,
+            seed=seed, device=device, threads=threads, paced=paced,
         )
         for model in models
         for stream in streams

@@ -18,9 +18,15 @@ BINS = 15
 OPEN_SET = ("auroc", "fpr95", "oscr", "h_score")
 """The numbers of a row that tell of unknown classes; None where the stream has none."""
 
+NOT_PACED = {"paced_error": None, "paced_share": None}
+"""The numbers of a row that tell of a stream that does not wait; None where none was run."""
+
+OPTIONAL = (*OPEN_SET, *NOT_PACED)
+"""The numbers that only some runs have."""
+
 METRICS = (
     "error", "nll", "brier", "ece", "clean_error", "seconds_per_batch", "forwards_per_sample",
-    "backwards_per_sample", "peak_memory_mb", *OPEN_SET,
+    "backwards_per_sample", "peak_memory_mb", *OPTIONAL,
 )  # fmt: skip
 """The numbers of a row."""
 
@@ -136,7 +142,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One record for each method with its options in each setting: means over domains, then seeds.
 
     `error_std` is the standard deviation over seeds of the mean over domains (0 for one seed). What
-    tells of unknown classes is left out where no row has it.
+    tells of unknown classes, or of a stream that does not wait, is left out where no row has it.
     """
     groups: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = {}
     for row in rows:
@@ -146,14 +152,19 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for seeds in groups.values():
         first = next(iter(seeds.values()))[0]
         mine = [row for own in seeds.values() for row in own]
-        opened = any(math.isfinite(_number(r.get(name))) for r in mine for name in OPEN_SET)
+        absent = {
+            name
+            for kind in (OPEN_SET, tuple(NOT_PACED))
+            if not any(math.isfinite(_number(r.get(name))) for r in mine for name in kind)
+            for name in kind
+        }
         means = {
             name: torch.tensor(
                 [sum(_number(r.get(name)) for r in own) / len(own) for own in seeds.values()],
                 dtype=torch.double,
             )
             for name in METRICS
-            if opened or name not in OPEN_SET
+            if name not in absent
         }
         same = ("model", "data", "stream", "scenario", "device", "method", "options")
         table.append(

@@ -13,12 +13,12 @@ from typing import Any
 from testtime._core.errors import MissingExtra, RunError, TesttimeError
 from testtime._core.files import atomic
 from testtime.bench.cells import label, parse_method, stream_words
-from testtime.bench.metrics import METRICS, OPEN_SET, setting
+from testtime.bench.metrics import METRICS, OPTIONAL, setting
 from testtime.bench.section import Rows, Section
 from testtime.bench.tables import styles
 from testtime.streams.scenarios import Scenario
 
-NEEDED = frozenset(METRICS) - frozenset(OPEN_SET) | {
+NEEDED = frozenset(METRICS) - frozenset(OPTIONAL) | {
     "method", "options", "model", "data", "stream", "scenario", "severity", "batch_size", "seed", "domain",
     "position", "trace", "reliability", "weights_sha256", "samples_sha256", "version",
 }  # fmt: skip
@@ -138,6 +138,7 @@ def _command(rows: Rows) -> str:
     for name, usual in (("device", "cpu"), ("threads", 1)):
         given = rows[0].get(name, usual)
         command += [f"--{name}", str(given)] * (given != usual)
+    command += ["--paced"] * bool(rows[0].get("paced"))
     return f"<pre>{escape(shlex.join([*command, '--out', 'DIR']))}</pre>"
 
 

@@ -37,6 +37,17 @@ OPEN_COLUMNS = (
 )
 """The columns that a stream with unknown classes has besides; errors are of known samples only."""
 
+PACED_COLUMNS = (
+    ("paced_error", "Paced", "%", "Error where batches come at the pace of plain inference"),
+    (
+        "paced_share",
+        "Learnt",
+        "of 1",
+        "Share of the batches that the method was in time to learn from",
+    ),
+)
+"""The columns of a run that was also made as a stream that does not wait."""
+
 DIGITS = {"nll": 3, "brier": 3, "ece": 3, "peak_memory_mb": 1} | {
     key: 3 for key, *_ in OPEN_COLUMNS
 }
@@ -81,6 +92,7 @@ def summary(records: Sequence[dict[str, Any]], look: dict[str, dict[str, int]]) 
     columns = [
         *COLUMNS[:5],
         *(each for each in OPEN_COLUMNS if any(each[0] in record for record in records)),
+        *(each for each in PACED_COLUMNS if any(each[0] in record for record in records)),
         *COLUMNS[5:],
     ]
     heads = "".join(

@@ -19,8 +19,9 @@ from testtime.adaptation.knowledge import fingerprint
 from testtime.adaptation.outputs import read_logits
 from testtime.bench.cells import Cell
 from testtime.bench.machine import PeakMemory, check_device, describe_machine, torch_threads
-from testtime.bench.metrics import OPEN_SET, Recognition, Score
+from testtime.bench.metrics import NOT_PACED, OPEN_SET, Recognition, Score
 from testtime.bench.models import load_model, preprocessing
+from testtime.bench.pace import schedule
 from testtime.measures.confidence import confidence
 from testtime.streams.batches import UNKNOWN, Batch, Stream
 from testtime.streams.data import labels_of, load_data, stack
@@ -29,6 +30,9 @@ from testtime.streams.scenarios import Scenario
 
 CLEAN_SAMPLES = 2000
 """Clean samples that the error after the stream is measured on, at most."""
+
+PLAIN = 25
+"""Batches at most that plain inference is timed on, for the pace of a stream that does not wait."""
 
 SOURCE_SAMPLES = 2000
 """Source samples that a method may see before the stream, at most; 2000 as in EATA."""
@@ -69,6 +73,7 @@ def _run(
     on_start(len(stream))
     domains: dict[str, Domain] = {}
     seconds: list[float] = []
+    plain: list[float] = []
     for number, batch in enumerate(stream):
         if batch.reset:
             adapter.reset()
@@ -81,9 +86,16 @@ def _run(
         told = adapter.events[-1].measured.get("outlier")
         scores = told if isinstance(told, Tensor) else None
         _share_out(domains, number, batch, logits.cpu(), scores, opened=bool(scenario.unknown))
+        if cell.paced and len(plain) < PLAIN:
+            plain.append(_plain_seconds(model, inputs, device))
         on_batch()
     peak, counts = memory.megabytes(), adapter.counts
     before, after = _clean_errors(dataset, scenario, model, adapter, device)
+    late: dict[str, dict[str, Any]] = {}
+    if cell.paced:
+        pace, taken = median(plain), median(seconds)
+        late = paced(cell, scenario.stream(dataset, seed=cell.seed), _adapter(
+            cell, model, scenario, device), device, pace=pace, seconds=taken)  # fmt: skip
     common = {
         **vars(cell),
         "cell": cell.key,
@@ -108,9 +120,63 @@ def _run(
         "machine": describe_machine(device),
     }
     return [
-        {**common, "domain": name, "position": position, **domain.row()}
+        {
+            **common,
+            "domain": name,
+            "position": position,
+            **domain.row(),
+            **late.get(name, NOT_PACED),
+        }
         for position, (name, domain) in enumerate(domains.items())
     ]
+
+
+def paced(
+    cell: Cell,
+    stream: Stream,
+    adapter: tt.Adapter,
+    device: torch.device,
+    *,
+    pace: float,
+    seconds: float,
+) -> dict[str, dict[str, Any]]:
+    """The scores of a stream that does not wait, by domain.
+
+    Args:
+        cell: whose method it is; the source model is never late.
+        stream: from its beginning.
+        adapter: that has seen nothing yet.
+        device: of the model.
+        pace: seconds between batches.
+        seconds: that a batch takes the method.
+    """
+    learns = schedule(len(stream), pace=pace, seconds=pace if cell.method == "source" else seconds)
+    domains: dict[str, Domain] = {}
+    taught: dict[str, list[float]] = {}
+    for number, batch in enumerate(stream):
+        if batch.reset:
+            adapter.reset()
+        answer = adapter if learns[number] else adapter.predict
+        logits = read_logits(answer(batch.inputs.to(device))).cpu()
+        _share_out(domains, number, batch, logits, None, opened=False)
+        for name in set(batch.domains):
+            taught.setdefault(name, []).append(float(learns[number]))
+    return {
+        name: {
+            "paced_error": domain.score.result()["error"],
+            "paced_share": sum(taught[name]) / len(taught[name]),
+        }
+        for name, domain in domains.items()
+    }
+
+
+def _plain_seconds(model: nn.Module, inputs: Tensor, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(inputs)
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

@@ -43,6 +43,11 @@ def bench(
     jobs: int = typer.Option(1, min=1, help="Cells (method, model, stream, seed) run at once."),
     device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, ..."),
     threads: int = typer.Option(1, min=1, help="Threads of torch in each cell."),
+    paced: bool = typer.Option(
+        False,
+        help="Also score a stream that does not wait: batches come at the pace of plain "
+        "inference, and a method that is late answers with the state it has.",
+    ),
     json: bool = Json,
 ) -> None:
     """Compare methods on a stream of shifting data.
@@ -59,7 +64,7 @@ def bench(
     names = split_methods(methods)
     cells = cells_of(
         names, model.split(","), data, stream, seeds,
-        device=device, threads=threads,
+        device=device, threads=threads, paced=paced,
     )  # fmt: skip
     unfit: dict[str, str] = {}
     rows = execute(cells, out, jobs=jobs, unfit=unfit if "all" in names else None)
@@ -74,7 +79,7 @@ def bench(
 
 def cells_of(
     methods: Sequence[str], models: Sequence[str], data: str, streams: Sequence[str], seeds: int,
-    *, device: str = "cpu", threads: int = 1,
+    *, device: str = "cpu", threads: int = 1, paced: bool = False,
 ) -> "list[Cell]":  # fmt: skip
     """The cells that a command names."""
     from testtime.bench.cells import plan  # noqa: PLC0415
@@ -83,7 +88,7 @@ def cells_of(
     return plan(
         methods=methods, models=[name.strip() for name in models if name.strip()], data=data,
         streams=[each for text in streams for each in Scenario.parse_all(text)], seeds=seeds, device=device,
-        threads=threads,
+        threads=threads, paced=paced,
     )  # fmt: skip
 
 
@@ -137,6 +142,9 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
               "MB"]  # fmt: skip
     opened = ["method", "error %", "gain", "AUROC", "FPR95", "OSCR", "H", "clean %", "time",
               "fwd/bwd", "MB"]  # fmt: skip
+    late = any(row.get("paced_error") is not None for row in rows)
+    for names in (closed, opened):
+        names[2:2] = ["paced %"] * late
     several = len({row["seed"] for row in rows}) > 1
     for place, records in enumerate(ranked(rows)):
         first = records[0]
@@ -152,6 +160,7 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
             (
                 label(r),
                 number(r["error"], 1) + (f" ± {number(r['error_std'], 1)}" if several else ""),
+                *[number(r.get("paced_error", float("nan")), 1)] * late,
                 "" if r["method"] == "source" else number(r["gain"], 1, sign=True),
                 *(number(r.get(name, float("nan")), 2) for name in told),
                 number(r["clean_error"], 1),
@@ -166,6 +175,7 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
         "mean over domains" + (" ± standard deviation over seeds" if several else "") + "; clean: "
         "error on clean data afterwards; time: source = 1;\nfwd/bwd: passes for each sample; "
         "MB: peak memory with model and data"
+        + ("; paced: error of a stream that does not wait" if late else "")
     )
 
 
