@@ -254,6 +254,7 @@ class Engine:
 
     def _one_step(self, x: Tensor, state: State) -> Steps:
         evidence = Evidence(self, state, self.leaves(state), x)
+        self._look_first(evidence)
         few = state.teaching is not None and state.teaching < FEW and self.may_part(x)
         with torch.set_grad_enabled(not few):
             _ = evidence.logits
@@ -264,6 +265,18 @@ class Engine:
         uncertainty = evidence.entropies if answered else entropy(logits)
         measured["entropy"] = uncertainty.detach().mean()
         return Step(output, logits.detach(), state, outcome, measured)
+
+    def _look_first(self, evidence: Evidence) -> None:
+        """Asks source model and teacher before the student's graph takes its memory.
+
+        The teacher waits where something else draws by chance before its views.
+        """
+        recipe = self.recipe
+        with torch.no_grad():
+            if recipe.asks_for("source"):
+                _ = evidence.source
+            if recipe.asks_for("teacher") and not recipe.augment and not recipe.asks_for("generator"):
+                _ = evidence.teacher
 
     def may_part(self, x: Tensor) -> bool:
         """Whether samples that may not teach can be left out of the backward, and it is worth it.
