@@ -89,7 +89,9 @@ def _page(room: griffe.Module) -> str:
 
 def _index() -> str:
     names = [
-        f"| `tt.{name}` | [`{home}.{name}`][{home}.{name}] |"
+        f"| `tt.{name}` | the room [`{home}`]({name}.md) |"
+        if home == f"testtime.{name}"
+        else f"| `tt.{name}` | [`{home}.{name}`][{home}.{name}] |"
         if home.startswith("testtime")
         else f"| `tt.{name}` | `{home}.{name}` of Python |"
         for name, home in sorted(tt._HOMES.items())

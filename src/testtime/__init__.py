@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dataclasses import replace
 
+    from testtime import decode
     from testtime._core.errors import TesttimeError
     from testtime.adaptation.adapter import Adapter
     from testtime.adaptation.api import adapt, methods
@@ -26,6 +27,7 @@ __all__ = [
     "SourceKnowledge",
     "TesttimeError",
     "adapt",
+    "decode",
     "fit_source",
     "methods",
     "replace",
@@ -38,6 +40,7 @@ _HOMES = {
     "SourceKnowledge": "testtime.adaptation.knowledge",
     "TesttimeError": "testtime._core.errors",
     "adapt": "testtime.adaptation.api",
+    "decode": "testtime.decode",
     "fit_source": "testtime.adaptation.knowledge",
     "methods": "testtime.adaptation.api",
     "replace": "dataclasses",
@@ -48,4 +51,5 @@ def __getattr__(name: str) -> Any:
     # names are loaded when they are used, so that the command line's help need not load torch
     if name not in _HOMES:
         raise AttributeError(f"module 'testtime' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    home = import_module(_HOMES[name])
+    return home if _HOMES[name] == f"testtime.{name}" else getattr(home, name)

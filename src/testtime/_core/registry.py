@@ -11,7 +11,11 @@ from typing import Any, TypeVar
 from testtime._core.errors import OptionError, unknown
 from testtime._core.options import check_types
 
-ROOMS = {"method": "testtime.adaptation.methods", "check": "testtime.papers.checks"}
+ROOMS = {
+    "method": "testtime.adaptation.methods",
+    "decoding": "testtime.decode.methods",
+    "check": "testtime.papers.checks",
+}
 """Kind of entry -> the folder whose files register entries of that kind."""
 
 _entries: dict[str, dict[str, "Entry"]] = {kind: {} for kind in ROOMS}

@@ -1,0 +1,130 @@
+"""A decoding method as a value: steps that change the logits in order, then a token is chosen."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from testtime._core.errors import MissingExtra
+from testtime.decode.drawing import Drawer, check_logits
+from testtime.decode.prompts import Prompts
+from testtime.decode.writing import Writing
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""Called as transformers calls its processors: tokens so far (rows, length), logits (rows, tokens)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a method needs to write: models, prompts, and where the text goes.
+
+    Attributes:
+        model: that writes; for `ead` the small one.
+        prompts: of all rows.
+        seeds: one for each row.
+        ends: tokens that end a text.
+        limit: of new tokens.
+        writing: takes the tokens.
+        large: the large model, for methods that switch.
+        lame: the prompts without their examples, for methods that contrast.
+    """
+
+    model: Any
+    prompts: Prompts
+    seeds: list[int]
+    ends: list[int]
+    limit: int
+    writing: Writing
+    large: Any = None
+    lame: Prompts | None = None
+
+
+class Method(Protocol):
+    """What `generate` runs."""
+
+    def run(self, job: Job) -> None:
+        """Writes all rows to their end."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """Steps that change the logits in order; then the best token, or one drawn from their softmax.
+
+    Attributes:
+        steps: each also works as a logits processor of transformers.
+        draw: whether the token is drawn; else it is the most probable one.
+    """
+
+    steps: tuple[Step, ...] = ()
+    draw: bool = True
+
+    def run(self, job: Job) -> None:
+        """Writes with `generate` of transformers."""
+        through_generate(job, self.steps, draw=self.draw)
+
+
+def change(steps: tuple[Step, ...], tokens: Tensor, logits: Tensor) -> Tensor:
+    """Logits after all steps.
+
+    Raises:
+        InputError: no token can be chosen from the model's logits.
+    """
+    check_logits(logits)
+    for step in steps:
+        logits = step(tokens, logits)
+    return logits
+
+
+def through_generate(job: Job, steps: tuple[Step, ...], *, draw: bool) -> None:
+    """Writes all rows with `generate` of transformers, its key-value cache and our steps.
+
+    Nothing but tokens that the model forbids itself is taken from its own settings of generation,
+    and the global random state is neither read nor changed: the token that a row's own generator
+    chose is the only one left possible, so that the most probable token is that one.
+    """
+    try:
+        from transformers import GenerationConfig  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtra("transformers", "lm") from error
+    drawer = Drawer(job.seeds if draw else None)
+
+    def processor(tokens: Tensor, logits: Tensor) -> Tensor:
+        changed = change(steps, tokens, logits)
+        if not draw:
+            return changed
+        chosen = drawer(changed)[:, None]
+        return torch.full_like(changed, -torch.inf).scatter_(-1, chosen, 0)
+
+    def stopping(tokens: Tensor, logits: Any, **_: Any) -> Tensor:
+        ended = [job.writing.add(row, token) for row, token in enumerate(tokens[:, -1].tolist())]
+        return torch.tensor(ended, device=tokens.device)
+
+    settings = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=job.limit, min_length=0, use_cache=True,
+        repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_k=50, top_p=1.0,
+        eos_token_id=job.ends or None, pad_token_id=(job.ends or [0])[0],
+    )  # fmt: skip
+    with torch.no_grad(), evaluating(job.model):
+        job.model.generate(
+            inputs=job.prompts.ids,
+            attention_mask=job.prompts.mask,
+            generation_config=settings,
+            logits_processor=[processor],
+            stopping_criteria=[stopping],
+        )
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in eval mode, and afterwards as it was."""
+    training = {module: module.training for module in model.modules() if module.training}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

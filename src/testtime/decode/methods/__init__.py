@@ -1,0 +1,1 @@
+"""Decoding methods, one paper a file: how the next token is chosen."""

@@ -1,0 +1,59 @@
+"""Prompts as tokens: checked, and padded at the left so that every row ends where it goes on."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from testtime._core.errors import InputError
+from testtime.decode.models import context_length
+
+
+class Prompts(NamedTuple):
+    """Tokens (rows, length) and their mask, 0 where a row is padded."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+def read_prompts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Prompts:
+    """Tokens of prompts, on the model's device.
+
+    The side on which the tokenizer itself would pad is not asked, and stays as it is.
+
+    Raises:
+        InputError: no prompt, an empty one, or one that fills the model's context.
+    """
+    if not prompts:
+        raise InputError("no prompt was given; expected a text, or a list of at least one.")
+    for place, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt:
+            raise InputError(
+                f"prompt {place} is {prompt!r}; expected a text of at least one character. For a "
+                "text from nothing give the token of beginning, tokenizer.bos_token."
+            )
+    rows: list[list[int]] = [read_text(tokenizer, prompt) for prompt in prompts]
+    limit = context_length(model)
+    for place, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        if not row:
+            raise InputError(f"prompt {place}, {prompt!r}, has no token; expected at least one.")
+        if limit is not None and len(row) >= limit:
+            raise InputError(
+                f"prompt {place} has {len(row)} tokens, and the model looks at {limit}, prompt and "
+                f"answer together. Shorten the prompt to at most {limit - 1} tokens."
+            )
+    length = max(map(len, rows))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ids = [[pad] * (length - len(row)) + row for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return Prompts(torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device))
+
+
+def read_text(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of one text, with the token of beginning once where the tokenizer adds one."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    begin = tokenizer.bos_token_id
+    if begin is not None and ids[:2] == [begin, begin]:  # the prompt had it already
+        return ids[1:]
+    return ids
