@@ -4,7 +4,7 @@
     python benchmarks/watermark.py --only "sweet 0.9" one set of texts, to be done bit by bit
     python benchmarks/watermark.py --page             only numbers and plot, from the texts made before
 
-200 texts of 80 tokens are generated, 50 for each setting, as bodies of functions of Python's standard
+200 texts of 60 tokens are generated, 50 for each setting, as bodies of functions of Python's standard
 library from their heads; human text is 50 other functions of it and 50 passages of Python's help.
 The model may have read both; that lowers their entropy, which SWEET must bear. Texts lie in `--work`
 and are not made again. Writes `benchmarks/watermark.json` and `docs/watermark.svg`.
@@ -27,11 +27,12 @@ import torch
 from testtime.bench.machine import describe_machine
 from testtime.decode.models import load_language_model
 from testtime.decode.watermark import Watermark, detect, token_entropies
+from testtime.measures.entropy import entropy
 
 ROOT = Path(__file__).resolve().parents[1]
 TAUS = {"plain": None, "sweet 0.6": 0.6, "sweet 0.9": 0.9, "sweet 1.2": 1.2}
-TEXTS, LENGTH = 50, 80
-LENGTHS = (20, 40, 60, 80)
+TEXTS, LENGTH = 50, 60
+LENGTHS = (15, 30, 45, 60)
 LEVELS = (0.05, 0.01)
 KEYS = (15485863, 7919, 104729, 1299709, 32452843)
 
@@ -83,26 +84,29 @@ def heads_and_bodies() -> Iterator[tuple[str, str]]:
 
 def marked(name: str, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """Texts that the model wrote with the watermark, and the entropies that a detector finds."""
-    functions = list(heads_and_bodies())[::5]
-    prompts = [tokenizer.bos_token + head for head, _ in functions[:TEXTS]]
+    heads = [head for head, _ in list(heads_and_bodies())[::5] if len(head) <= 300]
+    prompts = [tokenizer.bos_token + head for head in heads[:TEXTS]]
     tokenizer.padding_side = "left"
     batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     mark = Watermark(vocabulary=len(tokenizer), tau=TAUS[name])
+    seen: list[torch.Tensor] = []
+
+    def processor(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(entropy(scores))  # what the detector finds again with the prompt in front
+        return mark(input_ids, scores)
+
     torch.manual_seed(0)
     with torch.inference_mode():
         written = model.generate(
             **batch, do_sample=True, temperature=0.8, top_k=0, min_new_tokens=LENGTH,
-            max_new_tokens=LENGTH, logits_processor=[mark],
+            max_new_tokens=LENGTH, logits_processor=[processor],
         )  # fmt: skip
     made: list[dict[str, Any]] = []
-    for row, seen in zip(written.tolist(), batch["attention_mask"].sum(1).tolist(), strict=True):
-        prompt, text = row[len(row) - LENGTH - seen : -LENGTH], row[-LENGTH:]
-        each: dict[str, Any] = {"tokens": text, "prompt": prompt[-1]}
-        if TAUS[name] is not None:
-            each["entropies"] = token_entropies(model, prompt + text)[-LENGTH:]
+    for row, own in zip(written.tolist(), torch.stack(seen, 1).tolist(), strict=True):
+        each = {"tokens": row[-LENGTH:], "prompt": row[-LENGTH - 1], "entropies": own}
         if name == "sweet 0.9":
-            alone = token_entropies(model, [tokenizer.bos_token_id, *text])[1:]
-            each["entropies alone"] = alone
+            alone = [tokenizer.bos_token_id, *each["tokens"]]
+            each["entropies alone"] = token_entropies(model, alone)[1:]
         made.append(each)
     return made
 
@@ -169,14 +173,14 @@ def plot(found: dict[str, Any]) -> str:
     wide, high, left, top = 460, 240, 60, 20
 
     def at(length: float, share: float) -> str:
-        return f"{left + (length - 20) / 60 * wide:.1f},{top + (1 - share) * high:.1f}"
+        return f"{left + (length - LENGTHS[0]) / (LENGTH - LENGTHS[0]) * wide:.1f},{top + (1 - share) * high:.1f}"
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide + 130} {high + 80}" '
         'font-family="sans-serif" font-size="13" fill="#888888">'
     ]
     for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = at(20, share).split(",")
+        x, y = at(LENGTHS[0], share).split(",")
         parts.append(
             f'<path d="M{x},{y}h{wide}" stroke="#888888" stroke-opacity=".3"/>'
             f'<text x="{left - 8}" y="{float(y) + 4}" text-anchor="end">{share:.0%}</text>'
@@ -188,8 +192,8 @@ def plot(found: dict[str, Any]) -> str:
         f'<text x="{left + wide / 2}" y="{top + high + 44}" text-anchor="middle">'
         "tokens of text</text>"
     )
-    ends = sorted(TAUS, key=lambda name: found["power"][name]["80"])
-    place = {name: min(1.0, max(found["power"][name]["80"], 0.0)) for name in ends}
+    ends = sorted(TAUS, key=lambda name: found["power"][name][str(LENGTH)])
+    place = {name: min(1.0, max(found["power"][name][str(LENGTH)], 0.0)) for name in ends}
     lowest = -1.0
     for name in ends:  # names stand at the ends of their lines, apart from each other
         lowest = max(place[name], lowest + 0.075)
@@ -197,7 +201,7 @@ def plot(found: dict[str, Any]) -> str:
     shift = max(0.0, lowest - 1.05)
     for name in TAUS:
         points = " ".join(at(n, found["power"][name][str(n)]) for n in LENGTHS)
-        y = float(at(80, place[name] - shift).split(",")[1]) + 4
+        y = float(at(LENGTH, place[name] - shift).split(",")[1]) + 4
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colours[name]}" stroke-width="2.5"/>'
             f'<text x="{left + wide + 10}" y="{y:.1f}" fill="{colours[name]}">{name}</text>'
