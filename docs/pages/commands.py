@@ -20,7 +20,16 @@ def page() -> str:
     program = typer.main.get_command(app)
     if not isinstance(program, TyperGroup):
         raise TypeError("the program has no commands")
-    return "\n".join([HEAD, *(_command(name, c) for name, c in program.commands.items())])
+    return "\n".join([HEAD, *(_command(name, c) for name, c in _commands(program).items())])
+
+
+def _commands(group: TyperGroup, before: str = "") -> dict[str, Any]:
+    """Every command by its full name; a group stands for those in it."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        inside = isinstance(command, TyperGroup)
+        found |= _commands(command, f"{name} ") if inside else {before + name: command}
+    return found
 
 
 def _command(name: str, command: Any) -> str:

@@ -10,7 +10,14 @@ from scipy.stats import norm
 
 from reference import codes as reference
 from testtime._core.errors import InputError, OptionError
-from testtime.decode.watermark import Watermark, detect, token_entropies, z_score
+from testtime.decode.watermark import (
+    Watermark,
+    detect,
+    detect_text,
+    token_entropies,
+    write_marked,
+    z_score,
+)
 from toys import ToyModel
 
 V = 50
@@ -224,3 +231,23 @@ def test_generation_with_left_padding_is_marked_and_found(model, tokenizer, tau)
         assert 0 < found.scored <= 70
         wrong = Watermark(vocabulary=len(tokenizer), tau=tau, key=99)
         assert detect(row[start:], wrong, entropies=entropies, prompt=counted).p_value > 1e-3
+
+
+def test_a_text_in_words_is_marked_and_found_again_without_the_prompt(llama, tokenizer):
+    mark = Watermark(vocabulary=len(tokenizer), tau=1.0, delta=8.0)
+    state = torch.random.get_rng_state()
+    text = write_marked("abc", llama, tokenizer, mark, tokens=90)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert text == write_marked("abc", llama, tokenizer, mark, tokens=90)
+    assert text != write_marked("abc", llama, tokenizer, mark, tokens=90, seed=1)
+    words = "a text in words, longer than the prompt"
+    tokens = tokenizer(words, add_special_tokens=False)["input_ids"]
+    for prompt, known in (("", 2), ("xyz", 4)):
+        ids = [1, *tokenizer(prompt, add_special_tokens=False)["input_ids"], *tokens]
+        expected = detect(ids, mark, entropies=token_entropies(llama, ids), prompt=known,
+                          repeats=False)  # fmt: skip
+        assert detect_text(words, llama, tokenizer, mark, prompt=prompt) == expected
+    with pytest.raises(InputError, match="prompt is empty"):
+        write_marked("", llama, tokenizer, mark)
+    with pytest.raises(InputError, match="text is empty"):
+        detect_text("", llama, tokenizer, mark)

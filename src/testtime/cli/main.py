@@ -2,7 +2,7 @@
 
 import typer
 
-from testtime.cli import bench, demo, methods, papers, report, reproduce
+from testtime.cli import bench, compress, demo, methods, papers, report, reproduce, watermark
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,3 +36,6 @@ app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.command("papers")(papers.papers)
 app.command("reproduce")(reproduce.reproduce)
+app.command("compress")(compress.compress)
+app.command("decompress")(compress.decompress)
+app.add_typer(watermark.app, name="watermark")

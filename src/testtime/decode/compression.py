@@ -36,7 +36,7 @@ from testtime.decode.models import (
     fingerprint,
     tokenizer_fingerprint,
 )
-from testtime.decode.windows import WindowedModel
+from testtime.decode.windows import WindowedModel, start_token
 
 MAGIC = b"TTLZ"
 VERSION = 1
@@ -242,9 +242,7 @@ def identity(model: nn.Module, tokenizer: Any) -> bytes:
 
 
 def _predictor(model: nn.Module, tokenizer: Any, window: int, stride: int) -> WindowedModel:
-    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
-    start = next(token for token in known if token is not None)
-    return WindowedModel(model, start=start, window=window, stride=stride)
+    return WindowedModel(model, start=start_token(tokenizer), window=window, stride=stride)
 
 
 def _short(content: bytes) -> bytes:

@@ -16,14 +16,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError, OptionError
-from testtime.decode.windows import read
+from testtime.decode.models import check_pair, context_length
+from testtime.decode.windows import read, start_token
 from testtime.measures.entropy import entropy
 
 KEY = 15485863
@@ -225,7 +226,7 @@ def token_entropies(
 
     Reference: Lee et al., ACL 2024.
     """
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    context = context_length(model)
     if not tokens or (context is not None and len(tokens) > context):
         raise InputError(
             f"{len(tokens)} tokens, but the model reads 1 to {context}; split the text"
@@ -238,6 +239,90 @@ def token_entropies(
         if on_progress is not None:
             on_progress(len(found), len(tokens))
     return found
+
+
+def detect_text(
+    text: str,
+    model: nn.Module,
+    tokenizer: Any,
+    watermark: Watermark,
+    *,
+    prompt: str = "",
+    repeats: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Detection:
+    """`detect` for a text in words: tokens are found again, entropies computed where tau asks.
+
+    Without a prompt the first token of the text is not counted, for what stood before it is unknown.
+
+    Args:
+        text: without the prompt.
+        model: the Hugging Face causal model that wrote it; read only if the watermark has a tau.
+        tokenizer: its tokenizer.
+        watermark: as it was written with.
+        prompt: what the model went on from, if it is known.
+        repeats: count a pair of tokens each time it occurs; once by default, see `detect`.
+        on_progress: called with tokens read and all.
+
+    Raises:
+        InputError: the text is empty or longer than the model's context, or the tokenizer is
+            not the model's.
+
+    Reference: Lee et al., ACL 2024.
+    """
+    check_pair(model, tokenizer)
+    own, before = (
+        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        for part in (text, prompt)
+    )
+    if not own:
+        raise InputError("the text is empty; there is nothing to count")
+    tokens = [start_token(tokenizer), *before, *own]
+    entropies = (
+        None if watermark.tau is None else token_entropies(model, tokens, on_progress=on_progress)
+    )
+    known = 1 + len(before) if before else 2
+    return detect(tokens, watermark, entropies=entropies, prompt=known, repeats=repeats)
+
+
+def write_marked(
+    prompt: str,
+    model: Any,
+    tokenizer: Any,
+    watermark: Watermark,
+    *,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """What a model samples after a prompt, with the watermark in it.
+
+    Args:
+        prompt: not empty.
+        model: a Hugging Face causal model.
+        tokenizer: its tokenizer.
+        watermark: what to mark it with.
+        tokens: how many are written at most.
+        temperature: of sampling, after the mark was set.
+        seed: of sampling; the global generator is as it was afterwards.
+
+    Raises:
+        InputError: the prompt is empty, or the tokenizer is not the model's.
+
+    Reference: Lee et al., ACL 2024.
+    """
+    check_pair(model, tokenizer)
+    before = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    if not before:
+        raise InputError("the prompt is empty; give the model something to go on from")
+    ids = torch.tensor([[start_token(tokenizer), *before]], device=next(model.parameters()).device)
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        written = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=temperature,
+            top_k=0, max_new_tokens=tokens, logits_processor=[watermark],
+        )  # fmt: skip
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def z_score(green: int, scored: int, *, gamma: float) -> float:

@@ -105,3 +105,9 @@ def read(
         input_ids=tokens.to(device), use_cache=True, logits_to_keep=last, **{named: cache}
     )
     return found.logits, getattr(found, named)
+
+
+def start_token(tokenizer: Any) -> int:
+    """The token that stands in front of a text: that of a start, else of an end, else padding or 0."""
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+    return next(token for token in known if token is not None)

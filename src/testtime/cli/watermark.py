@@ -1,0 +1,103 @@
+"""`testtime watermark`: is a text marked, and a text that is."""
+
+import sys
+from pathlib import Path
+
+import typer
+
+from testtime.cli.compress import Model, load, read
+from testtime.cli.show import Json, exits, print_json, print_text, progress
+
+app = typer.Typer(no_args_is_help=True, help="Mark what a model writes, and find the mark.")
+Gamma = typer.Option(0.25, help="Share of green tokens.")
+Tau = typer.Option(0.9, help="Entropy in nats above which a token is marked (sweet).")
+Plain = typer.Option(False, "--plain", help="The plain watermark: every token, no threshold.")
+Key = typer.Option(15485863, help="Key of the green lists.")
+
+
+@app.command()
+@exits
+def detect(
+    file: Path = typer.Argument(..., help="Text in UTF-8; - reads standard input."),  # noqa: B008
+    prompt: Path | None = typer.Option(None, help="File with the prompt, if it is known."),  # noqa: B008
+    model: str = Model,
+    gamma: float = Gamma,
+    tau: float = Tau,
+    plain: bool = Plain,
+    key: int = Key,
+    level: float = typer.Option(0.01, min=0, max=1, help="Called watermarked below this p."),
+    json: bool = Json,
+) -> None:
+    """Say how unlikely the green tokens of a text are without the watermark.
+
+    Each pair of tokens counts once. The prompt need not be known; with it
+    the entropies, and so the counted tokens, are those of generation.
+
+    Example: testtime watermark detect answer.txt
+    """
+    from testtime.decode.watermark import Watermark, detect_text  # noqa: PLC0415
+
+    text = _text(file)
+    before = _text(prompt) if prompt is not None else ""
+    with progress() as bar:
+        loaded, tokenizer = load(model, bar)
+        task = bar.add_task("read", total=None)
+        mark = Watermark(
+            vocabulary=len(tokenizer), gamma=gamma, tau=None if plain else tau, key=key
+        )
+        found = detect_text(
+            text, loaded, tokenizer, mark, prompt=before,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    marked = found.p_value < level
+    if json:
+        print_json({**vars(found), "watermarked": marked, "level": level})
+        return
+    print_text(
+        f"{'watermarked' if marked else 'no watermark found'}: z {found.z:.2f}, "
+        f"p {found.p_value:.2g}; {found.green} of {found.scored} counted tokens are green, "
+        f"{gamma:.0%} would be by chance"
+    )
+
+
+@app.command()
+@exits
+def generate(
+    prompt: str = typer.Argument(..., help="What the model goes on from."),
+    model: str = Model,
+    tokens: int = typer.Option(200, min=1, help="Tokens to write at most."),
+    temperature: float = typer.Option(0.8, min=0.01, help="Of sampling."),
+    seed: int = typer.Option(0, help="Of sampling."),
+    gamma: float = Gamma,
+    delta: float = typer.Option(3.0, help="Added to the scores of green tokens."),
+    tau: float = Tau,
+    plain: bool = Plain,
+    key: int = Key,
+) -> None:
+    """Write a text with the watermark in it.
+
+    Example: testtime watermark generate "def mean(values):" > answer.txt
+    """
+    from testtime.decode.watermark import Watermark, write_marked  # noqa: PLC0415
+
+    with progress() as bar:
+        loaded, tokenizer = load(model, bar)
+        mark = Watermark(
+            vocabulary=len(tokenizer), gamma=gamma, delta=delta,
+            tau=None if plain else tau, key=key,
+        )  # fmt: skip
+        bar.add_task("write", total=None)
+        text = write_marked(
+            prompt, loaded, tokenizer, mark, tokens=tokens, temperature=temperature, seed=seed
+        )
+    sys.stdout.write(text + "\n")
+
+
+def _text(file: Path) -> str:
+    from testtime._core.errors import InputError  # noqa: PLC0415
+
+    content = sys.stdin.buffer.read() if str(file) == "-" else read(file)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is no text in UTF-8: {error.reason} at {error.start}") from error
