@@ -1,0 +1,121 @@
+"""Pairwise ranking prompting: a language model says which of two passages fits a query better.
+
+    ask with (a, b) and with (b, a); the first passage is preferred if its letter is likelier
+    a is better if preferred in both orders, b if in none of them, else undecided
+
+It is a judge for `ranking.rank`, whose cost counts the two orders of a pair as one comparison.
+
+Reference: Qin et al., Large Language Models are Effective Text Rankers with Pairwise Ranking
+Prompting, 2024; the costs: Are Optimal Algorithms Still Optimal?, ACL 2025.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from testtime._core.errors import InputError, OptionError
+from testtime.decode.models import check_pair, context_length
+from testtime.decode.ranking import Pair
+
+PROMPT = (
+    "Query: {query}\n\nPassage A: {first}\n\nPassage B: {second}\n\n"
+    "Of the two passages, the one that answers the query better is Passage"
+)
+
+
+@final
+class PairwiseJudge:
+    """Compares passages by the next-token logits of a causal model; all pairs of a call in one pass.
+
+    Args:
+        model: a Hugging Face causal model.
+        tokenizer: its tokenizer.
+        query: what the passages are ranked for.
+        passages: at least one.
+        prompt: text with `{query}`, `{first}` and `{second}`, after which the answer follows.
+        answers: what follows when the first, or the second, passage is better; their first tokens
+            are compared.
+
+    Raises:
+        OptionError: the prompt lacks a place, or the answers begin with the same token.
+        InputError: no passage, or a tokenizer that is not the model's.
+
+    Example:
+        >>> from testtime.decode.models import load_language_model
+        >>> from testtime.decode.ranking import rank
+        >>> judge = PairwiseJudge(*load_language_model("gemma:270m"), "capital of France",
+        ...                       ["Berlin", "Paris", "Rome"])  # doctest: +SKIP
+        >>> rank(judge, 3, k=1, batch_size=8)  # doctest: +SKIP
+
+    Reference: Qin et al., 2024.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        query: str,
+        passages: Sequence[str],
+        *,
+        prompt: str = PROMPT,
+        answers: tuple[str, str] = (" A", " B"),
+    ) -> None:
+        check_pair(model, tokenizer)
+        if not passages:
+            raise InputError("no passage was given; expected one at least")
+        for place in ("{query}", "{first}", "{second}"):
+            if place not in prompt:
+                raise OptionError(f"the prompt has no {place}: {prompt!r}")
+        first, second = (
+            tokenizer(answer, add_special_tokens=False)["input_ids"][0] for answer in answers
+        )
+        if first == second:
+            raise OptionError(f"the answers {answers} begin with the same token; give two others")
+        self._model, self._tokenizer = model, tokenizer
+        self._query, self._passages, self._prompt = query, list(passages), prompt
+        self._answers = torch.tensor([first, second])
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[int]:
+        """For each pair +1 if its first passage is better, -1 if its second is, 0 if undecided.
+
+        Raises:
+            InputError: a prompt is longer than the model's context, or logits are NaN.
+        """
+        if not pairs:
+            return []
+        prompts = [self._filled(*order) for a, b in pairs for order in ((a, b), (b, a))]
+        logits = self._logits(
+            [self._tokenizer(text, verbose=False)["input_ids"] for text in prompts]
+        )
+        if logits.isnan().any():
+            raise InputError("the model's logits are NaN; it cannot judge")
+        lead = (logits[:, 0] - logits[:, 1]).reshape(-1, 2) * torch.tensor([1, -1])
+        return ((lead > 0).all(1).long() - (lead < 0).all(1).long()).tolist()
+
+    def _filled(self, first: int, second: int) -> str:
+        places = {"query": self._query, "first": self._passages[first],
+                  "second": self._passages[second]}  # fmt: skip
+        return re.sub("{(query|first|second)}", lambda found: places[found[1]], self._prompt)
+
+    @torch.inference_mode()
+    def _logits(self, rows: list[list[int]]) -> Float[Tensor, "rows 2"]:
+        """Logits of the two answers after each prompt; prompts are padded at the left."""
+        longest, context = max(map(len, rows)), context_length(self._model)
+        if context is not None and longest > context:
+            raise InputError(
+                f"a prompt has {longest} tokens and the model reads {context}; shorten the passages"
+            )
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+        device = next(self._model.parameters()).device
+        found = self._model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
+            logits_to_keep=1,
+        )
+        return found.logits[:, -1, self._answers.to(device)].cpu()
