@@ -28,15 +28,15 @@ def main() -> None:
     accuracy = compute_optimal()
     picture = draw(
         accuracy, across="samples", up="right answers, %",
-        ticks=([(n, str(n)) for n in SAMPLES], [(v, str(v)) for v in range(30, 101, 10)]),
+        ticks=([(n, str(n)) for n in SAMPLES], [(v, str(v)) for v in range(20, 81, 10)]),
     )  # fmt: skip
     (OUT / "compute-optimal.svg").write_text(picture, "utf-8")
     for name, points in accuracy.items():
         print(name, " ".join(f"{n}: {value:.1f}" for n, value in points))
     picture = draw(
         kinetics(), across="tokens of the answer", up="equivalent FLOPs", log_up=True,
-        ticks=([(2**k, f"{2**k:,}") for k in range(9, 17, 2)],
-               [(10.0**k, f"1e{k}") for k in range(12, 19)]),
+        ticks=([(2**k, f"{2**k:,}") for k in range(9, 16, 2)],
+               [(10.0**k, f"1e{k}") for k in range(13, 18)]),
     )  # fmt: skip
     (OUT / "kinetics.svg").write_text(picture, "utf-8")
 
@@ -65,7 +65,7 @@ def compute_optimal() -> dict[str, list[tuple[float, float]]]:
 
 def kinetics() -> dict[str, list[tuple[float, float]]]:
     """Cost of one answer to a prompt of 200 tokens, for each length."""
-    lengths = [2**k for k in range(9, 17)]
+    lengths = [2**k for k in range(9, 16)]
     lines = {
         name: [(n, dense_cost(shape, prompt=200, length=n).total) for n in lengths]
         for name, shape in QWEN3.items()

@@ -15,31 +15,14 @@ from testtime.decode.language import (
 from testtime.decode.search import Path, Step
 from testtime.decode.strategies import beam_search, best_of_n, lookahead_search, revise
 
-pytestmark = pytest.mark.extra
-END = "<end>"
+from .conftest import byte_tokenizer, tiny_model
+
+END = "<eos>"
 
 
-@pytest.fixture(scope="module")
-def parts():
-    """An untrained two-layer model, and a tokenizer of bytes with a token for the end."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    letters = {letter: i + 1 for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
-    bytewise = Tokenizer(models.BPE({END: 0, **letters}, []))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token=END, pad_token=END)
-    config = LlamaConfig(
-        vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        eos_token_id=0, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config).double().eval()
-        model.lm_head.weight.data *= 30  # sharp enough that steps end now and then
-    return model, tokenizer
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma"])
+def parts(request):
+    return tiny_model(request.param, peak=2.0), byte_tokenizer()
 
 
 def log_prob(model, ids, new):
@@ -50,30 +33,30 @@ def log_prob(model, ids, new):
 def test_greedy_steps_equal_a_loop_without_cache_and_padding(parts):
     model, tokenizer = parts
     sampler = Sampler(model, tokenizer, "to be", stop="e", max_new_tokens=12)
-    starts = [Path(), Path((Step(tuple(tokenizer("or not")["input_ids"])),))]
+    starts = [Path(), Path((Step(tuple(tokenizer("or not")["input_ids"][1:])),))]
     for start, step in zip(starts, sampler.greedy(starts), strict=True):
         prefix = tokenizer("to be")["input_ids"] + [t for s in start.steps for t in s.content]
         made = []
-        while len(made) < 12 and not (made and (made[-1] == 0 or "e" in tokenizer.decode(made))):
+        while len(made) < 12 and not (made and (made[-1] == 2 or "e" in tokenizer.decode(made))):
             with torch.no_grad():
                 made.append(int(model(torch.tensor([prefix + made])).logits[0, -1].argmax()))
         assert step.content == tuple(made)
         assert step.tokens == len(made)
-        assert step.final == (made[-1] == 0)
+        assert step.final == (made[-1] == 2)
 
 
 def test_steps_stop_where_they_should(parts):
     model, tokenizer = parts
-    sampler = Sampler(model, tokenizer, "x", stop="a", max_new_tokens=60, temperature=3.0)
+    sampler = Sampler(model, tokenizer, "x", stop="z", max_new_tokens=60, temperature=1e3)  # evenly
     steps = sampler([Path()] * 64)
     kinds = set()
     for step in steps:
         text = tokenizer.decode(step.content, skip_special_tokens=False)
-        assert "a" not in text[:-1].removesuffix(END)
-        assert 0 not in step.content[:-1]
-        assert step.final == (step.content[-1] == 0)
-        kinds.add("end" if step.final else "stop" if text.endswith("a") else "cut")
-        assert step.final or text.endswith("a") or step.tokens == 60
+        assert "z" not in text[:-1].removesuffix(END)
+        assert 2 not in step.content[:-1]
+        assert step.final == (step.content[-1] == 2)
+        kinds.add("end" if step.final else "stop" if text.endswith("z") else "cut")
+        assert step.final or text.endswith("z") or step.tokens == 60
     assert kinds >= {"end", "stop"}
     solution = Sampler(model, tokenizer, "x", stop=None, max_new_tokens=5)([Path()] * 3)
     assert all(step.final and step.tokens <= 5 for step in solution)
@@ -118,13 +101,15 @@ def test_labels_are_read_where_they_differ(parts):
         found = read_labels(model, tokenizer, prompts, labels, batch_size=size)
         for each, prompt, pair in zip(found, prompts, labels, strict=True):
             prefix = tokenizer(prompt + " ")["input_ids"]
-            own = [log_prob(model, prefix, tokenizer(x.strip()[0])["input_ids"])[0] for x in pair]
+            own = [
+                log_prob(model, prefix, tokenizer(x.strip()[0])["input_ids"][1:])[0] for x in pair
+            ]
             assert each.log_probs == pytest.approx(own, abs=1e-5)  # read in single precision
             assert each.likely == own.index(max(own))
             everything = model(torch.tensor([prefix])).logits[0, -1].detach()
             p = everything.softmax(-1)
             assert each.entropy == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
-            letters = [tokenizer(x.strip()[0])["input_ids"][0] for x in pair]
+            letters = [tokenizer(x.strip()[0])["input_ids"][1] for x in pair]
             first = int(everything.argmax())
             assert each.greedy == (letters.index(first) if first in letters else None)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from testtime._core.errors import InputError, MissingExtra, OptionError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive
+from testtime.decode.models import check_pair, context_length, end_tokens
 from testtime.decode.search import Path, Step, Verify
 from testtime.measures.entropy import entropy
 from testtime.measures.log_space import log_probs
@@ -43,7 +44,7 @@ class Sampler:
         seed: of all calls.
 
     Raises:
-        InputError: the prompt is empty.
+        InputError: the prompt is empty, or the tokenizer does not belong to the model.
         OptionError: an option out of its range.
 
     Reference: Snell, Lee, Xu, Kumar, Scaling LLM Test-Time Compute Optimally can be More Effective
@@ -69,6 +70,7 @@ class Sampler:
             raise OptionError("temperature is 0; call `.greedy` of a sampler for likeliest steps.")
         if stop == "":
             raise OptionError("stop is empty; expected a string, or None for whole solutions.")
+        check_pair(model, tokenizer)
         if isinstance(prompt, str):
             _ids(tokenizer, prompt)
         self._model, self._tokenizer, self._prompt = model, tokenizer, prompt
@@ -107,7 +109,7 @@ class Sampler:
             self._model, self._tokenizer, [self._prefix(path) for path in paths],
             stop=self._stop, max_new_tokens=self._tokens, **drawn,
         )  # fmt: skip
-        ends = _ends(self._model)
+        ends = end_tokens(self._model, self._tokenizer)
         return [
             Step(ids, tokens=len(ids), final=self._stop is None or ids[-1] in ends) for ids in made
         ]
@@ -268,6 +270,7 @@ def read_labels(
             of them have.
     """
     whole(1, batch_size=batch_size)
+    check_pair(model, tokenizer)
     asked = [_split(tokenizer, *each) for each in zip(prompts, labels, strict=True)]
     found: list[Labelled] = []
     for start in range(0, len(asked), batch_size):
@@ -308,7 +311,7 @@ def _generate(
         raise MissingExtra("transformers", "lm") from error
     ids, mask = _padded(model, tokenizer, prefixes, room=max_new_tokens)
     lengths = [max_new_tokens] * len(prefixes)
-    ends, start = _ends(model), ids.shape[1]
+    ends, start = end_tokens(model, tokenizer), ids.shape[1]
 
     def done(rows: Tensor, _scores: Any, **_: Any) -> Tensor:
         made = rows.shape[1] - start
@@ -318,11 +321,10 @@ def _generate(
                 lengths[i] = made
         return torch.tensor([made >= n for n in lengths], device=rows.device)
 
-    pad = model.generation_config.pad_token_id
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
         stopping_criteria=StoppingCriteriaList([done]),  # type: ignore[list-item]
-        pad_token_id=_pad(model, tokenizer) if pad is None else pad, **drawn,
+        pad_token_id=_pad(model, tokenizer), eos_token_id=ends or None, **drawn,
     )  # fmt: skip
     made = out[:, start:].tolist()
     return [tuple(row[:n]) for row, n in zip(made, lengths, strict=True)]
@@ -354,7 +356,7 @@ def _split(tokenizer: Any, prompt: str, labels: Sequence[str]) -> tuple[Ids, Ids
 def _padded(model: Any, tokenizer: Any, rows: Sequence[Ids], *, room: int) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, padded on the left; refuses what does not fit the context."""
     width = max(map(len, rows))
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     if context is not None and width + room > context:
         raise InputError(
             f"{width} tokens and {room} new ones do not fit the model's context of {context}. "
@@ -369,12 +371,7 @@ def _padded(model: Any, tokenizer: Any, rows: Sequence[Ids], *, room: int) -> tu
 def _pad(model: Any, tokenizer: Any) -> int:
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
-    return next(iter(_ends(model)), 0)
-
-
-def _ends(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    return next(iter(end_tokens(model, tokenizer)), 0)
 
 
 def _arguments(model: Any) -> set[str]:
