@@ -1,0 +1,110 @@
+"""Calibration after training that reads nothing but logits: one temperature, or one for each class.
+
+    temperature: p = softmax(z / T)            vector: p = softmax(w ∘ z + b)
+
+Both minimise the negative log-likelihood of held-out labels by L-BFGS.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from testtime.guard.relative_uncertainty import check_classified
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TemperatureScaling:
+    """One temperature for all samples; no answer changes.
+
+    Attributes:
+        temperature: T.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 1]).repeat(25)
+        >>> logits = torch.tensor([4.0, 0.0]).expand(100, 2)     # sure to 98 %, right in 75 %
+        >>> scaling = TemperatureScaling.fit(logits, labels)
+        >>> scaling.calibrate(logits[:1]).softmax(1)
+        tensor([[0.7500, 0.2500]])
+
+    Reference: Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, ICML 2017.
+    """
+
+    temperature: float
+
+    @staticmethod
+    def fit(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> "TemperatureScaling":
+        """Of held-out samples. T is kept between 0.001 and 1000.
+
+        Raises:
+            InputError: no samples, NaN, or labels that do not fit.
+        """
+        check_classified(logits, labels)
+        z = logits.detach().double()
+        (log_t,) = _minimise(
+            [z.new_zeros(())], lambda log_t: F.cross_entropy(z / log_t.exp(), labels.long())
+        )
+        return TemperatureScaling(temperature=float(log_t.exp().clamp(1e-3, 1e3)))
+
+    def calibrate(self, logits: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
+        """z / T."""
+        return logits / self.temperature
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VectorScaling:
+    """A scale and a shift for each class; answers may change.
+
+    Attributes:
+        scale, shift: (classes,).
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 0, 1]).repeat(25)
+        >>> scaling = VectorScaling.fit(torch.zeros(100, 2), labels)
+        >>> scaling.calibrate(torch.zeros(1, 2)).softmax(1)
+        tensor([[0.7500, 0.2500]])
+
+    Reference: Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, ICML 2017.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    @staticmethod
+    def fit(logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> "VectorScaling":
+        """Of held-out samples, many more than classes.
+
+        Raises:
+            InputError: no samples, NaN, or labels that do not fit.
+        """
+        check_classified(logits, labels)
+        z = logits.detach().double()
+        start = [torch.ones_like(z[0]), torch.zeros_like(z[0])]
+        scale, shift = _minimise(start, lambda w, b: F.cross_entropy(w * z + b, labels.long()))
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        return VectorScaling(scale=scale.to(kind), shift=shift.to(kind))
+
+    def calibrate(self, logits: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
+        """w ∘ z + b."""
+        return self.scale * logits + self.shift
+
+
+def _minimise(start: list[Tensor], loss: Callable[..., Tensor]) -> list[Tensor]:
+    with torch.inference_mode(False), torch.enable_grad():
+        values = [each.clone().requires_grad_() for each in start]
+        search = torch.optim.LBFGS(values, max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            search.zero_grad()
+            value = loss(*values)
+            value.backward()
+            return value
+
+        search.step(closure)
+        return [each.detach() for each in values]
