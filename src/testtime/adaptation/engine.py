@@ -275,7 +275,11 @@ class Engine:
         with torch.no_grad():
             if recipe.asks_for("source"):
                 _ = evidence.source
-            if recipe.asks_for("teacher") and not recipe.augment and not recipe.asks_for("generator"):
+            if (
+                recipe.asks_for("teacher")
+                and not recipe.augment
+                and not recipe.asks_for("generator")
+            ):
                 _ = evidence.teacher
 
     def may_part(self, x: Tensor) -> bool:

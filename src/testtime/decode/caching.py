@@ -51,7 +51,8 @@ class Reader:
             logits_to_keep=1,
             **{self._name: self._cache},
         )
-        self._cache = found[self._name] if self._name in found else found.past_key_values
+        kept = found.get(self._name)  # models of several ways to remember name it differently
+        self._cache = found.past_key_values if kept is None else kept
         self._seen = self._seen + new.sum(-1)
         self._waiting = self._waiting[:, :0]
         logits = found.logits[:, -1]
