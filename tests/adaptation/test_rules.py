@@ -18,11 +18,15 @@ from testtime.adaptation.methods.sqrl import rule_losses, sqrl
 from testtime.adaptation.parts import rules as parts
 from testtime.adaptation.parts.optimizer import SGD
 from testtime.adaptation.parts.rules import (
+    Intervals,
     class_rules,
+    nested_intervals,
     outside,
+    outside_nested,
     quantile_intervals,
     rules_from_json,
     rules_to_json,
+    trusted,
     violations,
 )
 from testtime.adaptation.ranks import Ranks
@@ -83,6 +87,43 @@ def test_a_fresh_split_leaves_two_percent_of_the_intervals():
     count, distance = outside(values[3000:], labels[3000:], rules)
     assert float(count.sum()) / (3000 * 20) == pytest.approx(0.02, abs=0.005)
     assert ((distance > 0) == (count > 0)).all()
+
+
+def test_nested_intervals_are_percentiles_within_quartiles():
+    values, labels = table(n=400)
+    found = nested_intervals(values, labels, classes=4, coverage=90)
+    own = values[labels == 1].numpy()
+    edges = np.percentile(own[:, 0], [25, 50, 75])
+    for place in range(4):
+        part = own[(own[:, 0, None] > edges).sum(1) == place, 3]
+        for end, percent in zip(found.rules, (5, 95), strict=True):
+            assert float(end[1, 0, place, 3]) == pytest.approx(
+                np.percentile(part, percent), rel=1e-4, abs=1e-5
+            )
+    assert found.rules.low[:, 2, :, 2].isnan().all()  # a feature says nothing of itself
+    assert found.rules.low[3].isnan().all()  # a class without samples
+    count, distance = outside_nested(values, labels, found)
+    assert 0.05 * 20 < float(count.double().mean()) < 0.15 * 20
+    assert torch.equal(count > 0, distance > 0)
+
+
+def test_intervals_that_another_split_does_not_confirm_are_dropped():
+    low = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0]])
+    rules = Intervals(low, torch.tensor([[0.5, 0.5, 0.0, 2.0, 0.5]]))
+    held = Intervals(low, torch.tensor([[0.45, 0.40, 0.0, 2.0, 0.50]]))
+    kept = ~trusted(rules, held, overlap=0.8).low.isnan()
+    assert kept.tolist() == [[True, False, False, False, True]]  # 0.8 is not more than 0.8
+    kept = ~trusted(rules, held, overlap=0.6, limit=2).low.isnan()
+    assert kept.tolist() == [[True, False, False, False, True]]
+    count, _ = outside(torch.full((1, 5), 9.0), torch.tensor([0]), trusted(rules, held))
+    assert count.tolist() == [2]
+    values, labels = table(n=2000)
+    values = values / 20  # narrower than 1
+    one = nested_intervals(values[::2], labels[::2], classes=3)
+    other = nested_intervals(values[1::2], labels[1::2], classes=3, edges=one.edges)
+    assert torch.equal(one.edges, other.edges)
+    alike = trusted(one.rules, other.rules, overlap=0.5)
+    assert 0 < int((~alike.low.isnan()).sum()) < alike.low.numel()
 
 
 def test_rules_go_to_json_and_back():

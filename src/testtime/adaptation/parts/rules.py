@@ -1,7 +1,7 @@
 """Statistical rules of training data: learnt from quantiles, readable, and counted where broken.
 
 Two kinds. An interval says where a statistic lies for examples of a class: "for class k: lo <= s <=
-hi". A class rule says which class examples have: "if s > t then class k", and how well that holds,
+hi", or nested, "for class k and s1 in its quartile q: lo <= s2 <= hi". A class rule says which class examples have: "if s > t then class k", and how well that holds,
 as an interval of its F1 score. Rules are tables: dictionaries of tensors, one row a rule.
 """
 
@@ -71,6 +71,110 @@ def outside(
     low, high = rules.low[labels], rules.high[labels]
     distance = torch.maximum(low - values, values - high).nan_to_num(nan=0).clamp(min=0)
     return (distance > 0).sum(1), distance.sum(1)
+
+
+def trusted(
+    rules: Intervals, held: Intervals, *, overlap: float = 0.8, limit: int | None = None
+) -> Intervals:
+    """The intervals that a validation split confirms; the others are NaN, which nothing leaves.
+
+    One is kept when its intersection with that of the validation split is longer than `overlap` of
+    their union, and its width is between 0 and 1, as the paper's statistics are; of each class the
+    `limit` that overlap most.
+
+    Args:
+        rules: of the training split.
+        held: of the validation split, found alike.
+        overlap: 0.8, and 0.6 for ImageNet-X (code).
+        limit: rules of a class; None keeps all.
+
+    Example:
+        >>> one = Intervals(torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]))
+        >>> other = Intervals(torch.zeros(1, 2), torch.tensor([[0.45, 0.3]]))
+        >>> trusted(one, other).high
+        tensor([[0.5000,    nan]])
+    """
+    width = rules.high - rules.low
+    shared = torch.minimum(rules.high, held.high) - torch.maximum(rules.low, held.low)
+    union = torch.maximum(rules.high, held.high) - torch.minimum(rules.low, held.low)
+    alike = (shared.clamp(min=0) / union).nan_to_num(nan=0)
+    kept = (alike > overlap) & (width > 0) & (width < 1)
+    if limit is not None:
+        flat = torch.where(kept, alike, -1.0).flatten(1)
+        best = flat.argsort(dim=1, descending=True, stable=True)[:, :limit]
+        kept = kept & torch.zeros_like(flat).scatter(1, best, 1.0).bool().view_as(kept)
+    return Intervals(*(end.masked_fill(~kept, torch.nan) for end in rules))
+
+
+class Nested(NamedTuple):
+    """Where features lie for each class and each quartile of another feature.
+
+    Attributes:
+        edges: between the quartiles of each feature, for each class, (3, C, F).
+        rules: of each class, first feature, quartile of it, and second feature, (C, F, 4, F).
+    """
+
+    edges: Float[Tensor, "3 classes features"]
+    rules: Intervals
+
+
+def nested_intervals(
+    values: Float[Tensor, "n features"],
+    labels: Int[Tensor, " n"],
+    *,
+    classes: int,
+    coverage: float = 98.0,
+    edges: Tensor | None = None,
+) -> Nested:
+    """For each class and each quartile of a feature the interval of each other feature.
+
+    Args:
+        values: (n, F) features; the rules are 4 F as many as without nesting, so few features.
+        labels: (n,) classes.
+        classes: C.
+        coverage: percent of the samples that an interval holds.
+        edges: of the quartiles; None finds them. Give those of the training split for validation.
+    """
+    if edges is None:
+        edges = values.new_full((3, classes, values.shape[1]), torch.nan)
+        for label in labels.unique().tolist():
+            quarters = values.new_tensor([0.25, 0.5, 0.75])
+            edges[:, label] = values[labels == label].quantile(quarters, dim=0)
+    place = _quartiles(values, labels, edges)
+    found = [
+        quantile_intervals(values, 4 * labels + own, classes=4 * classes, coverage=coverage)
+        for own in place.unbind(1)
+    ]
+    low, high = (torch.stack([each[end] for each in found], 1) for end in (0, 1))
+    shape = (classes, 4, *low.shape[1:])
+    rules = Intervals(low.view(shape).transpose(1, 2), high.view(shape).transpose(1, 2))
+    itself = torch.eye(values.shape[1], dtype=torch.bool, device=values.device)[None, :, None]
+    return Nested(edges, Intervals(*(end.masked_fill(itself, torch.nan) for end in rules)))
+
+
+def outside_nested(
+    values: Float[Tensor, "n features"], labels: Int[Tensor, " n"], nested: Nested
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    """How many nested intervals each example leaves, and by how much in all.
+
+    Example:
+        >>> values = torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+        >>> labels = torch.zeros(4, dtype=torch.long)
+        >>> nested = nested_intervals(values, labels, classes=1)
+        >>> outside_nested(torch.tensor([[0.0, 3.0]]), labels[:1], nested)
+        (tensor([2]), tensor([6.]))
+    """
+    place = _quartiles(values, labels, nested.edges)
+    first = torch.arange(values.shape[1], device=values.device)
+    own = Intervals(*(end[labels[:, None], first, place] for end in nested.rules))
+    distance = torch.maximum(own.low - values[:, None], values[:, None] - own.high)
+    distance = distance.nan_to_num(nan=0).clamp(min=0)
+    return (distance > 0).sum((1, 2)), distance.sum((1, 2))
+
+
+def _quartiles(values: Tensor, labels: Tensor, edges: Tensor) -> Tensor:
+    """The quartile (n, F), from 0 to 3, of each value among those of its class."""
+    return (values > edges[:, labels]).sum(0)
 
 
 def class_rules(
