@@ -9,14 +9,14 @@ from torch import Tensor
 import testtime as tt
 from models import batches, tiny
 from reference import methods as reference
-from testtime._core.errors import ScopeError
+from testtime._core.errors import InputError, ScopeError
 from testtime.adaptation.methods.eata import eata
 from testtime.adaptation.methods.lame import affinities
 from testtime.adaptation.methods.ostta import ostta
 from testtime.adaptation.methods.sar import sar
 from testtime.adaptation.methods.tent import tent
 from testtime.adaptation.parts.selection import ReliableAndNew
-from testtime.adaptation.parts.views import plain
+from testtime.adaptation.parts.views import augmix_view, plain, small_augmix_view
 from testtime.adaptation.ranks import Ranks
 from testtime.measures.entropy import entropy
 
@@ -212,6 +212,25 @@ def test_memo_without_augmentation():
     adapter = tt.adapt(tiny(), "memo", lr=1e-2, views=1, augment=plain)
     expected = reference.memo_without_augmentation(tiny(), x, 1e-2, 1 / 17)
     torch.testing.assert_close(adapter(x), expected, rtol=0, atol=1e-4)
+
+
+def test_small_images_keep_their_size_in_memo_s_copies():
+    x = torch.ones(8, 1, 16, 16)
+    large, small = (
+        view(x, torch.Generator().manual_seed(3)) for view in (augmix_view, small_augmix_view)
+    )
+    assert small.shape == x.shape
+    assert 0 <= float(small.min()) < float(small.max()) <= 1
+    assert not torch.equal(small[0], small[1])
+    assert torch.equal(small, small_augmix_view(x, torch.Generator().manual_seed(3)))
+    assert not torch.equal(small, large)
+    dot = torch.zeros(64, 1, 16, 16)
+    dot[:, :, 8, 8] = 1  # a crop to 8 % of the area makes nine of it, or none
+    seen = small_augmix_view(dot, torch.Generator().manual_seed(3)).amax((1, 2, 3))
+    assert float((seen > 0.1).double().mean()) > 0.9
+    adapter = tt.adapt(tiny(), "memo", views=2, augment=small_augmix_view)
+    with pytest.raises(InputError, match=r"\[0, 1\]"):
+        adapter(3 * batches(1)[0])
 
 
 def test_memo_does_not_remember_order():
