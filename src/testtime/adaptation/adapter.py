@@ -17,6 +17,7 @@ from testtime._core.errors import (
     InputError,
     NeedsSource,
     OptionError,
+    ScopeError,
     StateError,
     TesttimeError,
     TesttimeWarning,
