@@ -26,6 +26,8 @@ from testtime.measures.entropy import entropy
 
 WORTH = 1 << 17
 """Values of a batch from which a second forward of few samples pays."""
+JOINED = 1 << 20
+"""Values of changed copies that share a forward: what it saves in small calls, memory bounds."""
 FEW = 0.5
 """Share of teaching samples below which their second forward and backward cost less than the
 backward of all."""
@@ -158,6 +160,7 @@ class Engine:
         averages: Averages | None,
         learn: bool,
         tap: Callable[[], Any] | None = None,
+        groups: int = 1,
     ) -> tuple[Any, Averages | None]:
         """One forward of the model with other tensors in its places."""
         self.forwards += len(x)
@@ -165,6 +168,7 @@ class Engine:
             x, tensors, self.recipe.statistics,
             averages=averages, learn=learn, ranks=self.ranks, tap=tap,
             lean=self.lean and torch.is_grad_enabled(), activations=self.recipe.activations,
+            groups=groups,
         )  # fmt: skip
 
     def answer(self, evidence: Evidence) -> tuple[Any, Tensor]:
@@ -266,6 +270,20 @@ class Engine:
         measured["entropy"] = uncertainty.detach().mean()
         return Step(output, logits.detach(), state, outcome, measured)
 
+    def joinable(self, x: Tensor) -> int:
+        """How many batches like this one may share a forward: each answered as if it came alone.
+
+        As many as keep below `JOINED` values; one where layers would mix them, as moving averages
+        or batches of one do.
+        """
+        fits = max(JOINED // max(x.numel(), 1), 1)
+        alone = self.ranks.alone and len(x) > 1 and fits > 1
+        if not alone or not self.loan.takes_groups(self.recipe.statistics):
+            return 1
+        if self._apart is None:  # with source statistics: what remains to mix are other layers
+            self._apart = answers_alone(self.loan, x, SourceStatistics())
+        return fits if self._apart else 1
+
     def _look_first(self, evidence: Evidence) -> None:
         """Asks source model and teacher before the student's graph takes its memory.
 
@@ -293,7 +311,7 @@ class Engine:
         if not fits or x.numel() < WORTH:
             return False
         if self._apart is None:
-            self._apart = answers_alone(self.loan, x, self.recipe.statistics)
+            self._apart = answers_alone(self.loan, x, SourceStatistics())
         return self._apart
 
     def leaves(self, state: State) -> dict[str, Tensor]:

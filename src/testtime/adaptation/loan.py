@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.lean import Lean, kept_as
-from testtime.adaptation.moments import moments, normalise, wide
+from testtime.adaptation.moments import InGroups, moments, normalise, wide
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
     BatchStatistics,
@@ -105,6 +105,7 @@ class Loan:
         tap: Callable[[], Any] | None = None,
         lean: bool = False,
         activations: torch.dtype | None = None,
+        groups: int = 1,
     ) -> tuple[Any, Averages | None]:
         """Runs the model on `x` and returns its output and the updated moving averages.
 
@@ -120,6 +121,8 @@ class Loan:
                 weight. It needs the model's own functions, so it has no effect on a compiled one.
             activations: type in which what a backward needs is kept; None: as it was computed. It
                 has no effect on a compiled model either.
+            groups: batches of equal size that `x` was joined from, each normalised by itself; where
+                `takes_groups` says so.
         """
         fresh = {**averages, "seen": averages["seen"] + 1} if averages and learn else averages
         with self.lock, self._lent(tensors, statistics, averages, fresh, learn, ranks, x):
@@ -127,8 +130,18 @@ class Loan:
             keeping = Lean() if worth_it else nullcontext()
             shorter = activations is not None and self.own_functions and torch.is_grad_enabled()
             short = kept_as(activations, self.parameters) if shorter else nullcontext()  # type: ignore[arg-type]
-            with keeping, short, tap() if tap is not None else nullcontext():
+            apart = InGroups(groups) if groups > 1 else nullcontext()
+            with keeping, short, apart, tap() if tap is not None else nullcontext():
                 return self.model(x), fresh
+
+    def takes_groups(self, statistics: Statistics) -> bool:
+        """Whether batches may be joined in one run, and normalised each by itself.
+
+        With batch statistics that is so where torch's own function normalises.
+        """
+        own = all(isinstance(n.module, nn.modules.batchnorm._BatchNorm) for n in self.norms)
+        own = own and not any(isinstance(n.module, nn.SyncBatchNorm) for n in self.norms)
+        return self.own_functions and isinstance(statistics, BatchStatistics) and own
 
     @contextmanager
     def recording(self, layer: nn.Module | None, into: list[Tensor]) -> Iterator[None]:

@@ -4,11 +4,13 @@ torch's batch normalisation gives no gradient to the statistics that it is hande
 variance of several dimensions are an order of magnitude slower on a CPU than the kernel inside it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from testtime._core.arrays import at_least_single
 from testtime.adaptation.parts.statistics import Moments
@@ -88,6 +90,32 @@ def normalise(x: Tensor, used: Moments, eps: float) -> Tensor:
     dtype = x.dtype
     x = x.to(used.mean.dtype)
     return _Normalise.apply(x, used.mean, used.var, eps).to(dtype)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class InGroups(TorchFunctionMode):
+    """While it lasts, batch normalisation takes the statistics of each part of a batch by itself.
+
+    Args:
+        count: parts of equal size that the batch was joined from.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [3.0], [10.0], [30.0]])
+        >>> with InGroups(2):
+        ...     F.batch_norm(x, None, None, training=True, eps=0.0).flatten()
+        tensor([-1.,  1., -1.,  1.])
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is not F.batch_norm:
+            return func(*args, **kwargs or {})
+        x, *more = args
+        return torch.cat([func(part, *more, **kwargs or {}) for part in x.chunk(self.count)])
 
 
 def wide(value: Tensor, x: Tensor) -> Tensor:

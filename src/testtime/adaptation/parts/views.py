@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
-from testtime.adaptation.outputs import read_logits, with_logits
+from testtime.adaptation.outputs import map_tensors, read_logits, with_logits
 
 if TYPE_CHECKING:
     from testtime.adaptation.evidence import Evidence
@@ -41,7 +41,7 @@ def plain(x: Tensor, generator: torch.Generator) -> Tensor:
 class AveragedViews:
     """The teacher's logits, averaged over changed copies where the source model is not sure.
 
-    The copies are forwarded one batch at a time: batch statistics are those of one view.
+    Small copies share a forward; batch statistics are those of one copy nevertheless.
 
     Args:
         count: copies.
@@ -66,14 +66,19 @@ class AveragedViews:
         confidence = at_least_single(evidence.source).softmax(-1).amax(-1)
         return float(evidence.ranks.mean(confidence)) < self.threshold
 
-    def average(self, evidence: "Evidence", teach: Callable[[Tensor], Any]) -> Any:
+    def average(self, evidence: "Evidence", teach: Callable[[Tensor, int], Any]) -> Any:
         """Output whose logits are the mean over the copies."""
-        total, output = 0.0, None
-        for _ in range(self.count):
-            output = teach(self.augment(evidence.inputs, evidence.generator))
-            total = total + read_logits(output)
+        total, output, size = 0.0, None, len(evidence.inputs)
+        together = evidence.engine.joinable(evidence.inputs)
+        for first in range(0, self.count, together):
+            count = min(together, self.count - first)
+            copies = [self.augment(evidence.inputs, evidence.generator) for _ in range(count)]
+            output = teach(torch.cat(copies) if count > 1 else copies[0], count)
+            for logits in read_logits(output).split(size):
+                total = total + logits
         assert isinstance(total, Tensor)
-        return with_logits(output, total / self.count)
+        last = map_tensors(lambda t: t[-size:] if t.dim() else t, output)
+        return with_logits(last, total / self.count)
 
 
 def cotta_view(x: Tensor, generator: torch.Generator) -> Tensor:

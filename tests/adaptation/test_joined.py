@@ -1,0 +1,45 @@
+"""Changed copies that share a forward are answered as if each came alone."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import testtime as tt
+from models import batches, tiny, tiny_vit
+from testtime.adaptation import engine as engines
+from testtime.adaptation.moments import InGroups
+
+
+def run(model: nn.Module, joined: int) -> tuple[list[Tensor], dict[str, Tensor], int]:
+    forwards = []
+    hook = model.register_forward_hook(lambda *_: forwards.append(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "JOINED", joined)
+        adapter = tt.adapt(model, "cotta", views=5, threshold=1.0)
+        answers = [adapter(x.double()) for x in batches(3)]
+    hook.remove()
+    return answers, adapter.snapshot().teacher or {}, len(forwards)
+
+
+@pytest.mark.parametrize("kind", ["batch", "sync", "group", "frozen", "vit"])
+def test_copies_are_answered_as_if_they_came_alone(kind):
+    model = (tiny_vit() if kind == "vit" else tiny(kind)).double()
+    if kind != "vit":
+        model.conv2.bias = None  # its gradient is rounding noise, of which Adam makes steps
+    size = batches(1)[0].numel()
+    expected, teacher, forwards = run(model, 0)
+    for joined in (2 * size, 100 * size):
+        answers, own, fewer = run(model, joined)
+        for mine, theirs in zip(answers, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
+        assert own.keys() == teacher.keys()
+        assert (fewer < forwards) == (kind not in ("sync", "frozen"))
+
+
+def test_each_part_has_its_own_statistics():
+    x = torch.randn(12, 3, 4, 4)
+    with InGroups(3):
+        joined = F.batch_norm(x, None, None, training=True)
+    alone = [F.batch_norm(part, None, None, training=True) for part in x.chunk(3)]
+    assert torch.equal(joined, torch.cat(alone))
