@@ -13,6 +13,13 @@ from torch import Tensor, nn
 
 import testtime as tt
 from models import Experts, batches, tiny
+from testtime.adaptation.parts.views import (
+    augmix_view,
+    cotta_view,
+    moco_view,
+    roid_view,
+    weak_view,
+)
 
 SMALL = {name: {"views": 2} for name in ("memo", "cotta", "psmt", "petal", "vcotta", "tesla")}
 SMALL |= {"rotta": {"capacity": 16, "every": 16}, "simatta": {"e_low": 2.0, "steps": 3}}
@@ -54,6 +61,14 @@ def gaps(name: str) -> list[float]:
         float((mine.float().softmax(-1) - theirs.softmax(-1)).abs().mean())
         for mine, theirs in zip(answers, expected, strict=True)
     ]
+
+
+@pytest.mark.parametrize("view", [cotta_view, roid_view, augmix_view, weak_view, moco_view])
+def test_views_are_the_same_under_autocast(view):
+    x = batches(1)[0]
+    expected = view(x, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(view(x, torch.Generator().manual_seed(0)), expected)
 
 
 @cache

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,6 +31,17 @@ def needs_pixels(augment: Augment) -> bool:
         weak_view,
         moco_view,
     )
+
+
+def in_full(view: Augment) -> Augment:
+    """The view, made outside of autocast, in which eight bits would say where a pixel goes."""
+
+    @wraps(view)
+    def made(x: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return view(x, generator)
+
+    return made
 
 
 def plain(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -81,6 +93,7 @@ class AveragedViews:
         return with_logits(last, total / self.count)
 
 
+@in_full
 def cotta_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """The transform of CoTTA, RoTTA and others: one draw of parameters for a whole batch.
 
@@ -95,6 +108,7 @@ def cotta_view(x: Tensor, generator: torch.Generator) -> Tensor:
     return _jitter(x, generator, padding="replicate", rough=True)
 
 
+@in_full
 def roid_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """CoTTA's transform without blur and noise, padded by reflection.
 
@@ -179,6 +193,7 @@ def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirrored, moved.flip(-1), moved)
 
 
+@in_full
 def augmix_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """AugMix-like copies as MEMO draws them, all images at once, each with draws of its own.
 
@@ -234,6 +249,7 @@ def _warp(x: Tensor, matrix: Tensor, fill: float | None = 0.5) -> Tensor:
     return F.grid_sample(x - fill, grid, align_corners=False) + fill
 
 
+@in_full
 def weak_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """TeSLA's weak copies: crops of 80 to 100 % of each image, resized; half are mirrored."""
     crop = _crop_and_mirror(at_least_single(x).clamp(0, 1), generator, least=0.8)
@@ -279,6 +295,7 @@ def _random_operation(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(kind == 7, coarse, out)
 
 
+@in_full
 def moco_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """The transform of MoCo v2 as SADE uses it on small images, each with draws of its own.
 
