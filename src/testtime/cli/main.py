@@ -2,7 +2,17 @@
 
 import typer
 
-from testtime.cli import bench, compress, demo, methods, papers, report, reproduce, watermark
+from testtime.cli import (
+    bench,
+    compress,
+    demo,
+    generate,
+    methods,
+    papers,
+    report,
+    reproduce,
+    watermark,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,3 +49,4 @@ app.command("reproduce")(reproduce.reproduce)
 app.command("compress")(compress.compress)
 app.command("decompress")(compress.decompress)
 app.add_typer(watermark.app, name="watermark")
+app.command("generate")(generate.generate)

@@ -51,8 +51,7 @@ class Reader:
             logits_to_keep=1,
             **{self._name: self._cache},
         )
-        kept = found.get(self._name)  # models of several ways to remember name it differently
-        self._cache = found.past_key_values if kept is None else kept
+        self._cache = found[self._name]
         self._seen = self._seen + new.sum(-1)
         self._waiting = self._waiting[:, :0]
         logits = found.logits[:, -1]

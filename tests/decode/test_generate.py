@@ -1,0 +1,287 @@
+"""Writing: batches, seeds, stop strings, streams, two models; and what is refused before it runs."""
+
+import copy
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import testtime as tt
+from reference import decode as reference
+from testtime._core.errors import InputError, OptionError, UnknownName
+from testtime.decode.caching import Reader
+from testtime.decode.decoding import Decoding
+from testtime.decode.methods.ead import Switch, ead
+from testtime.decode.methods.em_inf import LowerEntropy
+from testtime.decode.methods.uscd import uscd, without_examples
+from testtime.decode.prompts import read_prompts
+from testtime.decode.writing import Row
+from testtime.measures.entropy import entropy
+
+from .conftest import tiny_model
+
+PROMPTS = ["ab", "a longer prompt, with more to read", "☃ snow"]
+EXAMPLE = "def f(x):\n    '''Twice.\n    >>> f(1)\n    2\n    '''\n"
+NAMES = sorted(tt.decode.decodings())
+
+
+def write(model, tokenizer, prompts, method, **options):
+    needed = tt.decode.decodings()[method].needs
+    if "large" in needed:
+        options |= {"large": tiny_model(seed=9, layers=4)}
+    if "lame" in needed:
+        options |= {"lame": "b" if isinstance(prompts, str) else ["b"] * len(prompts)}
+    return tt.decode.generate(model, tokenizer, prompts, method, max_new_tokens=16, **options)
+
+
+def test_greedy_is_the_best_token_of_a_forward_from_scratch(model, tokenizer):
+    for prompt, found in zip(PROMPTS, write(model, tokenizer, PROMPTS, "greedy"), strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        assert list(found.tokens) == reference.greedy(model, ids, 16)
+        whole = tokenizer.decode(found.tokens, skip_special_tokens=True)
+        assert found.text == str(found) == whole
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_a_batch_writes_what_each_prompt_alone_does(method, llama, tokenizer):
+    together = write(llama, tokenizer, PROMPTS, method, seed=3)
+    again = write(llama, tokenizer, PROMPTS, method, seed=3)
+    alone = write(llama, tokenizer, PROMPTS[0], method, seed=3)
+    assert together == again
+    assert together[0] == alone
+    if method not in ("greedy", "ead"):
+        swapped = write(llama, tokenizer, PROMPTS, method, seed=4)
+        assert any(a.tokens != b.tokens for a, b in zip(together, swapped, strict=True))
+
+
+def test_nothing_of_the_caller_changes(llama, tokenizer):
+    model = copy.deepcopy(llama).train()
+    model.generation_config.repetition_penalty = 9.0
+    model.generation_config.temperature = 0.3
+    side, before = tokenizer.padding_side, torch.random.get_rng_state()
+    found = write(model, tokenizer, PROMPTS, "sample")
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(module.training for module in model.modules())
+    assert tokenizer.padding_side == side
+    assert found == write(llama, tokenizer, PROMPTS, "sample")  # nor do its settings change ours
+
+
+def test_a_method_can_be_a_value(llama, tokenizer):
+    method = Decoding(steps=(LowerEntropy(threshold=0.0),), draw=False)
+    found = tt.decode.generate(llama, tokenizer, "ab", method, max_new_tokens=16)
+    assert found == write(llama, tokenizer, "ab", "greedy")  # the best token stays the best
+    with pytest.raises(OptionError, match="go with the name"):
+        tt.decode.generate(llama, tokenizer, "ab", method, p=0.1)
+    for wrong in (3, Decoding):
+        with pytest.raises(OptionError, match="expected a name or a value"):
+            tt.decode.generate(llama, tokenizer, "ab", wrong)
+
+
+def test_a_text_ends_before_its_stop_string(llama, tokenizer):
+    plain = write(llama, tokenizer, "ab", "sample").text
+    word = plain[5:8]
+    found = write(llama, tokenizer, "ab", "sample", stop=word)
+    assert found.ended == "stop"
+    assert found.text == plain[: plain.index(word)]
+    pieces = []
+    streamed = write(
+        llama, tokenizer, "ab", "sample", stop=[word, "never"],
+        on_text=lambda row, piece: pieces.append(piece),
+    )  # fmt: skip
+    assert "".join(pieces) == streamed.text == found.text
+
+
+def test_text_ends_at_the_token_of_end_and_at_the_context(llama, tokenizer):
+    model = copy.deepcopy(llama)
+    first = write(llama, tokenizer, "ab", "greedy").tokens
+    model.generation_config.eos_token_id = [2, first[4]]
+    found = write(model, tokenizer, ["ab", PROMPTS[1]], "greedy")
+    assert found[0].ended == "end"
+    assert found[0].tokens == first[: first.index(first[4]) + 1]
+    assert found[1].tokens[0] == write(llama, tokenizer, PROMPTS[1], "greedy").tokens[0]
+    long = tt.decode.generate(llama, tokenizer, "x" * 120, "greedy", max_new_tokens=50)
+    assert (len(long.tokens), long.ended) == (128 - 121, "length")
+
+
+def test_a_stream_gives_the_same_text_and_ends_when_it_is_left(llama, tokenizer):
+    found = write(llama, tokenizer, PROMPTS, "sample", seed=1)
+    texts = ["", "", ""]
+    for piece in tt.decode.stream(llama, tokenizer, PROMPTS, "sample", max_new_tokens=16, seed=1):
+        texts[piece.prompt] += piece.text
+    assert texts == [each.text for each in found]
+    pieces = tt.decode.stream(llama, tokenizer, "ab", "sample", max_new_tokens=100)
+    next(pieces)
+    pieces.close()
+    with pytest.raises(InputError, match="at least one character"):
+        next(tt.decode.stream(llama, tokenizer, ""))
+
+
+@pytest.mark.parametrize("text", ["Łódź ☃ 😀!", "plain", "a\ufffdb", "\n\n  x"])
+def test_pieces_join_to_the_text_and_no_character_is_broken(text, tokenizer):
+    row = Row(tokenizer, [2], ["zz"], 100)
+    pieces = [row.add(token) for token in [*tokenizer(text)["input_ids"][1:], 2]]
+    assert "".join(pieces) == row.text == text
+    assert row.ended == "end"
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+    assert row.add(50) == ""
+
+
+def test_what_may_become_a_stop_string_is_held_back(tokenizer):
+    row = Row(tokenizer, [2], ["END", "EQ"], 100)
+    pieces = [row.add(token) for token in tokenizer("aEENx ENDy")["input_ids"][1:]]
+    assert pieces == ["a", "", "E", "", "ENx", " ", "", "", "", ""]
+    assert (row.text, row.ended) == ("aEENx ", "stop")
+
+
+def test_a_reader_in_pieces_equals_a_forward_from_scratch(model, tokenizer):
+    prompts = read_prompts(model, tokenizer, PROMPTS)
+    reader = Reader(model, prompts)
+    written = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for pause in (1, 1, 3, 2, 12, 1):
+            for row, out in zip(written, reader.logits(), strict=True):
+                torch.testing.assert_close(out, reference.next_logits(model, row))
+            assert reader.waiting == 0
+            for _ in range(pause):
+                tokens = torch.randint(4, 260, (3,), generator=random)
+                reader.push(tokens)
+                for row, token in zip(written, tokens.tolist(), strict=True):
+                    row.append(token)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 1}, {"window": 3, "dwell": 4}, {"window": 2, "signal": "small"}],
+    ids=str,
+)  # fmt: skip
+def test_ead_equals_its_box_with_everything_recomputed(kind, options, tokenizer):
+    small, large = tiny_model(kind), tiny_model(kind, seed=1, layers=4)
+    switched = 0.0
+    for prompt in PROMPTS[:2]:
+        ids = tokenizer(prompt)["input_ids"]
+        written = reference.greedy(small, ids, 15)
+        seen = [float(entropy(reference.next_logits(small, ids + written[:i]))) for i in range(15)]
+        tau = sum(sorted(seen)[6:8]) / 2 / math.log(2)
+        found = tt.decode.generate(
+            small,
+            tokenizer,
+            prompt,
+            "ead",
+            large=large,
+            max_new_tokens=25,
+            threshold=tau,
+            **options,
+        )
+        new, who = reference.ead(
+            small, large, ids, 25, tau, options["window"], options.get("dwell", 0),
+            options.get("signal", "active"),
+        )  # fmt: skip
+        assert list(found.tokens) == new
+        assert found.numbers["share of the large model"] == who.count("large") / len(who)
+        switched += sum(a != b for a, b in itertools.pairwise(who))
+    assert switched > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ead_at_the_ends_is_one_model_alone(model, tokenizer, temperature):
+    kind = {"LlamaForCausalLM": "llama", "GPT2LMHeadModel": "gpt2"}.get(
+        type(model).__name__, "gemma"
+    )
+    large = tiny_model(kind, seed=1, layers=4)
+    plain = {"method": "sample"} if temperature else {"method": "greedy"}
+    for tau, alone in ((0.0, large), (math.inf, model)):
+        for dwell in (0, 10)[: 1 + (temperature == 0)]:
+            found = tt.decode.generate(
+                model, tokenizer, PROMPTS, "ead", large=large, threshold=tau, dwell=dwell,
+                temperature=temperature, seed=2, max_new_tokens=12,
+            )  # fmt: skip
+            said = tt.decode.generate(alone, tokenizer, PROMPTS, seed=2, max_new_tokens=12, **plain)
+            assert [f.tokens for f in found] == [s.tokens for s in said]
+
+
+def test_ead_forced_to_switch_at_every_token_keeps_its_caches(tokenizer, monkeypatch):
+    models = tiny_model("gemma"), tiny_model("gemma", seed=1, layers=4)
+
+    def other(self, bits):
+        self.large = not self.large
+        return self.large
+
+    monkeypatch.setattr(Switch, "large_next", other)
+    found = tt.decode.generate(
+        models[0], tokenizer, "abc", ead(threshold=math.inf), large=models[1], max_new_tokens=30
+    )
+    ids = tokenizer("abc")["input_ids"]
+    for place, token in enumerate(found.tokens):
+        logits = reference.next_logits(models[place % 2], ids + list(found.tokens[:place]))
+        assert token == int(logits.argmax())
+    assert found.numbers["switches"] == 29
+
+
+def test_uscd_contrasts_two_prompts_with_one_answer(model, tokenizer):
+    method = uscd(collision=0.9)
+    lame = without_examples(EXAMPLE)
+    found = tt.decode.generate(model, tokenizer, EXAMPLE, method, max_new_tokens=20, lame=lame)
+    again = tt.decode.generate(model, tokenizer, EXAMPLE, "uscd", collision=0.9, max_new_tokens=20)
+    assert found == again
+    seen = []
+
+    def watch(tokens, scores):
+        seen.append((tokens.clone(), scores.clone()))
+        return scores
+
+    method = replace(method, steps=(watch,))
+    tt.decode.generate(model, tokenizer, EXAMPLE, method, lame=lame, max_new_tokens=20)
+    begin, other = tokenizer(EXAMPLE)["input_ids"], tokenizer(lame)["input_ids"]
+    changed = 0
+    for tokens, scores in seen:
+        suffix = tokens[0, len(begin) :].tolist()
+        z, q = (reference.next_logits(model, ids + suffix) for ids in (begin, other))
+        said = reference.uscd_scores(z, q, 0.9, 2 / 3, -0.7)
+        torch.testing.assert_close(scores[0].softmax(-1), said, atol=1e-5, rtol=1e-5)
+        changed += not torch.allclose(said, z.softmax(-1))
+    assert changed > 5
+
+
+def test_wrong_calls_are_refused_before_anything_runs(llama, tokenizer, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the model ran")
+
+    model = copy.deepcopy(llama)
+    monkeypatch.setattr(model, "forward", never)
+    for prompt, said in [
+        ("", "at least one character"), ([], "no prompt"), (["a", ""], "prompt 1 is ''"),
+        ("x" * 127, "prompt 0 has 128 tokens, and the model looks at 128"),
+        ([3], "prompt 0 is 3"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            tt.decode.generate(model, tokenizer, prompt)
+    with pytest.raises(InputError, match="does not belong"):
+        tt.decode.generate(tiny_model(vocabulary=200), tokenizer, "a")
+    with pytest.raises(InputError, match="needs a second model"):
+        tt.decode.generate(model, tokenizer, "a", "ead")
+    with pytest.raises(InputError, match="does not belong"):
+        tt.decode.generate(model, tokenizer, "a", "ead", large=tiny_model(vocabulary=200))
+    with pytest.raises(InputError, match="no example"):
+        tt.decode.generate(model, tokenizer, "a", "uscd")
+    with pytest.raises(InputError, match="1 lame prompts for 2"):
+        tt.decode.generate(model, tokenizer, ["a", "b"], "uscd", lame="c")
+    with pytest.raises(InputError, match="model looks at"):
+        tt.decode.generate(model, tokenizer, "a", "uscd", lame="c" * 200)
+    with pytest.raises(UnknownName, match="did you mean min-p"):
+        tt.decode.generate(model, tokenizer, "a", "minp")
+    for wrong in ({"max_new_tokens": 0}, {"stop": [""]}, {"q": 3}):
+        with pytest.raises(OptionError):
+            tt.decode.generate(model, tokenizer, "a", **wrong)
+
+
+def test_logits_that_are_nan_are_refused(llama, tokenizer):
+    model = copy.deepcopy(llama)
+    model.lm_head.weight.data[9] = math.nan
+    for method, more in (("greedy", {}), ("em-inf", {}), ("ead", {"large": llama})):
+        with pytest.raises(InputError, match="NaN"):
+            tt.decode.generate(model, tokenizer, "a", method, **more)
