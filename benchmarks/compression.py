@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="gemma:270m")
     parser.add_argument("--part", choices=PARTS)
-    parser.add_argument("--characters", type=int, default=4000, help="of the file")
+    parser.add_argument("--characters", type=int, default=2400, help="of the file")
     parser.add_argument("--lanes", type=int, default=4)
     parser.add_argument("--work", default=Path(tempfile.gettempdir()) / "testtime-compression")
     args = parser.parse_args()

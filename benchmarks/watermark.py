@@ -1,72 +1,172 @@
-"""How surely the watermarks are found: false alarms on human text, power against length and threshold.
+"""How surely the watermarks are found: false alarms on human text, power against length and tau.
 
-    python benchmarks/watermark.py                    all, some twenty minutes on one core
-    python benchmarks/watermark.py --only "sweet 0.9" one set of texts, to be done bit by bit
-    python benchmarks/watermark.py --page             only numbers and plot, from the texts made before
+    python benchmarks/watermark.py                     an n-gram as model, a minute on one core
+    python benchmarks/watermark.py --model gemma:270m  a real model, some twenty minutes
 
-200 texts of 60 tokens are generated, 50 for each setting, as bodies of functions of Python's standard
-library from their heads; human text is 50 other functions of it and 50 passages of Python's help.
-The model may have read both; that lowers their entropy, which SWEET must bear. Texts lie in `--work`
-and are not made again. Writes `benchmarks/watermark.json` and `docs/watermark.svg`.
+200 texts are generated, 50 for each setting; human text is 100 others. The n-gram (order 5, bytes,
+Witten-Bell) has read 300 kB of Python's help topics and goes on from ten bytes of it; human text is
+other topics. The real model writes bodies of functions of Python's standard library from their heads;
+human text is other bodies and topics, which it may have read: that lowers their entropy, and SWEET must
+bear it. Writes `benchmarks/watermark-MODEL.json` and `docs/watermark-MODEL.svg`.
 """
 
 import argparse
 import ast
 import json
-import sys
 import sysconfig
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from testtime._core.seeds import generator
 from testtime.bench.machine import describe_machine
 from testtime.decode.models import load_language_model
 from testtime.decode.watermark import Watermark, detect, token_entropies
-from testtime.measures.entropy import entropy
+from testtime.measures.entropy import entropy, entropy_of_probs
+from testtime.papers.checks import llmzip
 
 ROOT = Path(__file__).resolve().parents[1]
 TAUS = {"plain": None, "sweet 0.6": 0.6, "sweet 0.9": 0.9, "sweet 1.2": 1.2}
-TEXTS, LENGTH = 50, 60
-LENGTHS = (15, 30, 45, 60)
+TEXTS = 50
 LEVELS = (0.05, 0.01)
 KEYS = (15485863, 7919, 104729, 1299709, 32452843)
+Text = dict[str, Any]
+"""Tokens, the token before them, and entropies with and without what stood before."""
+
+
+class Writer(Protocol):
+    """A model that writes marked texts, and knows human ones."""
+
+    vocabulary: int
+    lengths: Sequence[int]
+
+    def marked(self, mark: Watermark) -> list[Text]: ...
+
+    def human(self) -> list[Text]: ...
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="gemma:270m")
-    parser.add_argument("--only", default="", help=f"one of {', '.join([*TAUS, 'human'])}")
-    parser.add_argument("--page", action="store_true")
-    parser.add_argument("--work", default=Path(tempfile.gettempdir()) / "testtime-watermark")
+    parser.add_argument("--model", default="ngram")
     args = parser.parse_args()
-    work = Path(args.work)
-    work.mkdir(parents=True, exist_ok=True)
-    wanted = [] if args.page else [args.only] if args.only else [*TAUS, "human"]
-    missing = [name for name in wanted if not (work / f"{name}.json").exists()]
-    if missing:
-        model, tokenizer = load_language_model(args.model)
-        for name in missing:
-            made = human(model, tokenizer) if name == "human" else marked(name, model, tokenizer)
-            (work / f"{name}.json").write_text(json.dumps(made))
-            print(f"{name}: {len(made)} texts", file=sys.stderr)
-    if not args.only:
-        texts = {name: json.loads((work / f"{name}.json").read_text()) for name in [*TAUS, "human"]}
-        found = {
-            "model": args.model,
-            "texts": TEXTS,
-            "tokens": LENGTH,
-            "machine": describe_machine(torch.device("cpu")),
-            "false alarms": false_alarms(texts["human"]),
-            "power": {name: power(texts[name], tau) for name, tau in TAUS.items()},
-            "power without the prompt": power(texts["sweet 0.9"], 0.9, "entropies alone"),
-        }
-        (ROOT / "benchmarks/watermark.json").write_text(json.dumps(found, indent=1) + "\n")
-        (ROOT / "docs/watermark.svg").write_text(plot(found))
+    writer: Writer = NGram() if args.model == "ngram" else Causal(args.model)
+    found: dict[str, Any] = {
+        "model": args.model,
+        "texts": TEXTS,
+        "lengths": list(writer.lengths),
+        "machine": describe_machine(torch.device("cpu")),
+        "false alarms": false_alarms(writer),
+        "power": {},
+        "power without the prompt": {},
+    }
+    for name, tau in TAUS.items():
+        mark = Watermark(vocabulary=writer.vocabulary, tau=tau)
+        texts = writer.marked(mark)
+        found["power"][name] = power(texts, mark, writer.lengths)
+        found["power without the prompt"][name] = power(texts, mark, writer.lengths, "alone")
+        if tau is not None:
+            share = fmean(h > tau for text in texts for h in text["entropies"])
+            found["power"][name]["share scored"] = share
+    short = args.model.partition(":")[0]
+    (ROOT / f"benchmarks/watermark-{short}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (ROOT / f"docs/watermark-{short}.svg").write_text(plot(found))
+
+
+class NGram:
+    """Bytes by the five before them."""
+
+    vocabulary, lengths = 256, (50, 100, 150, 200)
+
+    def __init__(self) -> None:
+        self._known, self._held = llmzip._texts(0)
+        self._counts = llmzip._counted(self._known)
+
+    def marked(self, mark: Watermark) -> list[Text]:
+        made: list[Text] = []
+        for place in range(TEXTS):
+            draw = generator(place, "watermark", str(mark.tau))
+            before = list(self._known[place * 1000 : place * 1000 + 10])
+            model = llmzip._NGram(self._counts, 5)
+            probs = model.start(1)
+            for token in before:
+                probs = model.step(torch.tensor([token]))
+            tokens: list[int] = []
+            entropies: list[float] = []
+            while len(tokens) < self.lengths[-1]:
+                entropies.append(float(entropy_of_probs(probs)))
+                scores = mark(torch.tensor([before + tokens]), probs.log())
+                tokens.append(int(torch.multinomial(scores.softmax(-1), 1, generator=draw)))
+                probs = model.step(torch.tensor(tokens[-1:]))
+            alone = self._entropies(tokens)
+            made.append({"tokens": tokens, "prompt": before[-1], "entropies": entropies,
+                         "alone": alone})  # fmt: skip
+        return made
+
+    def human(self) -> list[Text]:
+        length = self.lengths[-1]
+        made: list[Text] = []
+        for start in range(0, 2 * TEXTS * length, length):
+            tokens = list(self._held[start : start + length])
+            made.append({"tokens": tokens, "prompt": 10, "alone": self._entropies(tokens)})
+        return made
+
+    def _entropies(self, tokens: list[int]) -> list[float]:
+        model = llmzip._NGram(self._counts, 5)
+        model.start(1)
+        for token in tokens[:-1]:
+            model.step(torch.tensor([token]))
+        return entropy_of_probs(torch.cat(model.given)).tolist()
+
+
+class Causal:
+    """A causal model by name."""
+
+    lengths = (15, 30, 45, 60)
+
+    def __init__(self, name: str) -> None:
+        self._model, self._tokenizer = load_language_model(name)
+        self.vocabulary = len(self._tokenizer)
+
+    def marked(self, mark: Watermark) -> list[Text]:
+        length, tokenizer = self.lengths[-1], self._tokenizer
+        heads = [head for head, _ in list(heads_and_bodies())[::5] if len(head) <= 300]
+        prompts = [tokenizer.bos_token + head for head in heads[:TEXTS]]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left",
+                          add_special_tokens=False)  # fmt: skip
+        seen: list[torch.Tensor] = []
+
+        def processor(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            seen.append(entropy(scores))  # what the detector finds with the prompt in front
+            return mark(input_ids, scores)
+
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            written = self._model.generate(
+                **batch, do_sample=True, temperature=0.8, top_k=0, min_new_tokens=length,
+                max_new_tokens=length, logits_processor=[processor],
+            )  # fmt: skip
+        return [
+            {"tokens": row[-length:], "prompt": row[-length - 1], "entropies": own,
+             "alone": self._entropies(row[-length:])}
+            for row, own in zip(written.tolist(), torch.stack(seen, 1).tolist(), strict=True)
+        ]  # fmt: skip
+
+    def human(self) -> list[Text]:
+        length, made = self.lengths[-1], {"code": [], "prose": []}
+        bodies = [("code", body) for _, body in list(heads_and_bodies())[2::5]]
+        for kind, text in [*bodies, *(("prose", topics[name]) for name in sorted(topics))]:
+            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+            if len(tokens) == length and len(made[kind]) < TEXTS:
+                made[kind].append({"tokens": tokens, "prompt": self._tokenizer.bos_token_id,
+                                   "alone": self._entropies(tokens)})  # fmt: skip
+        return made["code"] + made["prose"]
+
+    def _entropies(self, tokens: list[int]) -> list[float]:
+        return token_entropies(self._model, [self._tokenizer.bos_token_id, *tokens])[1:]
 
 
 def heads_and_bodies() -> Iterator[tuple[str, str]]:
@@ -82,67 +182,25 @@ def heads_and_bodies() -> Iterator[tuple[str, str]]:
                 )
 
 
-def marked(name: str, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """Texts that the model wrote with the watermark, and the entropies that a detector finds."""
-    heads = [head for head, _ in list(heads_and_bodies())[::5] if len(head) <= 300]
-    prompts = [tokenizer.bos_token + head for head in heads[:TEXTS]]
-    tokenizer.padding_side = "left"
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-    mark = Watermark(vocabulary=len(tokenizer), tau=TAUS[name])
-    seen: list[torch.Tensor] = []
-
-    def processor(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        seen.append(entropy(scores))  # what the detector finds again with the prompt in front
-        return mark(input_ids, scores)
-
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        written = model.generate(
-            **batch, do_sample=True, temperature=0.8, top_k=0, min_new_tokens=LENGTH,
-            max_new_tokens=LENGTH, logits_processor=[processor],
-        )  # fmt: skip
-    made: list[dict[str, Any]] = []
-    for row, own in zip(written.tolist(), torch.stack(seen, 1).tolist(), strict=True):
-        each = {"tokens": row[-LENGTH:], "prompt": row[-LENGTH - 1], "entropies": own}
-        if name == "sweet 0.9":
-            alone = [tokenizer.bos_token_id, *each["tokens"]]
-            each["entropies alone"] = token_entropies(model, alone)[1:]
-        made.append(each)
-    return made
+def p_value(text: Text, mark: Watermark, entropies: str, *, length: int, repeats: bool) -> float:
+    """Of the first tokens of a text; without its prompt the first token has none before it."""
+    known, tokens = text[entropies][:length], text["tokens"][:length]
+    before = [] if entropies == "alone" else [text["prompt"]]
+    found = detect(
+        [*before, *tokens], mark, entropies=[*(0.0 for _ in before), *known],
+        prompt=1, repeats=repeats,
+    )  # fmt: skip
+    return found.p_value
 
 
-def human(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    """Bodies of functions that were not asked for, and passages of Python's help."""
-    bodies = [body for _, body in list(heads_and_bodies())[2::5]]
-    texts = [*bodies, *(topics[name] for name in sorted(topics))]
-    made: list[dict[str, Any]] = []
-    for place, text in enumerate(texts):
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"][:LENGTH]
-        kind = "code" if place < len(bodies) else "prose"
-        if len(tokens) == LENGTH and sum(each["kind"] == kind for each in made) < TEXTS:
-            entropies = token_entropies(model, [tokenizer.bos_token_id, *tokens])[1:]
-            made.append({"tokens": tokens, "entropies": entropies, "kind": kind,
-                         "prompt": tokenizer.bos_token_id})  # fmt: skip
-    return made
-
-
-def p_value(
-    text: dict[str, Any], mark: Watermark, entropies: str, *, length: int, repeats: bool
-) -> float:
-    """Of the first tokens of a text; the token before them is known and not counted."""
-    known = text.get(entropies, [0.0] * LENGTH)[:length]
-    tokens = [text["prompt"], *text["tokens"][:length]]
-    return detect(tokens, mark, entropies=[0.0, *known], prompt=1, repeats=repeats).p_value
-
-
-def false_alarms(texts: list[dict[str, Any]]) -> dict[str, Any]:
+def false_alarms(writer: Writer) -> dict[str, Any]:
     """Share of human texts called watermarked, over five keys, at each level."""
-    found: dict[str, Any] = {}
+    texts, found = writer.human(), {}
     for name, tau in TAUS.items():
         for repeats in (True, False):
             p = [
-                p_value(text, Watermark(vocabulary=262144, tau=tau, key=key), "entropies",
-                        length=LENGTH, repeats=repeats)
+                p_value(text, Watermark(vocabulary=writer.vocabulary, tau=tau, key=key), "alone",
+                        length=writer.lengths[-1], repeats=repeats)
                 for key in KEYS for text in texts
             ]  # fmt: skip
             rates = {str(level): fmean(value < level for value in p) for level in LEVELS}
@@ -151,19 +209,15 @@ def false_alarms(texts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def power(
-    texts: list[dict[str, Any]], tau: float | None, entropies: str = "entropies"
+    texts: list[Text], mark: Watermark, lengths: Sequence[int], entropies: str = "entropies"
 ) -> dict[str, Any]:
-    """Share of watermarked texts that are found at level 0.01, by length; and tokens that counted."""
-    mark = Watermark(vocabulary=262144, tau=tau)
-    found: dict[str, Any] = {
+    """Share of watermarked texts that are found at level 0.01, by length; a pair counts once."""
+    return {
         str(length): fmean(
             p_value(text, mark, entropies, length=length, repeats=False) < 0.01 for text in texts
         )
-        for length in LENGTHS
+        for length in lengths
     }
-    if tau is not None:
-        found["share scored"] = fmean(h > tau for text in texts for h in text[entropies])
-    return found
 
 
 def plot(found: dict[str, Any]) -> str:
@@ -171,37 +225,38 @@ def plot(found: dict[str, Any]) -> str:
     colours = {"plain": "#888888", "sweet 0.6": "#e07b39", "sweet 0.9": "#3a86c8",
                "sweet 1.2": "#4fa35a"}  # fmt: skip
     wide, high, left, top = 460, 240, 60, 20
+    lengths = found["lengths"]
 
     def at(length: float, share: float) -> str:
-        return f"{left + (length - LENGTHS[0]) / (LENGTH - LENGTHS[0]) * wide:.1f},{top + (1 - share) * high:.1f}"
+        return f"{left + (length - lengths[0]) / (lengths[-1] - lengths[0]) * wide:.1f},{top + (1 - share) * high:.1f}"
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide + 130} {high + 80}" '
         'font-family="sans-serif" font-size="13" fill="#888888">'
     ]
     for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = at(LENGTHS[0], share).split(",")
+        x, y = at(lengths[0], share).split(",")
         parts.append(
             f'<path d="M{x},{y}h{wide}" stroke="#888888" stroke-opacity=".3"/>'
             f'<text x="{left - 8}" y="{float(y) + 4}" text-anchor="end">{share:.0%}</text>'
         )
-    for length in LENGTHS:
+    for length in lengths:
         x = at(length, 0).split(",")[0]
         parts.append(f'<text x="{x}" y="{top + high + 20}" text-anchor="middle">{length}</text>')
     parts.append(
         f'<text x="{left + wide / 2}" y="{top + high + 44}" text-anchor="middle">'
         "tokens of text</text>"
     )
-    ends = sorted(TAUS, key=lambda name: found["power"][name][str(LENGTH)])
-    place = {name: min(1.0, max(found["power"][name][str(LENGTH)], 0.0)) for name in ends}
+    ends = sorted(TAUS, key=lambda name: found["power"][name][str(lengths[-1])])
+    place = {name: min(1.0, max(found["power"][name][str(lengths[-1])], 0.0)) for name in ends}
     lowest = -1.0
     for name in ends:  # names stand at the ends of their lines, apart from each other
         lowest = max(place[name], lowest + 0.075)
         place[name] = lowest
     shift = max(0.0, lowest - 1.05)
     for name in TAUS:
-        points = " ".join(at(n, found["power"][name][str(n)]) for n in LENGTHS)
-        y = float(at(LENGTH, place[name] - shift).split(",")[1]) + 4
+        points = " ".join(at(n, found["power"][name][str(n)]) for n in lengths)
+        y = float(at(lengths[-1], place[name] - shift).split(",")[1]) + 4
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colours[name]}" stroke-width="2.5"/>'
             f'<text x="{left + wide + 10}" y="{y:.1f}" fill="{colours[name]}">{name}</text>'

@@ -8,12 +8,12 @@ from testtime.decode.pairwise import PairwiseJudge
 from testtime.decode.ranking import rank
 
 PASSAGES = ["a", "bc", "a longer one", "x", "why", "{braces}"]
-PROMPT = "{{query}|{first}|{second}>"
+PROMPT = "{query}|{first}|{second}>"
 
 
 def alone(model, tokenizer, first, second):
     """Whether the first passage is preferred, from one prompt without padding."""
-    ids = torch.tensor([tokenizer(f"{{q|{PASSAGES[first]}|{PASSAGES[second]}>")["input_ids"]])
+    ids = torch.tensor([tokenizer(f"q|{PASSAGES[first]}|{PASSAGES[second]}>")["input_ids"]])
     with torch.no_grad():
         logits = model(ids).logits[0, -1]
     y, n = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("y", "n"))
@@ -31,6 +31,8 @@ def test_answers_of_a_padded_batch_are_those_of_single_prompts_in_both_orders(mo
         assert answer == -found[pairs.index((b, a))]
     assert set(found) > {0}
     assert judge([]) == []
+    braces = PairwiseJudge(model, tokenizer, "q", PASSAGES, prompt="{" + PROMPT, answers=("y", "n"))
+    assert set(braces(pairs)) <= {-1, 0, 1}  # a brace of a prompt's own is no place to fill
 
 
 def test_ranking_asks_the_model_once_for_each_inference(llama, tokenizer):
