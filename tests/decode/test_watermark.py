@@ -10,12 +10,14 @@ from scipy.stats import norm
 
 from reference import codes as reference
 from testtime._core.errors import InputError, OptionError
+from testtime.decode.api import generate
+from testtime.decode.decoding import Decoding
+from testtime.decode.methods.classical import heated
 from testtime.decode.watermark import (
     Watermark,
     detect,
     detect_text,
     token_entropies,
-    write_marked,
     z_score,
 )
 from toys import ToyModel
@@ -233,13 +235,8 @@ def test_generation_with_left_padding_is_marked_and_found(model, tokenizer, tau)
         assert detect(row[start:], wrong, entropies=entropies, prompt=counted).p_value > 1e-3
 
 
-def test_a_text_in_words_is_marked_and_found_again_without_the_prompt(llama, tokenizer):
-    mark = Watermark(vocabulary=len(tokenizer), tau=1.0, delta=8.0)
-    state = torch.random.get_rng_state()
-    text = write_marked("abc", llama, tokenizer, mark, tokens=90)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert text == write_marked("abc", llama, tokenizer, mark, tokens=90)
-    assert text != write_marked("abc", llama, tokenizer, mark, tokens=90, seed=1)
+def test_a_text_in_words_is_counted_as_its_tokens_are_with_or_without_the_prompt(llama, tokenizer):
+    mark = Watermark(vocabulary=len(tokenizer), tau=1.0)
     words = "a text in words, longer than the prompt"
     tokens = tokenizer(words, add_special_tokens=False)["input_ids"]
     for prompt, known in (("", 2), ("xyz", 4)):
@@ -247,7 +244,17 @@ def test_a_text_in_words_is_marked_and_found_again_without_the_prompt(llama, tok
         expected = detect(ids, mark, entropies=token_entropies(llama, ids), prompt=known,
                           repeats=False)  # fmt: skip
         assert detect_text(words, llama, tokenizer, mark, prompt=prompt) == expected
-    with pytest.raises(InputError, match="prompt is empty"):
-        write_marked("", llama, tokenizer, mark)
     with pytest.raises(InputError, match="text is empty"):
         detect_text("", llama, tokenizer, mark)
+
+
+def test_our_own_generation_takes_it_as_its_first_step(llama, tokenizer):
+    mark = Watermark(vocabulary=len(tokenizer), tau=1.0, delta=8.0)
+    method = Decoding(steps=(mark, *heated(0.8)))
+    found = generate(llama, tokenizer, ["ab", "a longer prompt"], method, max_new_tokens=80)
+    for prompt, text in zip(("ab", "a longer prompt"), found, strict=True):
+        before = tokenizer(prompt)["input_ids"]
+        tokens = [*before, *text.tokens]
+        entropies = token_entropies(llama, tokens)
+        assert detect(tokens, mark, entropies=entropies, prompt=len(before)).p_value < 1e-4
+    assert str(found[0]) == str(generate(llama, tokenizer, "ab", method, max_new_tokens=80))

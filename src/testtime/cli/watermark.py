@@ -78,7 +78,10 @@ def generate(
 
     Example: testtime watermark generate "def mean(values):" > answer.txt
     """
-    from testtime.decode.watermark import Watermark, write_marked  # noqa: PLC0415
+    from testtime.decode.api import generate as run  # noqa: PLC0415
+    from testtime.decode.decoding import Decoding  # noqa: PLC0415
+    from testtime.decode.methods.classical import heated  # noqa: PLC0415
+    from testtime.decode.watermark import Watermark  # noqa: PLC0415
 
     with progress() as bar:
         loaded, tokenizer = load(model, bar)
@@ -87,10 +90,9 @@ def generate(
             tau=None if plain else tau, key=key,
         )  # fmt: skip
         bar.add_task("write", total=None)
-        text = write_marked(
-            prompt, loaded, tokenizer, mark, tokens=tokens, temperature=temperature, seed=seed
-        )
-    sys.stdout.write(text + "\n")
+        method = Decoding(steps=(mark, *heated(temperature)))
+        text = run(loaded, tokenizer, prompt, method, max_new_tokens=tokens, seed=seed)
+    sys.stdout.write(f"{text}\n")
 
 
 def _text(file: Path) -> str:

@@ -36,8 +36,9 @@ KEY = 15485863
 class Watermark:
     """A logits processor for `generate` that marks what it lets the model write.
 
-    Pass it as `logits_processor=[watermark]`: it then sees the scores before temperature and
-    truncation, as in the paper's code. Prompts in a batch must be padded at the left.
+    Pass it as `logits_processor=[watermark]` to transformers, or as the first step of a `Decoding`
+    to `decode.api.generate`: it then sees the scores before temperature and truncation, as in the
+    paper's code. Prompts in a batch must be padded at the left.
 
     Args:
         vocabulary: size of the tokenizer, `len(tokenizer)`; scores beyond it, where a model pads
@@ -283,46 +284,6 @@ def detect_text(
     )
     known = 1 + len(before) if before else 2
     return detect(tokens, watermark, entropies=entropies, prompt=known, repeats=repeats)
-
-
-def write_marked(
-    prompt: str,
-    model: Any,
-    tokenizer: Any,
-    watermark: Watermark,
-    *,
-    tokens: int = 200,
-    temperature: float = 0.8,
-    seed: int = 0,
-) -> str:
-    """What a model samples after a prompt, with the watermark in it.
-
-    Args:
-        prompt: not empty.
-        model: a Hugging Face causal model.
-        tokenizer: its tokenizer.
-        watermark: what to mark it with.
-        tokens: how many are written at most.
-        temperature: of sampling, after the mark was set.
-        seed: of sampling; the global generator is as it was afterwards.
-
-    Raises:
-        InputError: the prompt is empty, or the tokenizer is not the model's.
-
-    Reference: Lee et al., ACL 2024.
-    """
-    check_pair(model, tokenizer)
-    before = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-    if not before:
-        raise InputError("the prompt is empty; give the model something to go on from")
-    ids = torch.tensor([[start_token(tokenizer), *before]], device=next(model.parameters()).device)
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        written = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=temperature,
-            top_k=0, max_new_tokens=tokens, logits_processor=[watermark],
-        )  # fmt: skip
-    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def z_score(green: int, scored: int, *, gamma: float) -> float:
