@@ -1,7 +1,7 @@
 """A text that the model cannot have read, compressed with it and with the usual compressors.
 
-    python benchmarks/compression.py                   all parts, some minutes on one core
-    python benchmarks/compression.py --part encode     one of encode, decode, bound
+    python benchmarks/compression.py                        all parts, some minutes on one core
+    python benchmarks/compression.py --parts encode,decode  these, of encode, decode and bound
 
 The text is the first pages of this documentation as they are at the time; its SHA-256 is written down.
 `encode` and `decode` make a real file and read it again; `bound` asks for the model's own bits on
@@ -37,7 +37,7 @@ PARTS = ("encode", "decode", "bound")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="gemma:270m")
-    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--characters", type=int, default=2400, help="of the file")
     parser.add_argument("--lanes", type=int, default=4)
     parser.add_argument("--work", default=Path(tempfile.gettempdir()) / "testtime-compression")
@@ -49,7 +49,7 @@ def main() -> None:
     model, tokenizer = load_language_model(args.model)
     found = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
     found |= {"model": args.model, "machine": describe_machine(torch.device("cpu"))}
-    for part in [args.part] if args.part else PARTS:
+    for part in args.parts.split(","):
         began = time.process_time()
         if part == "encode":
             made = compress(text.encode(), model, tokenizer, lanes=args.lanes)
