@@ -113,6 +113,16 @@ def test_a_stage_scores_afresh_where_its_question_is_another():
     assert found.spent.verifier_calls == 3
     assert again.spent.verifier_calls == 1
 
+    class Judge:
+        def verify(self, paths):
+            return total(paths)
+
+    own = Judge()  # each look-up of a method makes another object of it
+    last = tree_of_frames(
+        frames(1), own.verify, units=2, branches=(8,), stages={1: (own.verify, at_least_median)}
+    )
+    assert last.spent.verifier_calls == 1
+
 
 def scored(*scores):
     return [Path(score=s) for s in scores]

@@ -98,7 +98,23 @@ def test_a_reply_as_asked_for_is_read_whole(level):
     assert (found.knowledge, found.reasoning, found.steps) == (False, True, "medium")
 
 
-@pytest.mark.parametrize("reply", ["", "no idea", "complexity: 7\nlevel: doctor\nsteps: many"])
+@pytest.mark.parametrize(
+    ("said", "read"), [(".5", 0.5), ("0", 0.0), ("1.0", 1.0), ("**0.3** (easy)", 0.3)]
+)
+def test_complexity_is_read_as_it_is_written(said, read):
+    assert read_rating(f"complexity: {said}").complexity == read
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "no idea",
+        "complexity: 7\nlevel: doctor\nsteps: many",
+        "complexity: -0.5\nlevel:",
+        "complexity: 50%",
+    ],
+)
 def test_what_a_reply_does_not_say_is_none(reply):
     assert set(vars(read_rating(reply)).values()) == {None}
 
@@ -131,6 +147,11 @@ def test_bad_calls_are_refused():
         answer_entropy(logits, answer, aggregate="median")
     with pytest.raises(InputError, match=r"bool \(n,\)"):
         error_prediction(torch.zeros(2), torch.zeros(2))
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(InputError, match="NaN"):
+            answer_entropy(torch.full((1, 3, 4), bad), answer)
+    with pytest.raises(InputError, match="called 'all'"):
+        error_prediction(torch.zeros(2), torch.tensor([True, False]), ["all", "b"])
     with pytest.raises(InputError, match="1 groups for 2"):
         error_prediction(torch.zeros(2), torch.tensor([True, False]), ["a"])
     with pytest.raises(InputError, match="NaN"):

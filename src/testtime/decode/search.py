@@ -185,11 +185,11 @@ def tree_search(
         whole(1, branches=width)
         pool = _grown(pool, extend, width, spent)
         for judge, keep in stages(level):
-            pool = list(keep(_scored(pool, judge, spent, afresh=scored_by is not judge)))
+            pool = list(keep(_scored(pool, judge, spent, afresh=scored_by != judge)))
             scored_by = judge
             if not pool:
                 raise InputError("the rule of a stage kept no path; expected at least one.")
-    pool = _scored(pool, verify, spent, afresh=scored_by is not verify)
+    pool = _scored(pool, verify, spent, afresh=scored_by != verify)
     return Found(choose(pool, answer), tuple(pool), spent)
 
 

@@ -50,8 +50,8 @@ def answer_entropy(
         after: take the distributions after the answer's tokens instead, as the released code does.
 
     Raises:
-        InputError: shapes that do not fit, a row without an answer, or an answer that begins with
-            the first token, which nothing predicts.
+        InputError: shapes that do not fit, a row without an answer, an answer that begins with the
+            first token, which nothing predicts, or logits without a softmax.
         OptionError: an unknown aggregate.
 
     Example:
@@ -74,6 +74,11 @@ def answer_entropy(
         )
     entropies = entropy(logits)
     own = answer if after else answer.roll(-1, 1)
+    if bool(entropies[own].isnan().any()):
+        raise InputError(
+            "logits of an answer hold NaN, +inf, or a row of nothing but -inf; expected numbers. "
+            "Check the model's weights and its precision."
+        )
     if aggregate == "max":
         return entropies.masked_fill(~own, -math.inf).amax(1)
     total = entropies.masked_fill(~own, 0).sum(1)
@@ -130,11 +135,13 @@ def read_rating(reply: str) -> Rating:
     """
 
     def said(name: str) -> str:
-        found = re.search(rf"^\W*{name}\W*:\W*(.*?)\W*$", reply, re.IGNORECASE | re.MULTILINE)
+        # a list, emphasis or quotes may stand around what is said
+        line = rf"^[^\w\n]*{name}[\s*_]*:[\s*_'\"`]*(.*?)[\s*_'\"`.,;]*$"
+        found = re.search(line, reply, re.IGNORECASE | re.MULTILINE)
         return found.group(1).casefold() if found else ""
 
-    number = re.match(r"\d+(\.\d+)?", said("complexity"))
-    complexity = float(number.group()) if number and float(number.group()) <= 1 else None
+    number = re.match(r"(\d*\.?\d+)(?![\w%/.])", said("complexity"))
+    complexity = float(number.group(1)) if number and float(number.group(1)) <= 1 else None
     truth = {"yes": True, "no": False}
     steps = said("steps") if said("steps") in ("low", "medium", "high") else None
     return Rating(
@@ -202,7 +209,7 @@ def error_prediction(
         least: questions that a group needs to be listed; 10 (code).
 
     Raises:
-        InputError: shapes that do not fit, or NaN among the scores.
+        InputError: shapes that do not fit, NaN among the scores, or a group called "all".
 
     Example:
         >>> score = torch.tensor([0.1, 0.9, 0.8, 0.2])
@@ -220,6 +227,8 @@ def error_prediction(
         )
     if groups is not None and len(groups) != len(score):
         raise InputError(f"{len(groups)} groups for {len(score)} questions; expected one each.")
+    if "all" in (groups or ()):
+        raise InputError("a group is called 'all', as the whole is; expected another name.")
     found = {"all": _worth(score, wrong)}
     for group in dict.fromkeys(groups or ()):
         own = torch.tensor([each == group for each in groups or ()], device=score.device)

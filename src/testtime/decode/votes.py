@@ -150,12 +150,22 @@ def normalised(text: str) -> str:
         >>> [normalised(text) for text in (r"so \boxed{1,200.0}", " $1200$. ", "Paris.", "3/6")]
         ['1200', '1200', 'paris', '1/2']
     """
-    boxed = re.findall(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}", text)
-    text = " ".join((boxed[-1] if boxed else text).replace("$", " ").split())
+    text = " ".join(_boxed(text).replace("$", " ").split())
     text = text.rstrip(".").strip().casefold()
     number = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text).replace(" / ", "/")
     plain = re.fullmatch(r"[-+]?\d{1,99}(\.\d{1,99})?|[-+]?\d{1,99}/0*[1-9]\d{0,98}", number)
     return str(Fraction(number)) if plain else text
+
+
+def _boxed(text: str) -> str:
+    """What stands in the braces of the last box that is closed, else the text."""
+    for start in reversed([found.end() for found in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start:end]
+    return text
 
 
 def _groups(answers: Sequence[A | None]) -> dict[A, list[int]]:
