@@ -1,0 +1,1 @@
+"""Entropy and mutual information of continuous variables, estimated from samples."""

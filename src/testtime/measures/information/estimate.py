@@ -1,0 +1,118 @@
+"""What every estimator takes and answers: samples in, a value with its standard error out."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from testtime._core.errors import InputError
+
+Estimator = Callable[[Tensor, Tensor], "Estimate"]
+"""A function of paired samples x and y: an estimator of mutual information, options set."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate from samples.
+
+    Attributes:
+        value: the estimate, in nats.
+        standard_error: of the value over draws of the samples it was evaluated on. What the choice
+            of neighbours or the training of a network adds, bias above all, is not in it.
+        trace: the objective during training, one number for each step, where it was asked for.
+
+    Example:
+        >>> Estimate(0.5, 0.01)
+        Estimate(value=0.5, standard_error=0.01, trace=())
+    """
+
+    value: float
+    standard_error: float
+    trace: tuple[float, ...] = ()
+
+    def __float__(self) -> float:
+        """The value."""
+        return self.value
+
+
+def mean_estimate(terms: Tensor, trace: tuple[float, ...] = ()) -> Estimate:
+    """The mean of terms that count as independent, and its standard error.
+
+    Example:
+        >>> mean_estimate(torch.tensor([1.0, 3.0]))
+        Estimate(value=2.0, standard_error=1.0, trace=())
+    """
+    error = float(terms.std()) / math.sqrt(len(terms)) if len(terms) > 1 else math.inf
+    return Estimate(float(terms.mean()), error, trace)
+
+
+def checked(samples: Tensor, name: str, *, least: int = 2) -> Tensor:
+    """Samples as (n, d) in float64, apart from the caller's graph; (n,) counts as one coordinate.
+
+    Raises:
+        InputError: for another shape, for fewer than `least` samples, for NaN or infinity.
+
+    Example:
+        >>> checked(torch.arange(3), "x").shape
+        torch.Size([3, 1])
+    """
+    if samples.ndim not in (1, 2) or samples.numel() == 0 or samples.is_complex():
+        raise InputError(
+            f"{name} has the shape {tuple(samples.shape)} and the type {samples.dtype}; expected "
+            "real samples as (n, d), or (n,) for one coordinate. Flatten what one sample is."
+        )
+    if len(samples) < least:
+        raise InputError(f"{name} has {len(samples)} samples; this needs at least {least}.")
+    samples = samples.detach().reshape(len(samples), -1).to(torch.float64, copy=True)
+    if not samples.isfinite().all():
+        row = int((~samples.isfinite()).any(1).nonzero()[0])
+        raise InputError(
+            f"{name} holds NaN or infinity, first in sample {row}; expected finite numbers. Leave "
+            "such samples out, in both variables."
+        )
+    return samples
+
+
+def paired(x: Tensor, y: Tensor, *, least: int = 2) -> tuple[Tensor, Tensor]:
+    """Both variables as `checked`, of one length.
+
+    Raises:
+        InputError: as `checked`, and for lengths or devices that differ.
+
+    Example:
+        >>> x, y = paired(torch.arange(3), torch.ones(3, 2))
+        >>> x.dtype, y.shape
+        (torch.float64, torch.Size([3, 2]))
+    """
+    x, y = checked(x, "x", least=least), checked(y, "y", least=least)
+    if len(x) != len(y) or x.device != y.device:
+        raise InputError(
+            f"x has {len(x)} samples on {x.device} and y {len(y)} on {y.device}; expected pairs "
+            "(x_i, y_i): as many of each, on one device."
+        )
+    return x, y
+
+
+def constant(x: Tensor) -> bool:
+    """Whether all samples are the same: such a variable tells nothing.
+
+    Example:
+        >>> constant(torch.ones(3, 2))
+        True
+    """
+    return bool((x == x[0]).all())
+
+
+def standardised(x: Tensor) -> Tensor:
+    """Each coordinate with mean 0 and standard deviation 1, in float32; constant ones become 0.
+
+    Example:
+        >>> standardised(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+        tensor([[-0.7071,  0.0000],
+                [ 0.7071,  0.0000]])
+    """
+    scale = x.std(0)
+    varies = scale > 1e-12 * x.abs().amax(0)
+    return torch.where(varies, (x - x.mean(0)) / torch.where(varies, scale, 1), 0).float()
