@@ -1,0 +1,57 @@
+"""The small checks of the papers on measures: their plumbing on tiny sizes, and their thresholds."""
+
+import inspect
+import math
+
+import pytest
+
+from testtime._core.registry import entries
+from testtime.papers.catalogue import catalogue
+
+MEASURES = {record.slug for record in catalogue() if record.family == "measure" and record.check}
+CHECKS = {e.paper: e for e in entries("check").values() if e.paper in MEASURES}
+TINY = {"SAMPLES": 64, "STEPS": 3, "ROUNDS": 3}
+
+# numbers for which the claim just holds, and changes of one or two of them for which it does not
+EDGES = {
+    "mine": (
+        {"gaussian, 0.0 nats": 0.03, "gaussian, 0.5 nats": 0.46, "gaussian, 1.5 nats": 1.64,
+         "cubed, 0.5 nats": 0.40},
+        [{"gaussian, 0.0 nats": -0.031}, {"gaussian, 0.5 nats": 0.44}, {"gaussian, 1.5 nats": 1.66},
+         {"cubed, 0.5 nats": 0.38}],
+    ),
+    "smile": (
+        {f"{name}, deviation at {t} nats": value for t in (2, 6, 10)
+         for name, value in (("NWJ", 0.4 if t == 2 else 2.1), ("DV", 0.4), ("SMILE 5", 0.3), ("SMILE 1", 0.2))}
+        | {f"InfoNCE, largest at {t} nats": 4.15 for t in (2, 6, 10)},
+        [{"NWJ, deviation at 10 nats": 2.0}, {"DV, deviation at 6 nats": 0.3},
+         {"SMILE 1, deviation at 10 nats": 0.3}, {"InfoNCE, largest at 2 nats": 4.16}],
+    ),
+}  # fmt: skip
+
+
+def test_every_check_has_edges():
+    assert set(CHECKS) == set(EDGES)
+
+
+@pytest.mark.parametrize("slug", CHECKS)
+def test_a_check_gives_the_numbers_that_its_claim_reads(slug, monkeypatch):
+    module = inspect.getmodule(CHECKS[slug].factory)
+    for name, value in TINY.items():
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, value)
+    found = CHECKS[slug].factory(seeds=(3,))
+    assert (found.slug, found.seeds) == (slug, [3])
+    assert set(EDGES[slug][0]) <= set(found.numbers)
+    for name, values in found.numbers.items():
+        assert len(values) == 1
+        assert math.isfinite(values[0]), name
+
+
+@pytest.mark.parametrize("slug", CHECKS)
+def test_a_claim_holds_up_to_its_thresholds(slug):
+    holds = vars(inspect.getmodule(CHECKS[slug].factory))["holds"]
+    numbers, changes = EDGES[slug]
+    assert holds(numbers)
+    for change in changes:
+        assert not holds(numbers | change), change
