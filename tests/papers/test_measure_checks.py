@@ -10,7 +10,7 @@ from testtime.papers.catalogue import catalogue
 
 MEASURES = {record.slug for record in catalogue() if record.family == "measure" and record.check}
 CHECKS = {e.paper: e for e in entries("check").values() if e.paper in MEASURES}
-TINY = {"SAMPLES": 64, "STEPS": 3, "ROUNDS": 3}
+TINY = {"SAMPLES": 64, "STEPS": 3, "ROUNDS": 3, "SHAPE": (64, 128), "EPOCHS": 1}
 
 # numbers for which the claim just holds, and changes of one or two of them for which it does not
 EDGES = {
@@ -26,6 +26,22 @@ EDGES = {
         | {f"InfoNCE, largest at {t} nats": 4.15 for t in (2, 6, 10)},
         [{"NWJ, deviation at 10 nats": 2.0}, {"DV, deviation at 6 nats": 0.3},
          {"SMILE 1, deviation at 10 nats": 0.3}, {"InfoNCE, largest at 2 nats": 4.16}],
+    ),
+    "matrix-nuclear-norm": (
+        {"times faster than entropy": 10.0}
+        | {f"{n} clusters, {norm}": 20.0 + n for n in (4, 16, 64, 256)
+           for norm in ("matrix nuclear-norm", "nuclear norm")}
+        | {f"rank {r}, matrix nuclear-norm": 200 + r / 5 for r in (1, 4, 16, 64, 256)}
+        | {f"rank {r}, nuclear norm": 15.0 + r for r in (1, 4, 16, 64, 256)},
+        [{"times faster than entropy": 9.9}, {"16 clusters, matrix nuclear-norm": 23.0},
+         {"64 clusters, nuclear norm": 84.1}, {"rank 256, matrix nuclear-norm": 261.0},
+         {"rank 64, nuclear norm": 30.0}],
+    ),
+    "cs-ib": (
+        {"squared, clean": 1.0, "squared, attacked": 2.0}
+        | {f"{name}, {what}": value for name in ("divergence", "bottleneck")
+           for what, value in (("clean", 0.84), ("attacked", 1.69))},
+        [{"divergence, clean": 0.85}, {"bottleneck, attacked": 1.7}],
     ),
 }  # fmt: skip
 
