@@ -43,6 +43,13 @@ EDGES = {
            for what, value in (("clean", 0.84), ("attacked", 1.69))},
         [{"divergence, clean": 0.85}, {"bottleneck, attacked": 1.7}],
     ),
+    "reparam-rejection": (
+        {f"shape {a}, {what}": value for a in (1, 2, 5, 20)
+         for what, value in (("raised by 0, standard errors off", 4.0), ("score, variance", 10.0),
+                             ("raised by 1, standard errors off", 4.0), ("raised by 1, variance", 3.9))},
+        [{"shape 1, raised by 0, standard errors off": 4.1}, {"shape 5, raised by 1, variance": 4.0},
+         {"shape 20, raised by 1, standard errors off": 4.1}],
+    ),
 }  # fmt: skip
 
 

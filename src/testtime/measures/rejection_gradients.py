@@ -1,0 +1,203 @@
+"""Gradients through rejection samplers (RSVI): gamma, beta, Dirichlet, Student.
+
+    z = h(e, theta) of noise e that the sampler accepted; e is a constant from then on
+
+    grad E f(z) = E[ f'(z) dh/dtheta ]                          the pathwise part
+                + E[ f(z) d/dtheta ln( q(h) / r(h) ) ]          the correction
+
+Gamma of shape a >= 1 and rate 1, after Marsaglia and Tsang, e from a standard normal:
+
+    b = a - 1/3,  c = 1 / sqrt(9 b),  v = 1 + c e,  h = b v^3
+    dh/da     = v^3 - 13.5 e b v^2 c^3
+    d ln r/da = -0.5 / b + 9 e c^3 / v                          (r: density of the proposal at h)
+    d ln q/da = ln h + (a - 1) (dh/da) / h - dh/da - digamma(a)
+    correction = f (d ln q/da - d ln r/da)
+
+Any gamma sampler serves: e = sqrt(9 a - 3) ( (z / b)^(1/3) - 1 ) is recovered from its output.
+Shapes are raised by B first: z = z' prod_i u_i^(1 / (a + i - 1)) of z' from shape a + B, which makes
+the correction small and shapes below 1 possible.
+"""
+
+# torch leaves some types open
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from testtime._core.errors import InputError
+from testtime._core.options import whole
+
+
+class Draw(NamedTuple):
+    """A sample and what its gradient needs.
+
+    `surrogate` (below) makes a loss of them. Both are differentiable in the parameters.
+
+    Attributes:
+        sample: z, with the pathwise gradient.
+        log_ratio: ln(q / r) of the accepted noise, summed over what belongs to one sample. Its
+            value means nothing, its gradient is the correction.
+    """
+
+    sample: Tensor
+    log_ratio: Tensor
+
+
+def surrogate(values: Tensor, draw: Draw) -> Tensor:
+    """Values f(z) whose gradient is an unbiased one of E f(z): both parts.
+
+    Args:
+        values: f(z) of `draw.sample`, of the shape of `draw.log_ratio`.
+        draw: the samples.
+
+    Raises:
+        InputError: for values of another shape.
+
+    Example:
+        >>> shape = torch.full((20_000,), 2.0, dtype=torch.float64, requires_grad=True)
+        >>> draw = gamma(shape, generator=torch.Generator().manual_seed(0))
+        >>> surrogate((draw.sample - 3) ** 2, draw).sum().backward()
+        >>> round(float(shape.grad.mean()))  # d/da E (z - 3)^2 = 2 a - 5
+        -1
+
+    Reference: Naesseth et al., Reparameterization Gradients through Acceptance-Rejection Sampling
+        Algorithms, AISTATS 2017.
+    """
+    if values.shape != draw.log_ratio.shape:
+        raise InputError(
+            f"values have the shape {tuple(values.shape)}; expected {tuple(draw.log_ratio.shape)}, "
+            "one for each sample"
+        )
+    return values + values.detach() * (draw.log_ratio - draw.log_ratio.detach())
+
+
+def gamma(shape: Tensor, *, generator: torch.Generator, raised: int = 1) -> Draw:
+    """Samples of Gamma(shape, 1); divide by a rate.
+
+    Args:
+        shape: any shape, positive; on the device of the generator.
+        generator: of the samples.
+        raised: B, 1; more shrinks the correction. 0 needs shapes of at least 1.
+
+    Raises:
+        InputError: for shapes that are not positive or not finite, or below 1 where B is 0.
+        OptionError: for a negative B.
+
+    Example:
+        >>> gamma(torch.ones(3, 2), generator=torch.Generator().manual_seed(0)).log_ratio.shape
+        torch.Size([3, 2])
+
+    Reference: Naesseth et al., AISTATS 2017; Marsaglia, Tsang, A Simple Method for Generating Gamma
+        Variables, 2000.
+    """
+    whole(0, raised=raised)
+    _positive(shape, "shape", least=0.0 if raised else 1.0)
+    a = shape + raised
+    sample, log_ratio = gamma_from_noise(a, accepted_noise(a.detach(), generator))
+    for i in range(raised):
+        u = torch.rand(shape.shape, generator=generator, dtype=a.dtype, device=a.device)
+        # 1 - u is in (0, 1], so that its logarithm is finite
+        sample = sample * ((1 - u).log() / (shape + i)).exp()
+    return Draw(sample, log_ratio)
+
+
+def beta(first: Tensor, second: Tensor, *, generator: torch.Generator, raised: int = 1) -> Draw:
+    """Samples of Beta(first, second), as a share of two gammas. Options as `gamma`.
+
+    Example:
+        >>> draw = beta(torch.ones(4), torch.ones(4), generator=torch.Generator().manual_seed(0))
+        >>> bool(((draw.sample > 0) & (draw.sample < 1)).all())
+        True
+    """
+    both = dirichlet(torch.stack([first, second], -1), generator=generator, raised=raised)
+    return Draw(both.sample[..., 0], both.log_ratio)
+
+
+def dirichlet(concentration: Tensor, *, generator: torch.Generator, raised: int = 1) -> Draw:
+    """Samples of Dirichlet(concentration): gammas by their sum. Options as `gamma`.
+
+    Args:
+        concentration: (*batch, k), positive.
+        generator: of the samples.
+        raised: B.
+
+    Example:
+        >>> draw = dirichlet(torch.ones(4, 3), generator=torch.Generator().manual_seed(0))
+        >>> draw.sample.sum(-1), draw.log_ratio.shape
+        (tensor([1.0000, 1.0000, 1.0000, 1.0000]), torch.Size([4]))
+    """
+    draw = gamma(concentration, generator=generator, raised=raised)
+    return Draw(draw.sample / draw.sample.sum(-1, keepdim=True), draw.log_ratio.sum(-1))
+
+
+def student(freedom: Tensor, *, generator: torch.Generator, raised: int = 1) -> Draw:
+    """Samples of Student's t: normal / sqrt( gamma(freedom / 2) / (freedom / 2) ). As `gamma`.
+
+    Example:
+        >>> student(torch.full((3,), 5.0), generator=torch.Generator().manual_seed(0)).sample.shape
+        torch.Size([3])
+    """
+    draw = gamma(freedom / 2, generator=generator, raised=raised)
+    noise = torch.randn(freedom.shape, generator=generator, dtype=draw.sample.dtype, device=freedom.device)  # fmt: skip
+    return Draw(noise * (freedom / (2 * draw.sample)).sqrt(), draw.log_ratio)
+
+
+def accepted_noise(shape: Tensor, generator: torch.Generator) -> Tensor:
+    """Noise that the sampler of Marsaglia and Tsang accepts, for shapes of at least 1.
+
+    Example:
+        >>> accepted_noise(torch.full((5,), 2.0), torch.Generator().manual_seed(0)).shape
+        torch.Size([5])
+    """
+    b = shape - 1 / 3
+    c = (9 * b).rsqrt()
+    noise, open_ = torch.zeros_like(shape), torch.ones_like(shape, dtype=torch.bool)
+    while open_.any():  # each round accepts more than 95 %
+        e = torch.randn(shape.shape, generator=generator, dtype=shape.dtype, device=shape.device)
+        u = torch.rand(shape.shape, generator=generator, dtype=shape.dtype, device=shape.device)
+        v = (1 + c * e) ** 3
+        within = u.log() < 0.5 * e**2 + b * (1 - v + v.clamp(min=1e-30).log())
+        now = open_ & (v > 0) & within
+        noise, open_ = torch.where(now, e, noise), open_ & ~now
+    return noise
+
+
+def gamma_from_noise(shape: Tensor, noise: Tensor) -> Draw:
+    """h and ln(q / r) of accepted noise; shapes of at least 1.
+
+        ln q = (a - 1) ln h - h - ln Gamma(a),   ln r = ln s(e) - ln |dh/de|,   dh/de = 3 b c v^2
+
+    Example:
+        >>> gamma_from_noise(torch.tensor(4 / 3), torch.tensor(0.0)).sample
+        tensor(1.0000)
+    """
+    b = shape - 1 / 3
+    c = (9 * b).rsqrt()
+    v = 1 + c * noise
+    sample = b * v**3
+    log_q = (shape - 1) * sample.log() - sample - shape.lgamma()
+    log_r = -0.5 * noise**2 - (3 * b * c * v**2).log() - 0.5 * math.log(2 * math.pi)
+    return Draw(sample, log_q - log_r)
+
+
+def noise_of_gamma(sample: Tensor, shape: Tensor) -> Tensor:
+    """The noise that the output of any sampler of Gamma(shape >= 1, 1) stands for.
+
+    Example:
+        >>> noise_of_gamma(torch.tensor(5.0), torch.tensor(5 + 1 / 3))
+        tensor(0.)
+    """
+    return (9 * shape - 3).sqrt() * ((sample / (shape - 1 / 3)).pow(1 / 3) - 1)
+
+
+def _positive(shape: Tensor, name: str, *, least: float) -> None:
+    good = shape.isfinite() & (shape >= least if least else shape > 0)
+    if not shape.is_floating_point() or not good.all():
+        wrong = "integers" if not shape.is_floating_point() else float(shape[~good].flatten()[0])
+        raise InputError(
+            f"{name} holds {wrong}; expected finite numbers "
+            f"{f'of at least {least}, or raised of at least 1' if least else 'above 0'}"
+        )
