@@ -174,6 +174,27 @@ def test_the_rejector_takes_any_network_leaves_it_alone_and_repeats():
     Rejector.fit(torch.ones(8, 2), torch.arange(8) > 3, cost=0.3, steps=3).score(torch.ones(2, 2))
 
 
+def test_fitting_works_inside_inference_mode():
+    with torch.inference_mode():
+        logits, labels = LOGITS.clone(), LABELS.clone()
+        views = logits.expand(2, -1, -1) + 0
+        inside = [
+            TemperatureScaling.fit(logits, labels).calibrate(logits),
+            VectorScaling.fit(logits, labels).calibrate(logits),
+            CorrectnessCalibrator.fit(logits, views, labels).calibrate(logits, views),
+            Rejector.fit(logits, logits.argmax(1) == labels, cost=0.2, steps=3).score(logits),
+        ]
+    views = LOGITS.expand(2, -1, -1)
+    outside = [
+        TemperatureScaling.fit(LOGITS, LABELS).calibrate(LOGITS),
+        VectorScaling.fit(LOGITS, LABELS).calibrate(LOGITS),
+        CorrectnessCalibrator.fit(LOGITS, views, LABELS).calibrate(LOGITS, views),
+        Rejector.fit(LOGITS, LOGITS.argmax(1) == LABELS, cost=0.2, steps=3).score(LOGITS),
+    ]
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_rejector_refuses_bad_input():
     x, good = torch.rand(6, 2), torch.tensor([True, False] * 3)
     for bad in ((x[:5], good), (x, good.float()), (x * math.nan, good), (x, good | True)):
@@ -181,5 +202,7 @@ def test_the_rejector_refuses_bad_input():
             Rejector.fit(*bad, cost=0.2)
     with pytest.raises(OptionError):
         Rejector.fit(x, good, cost=1.5)
+    with pytest.raises(InputError, match="embeds"):
+        Rejector.fit(torch.arange(12).reshape(6, 2), good, cost=0.2)
     with pytest.raises(InputError, match="answers"):
         Rejector.fit(x, good, cost=0.2, network=nn.Linear(2, 3), steps=1)

@@ -55,6 +55,17 @@ def test_a_shift_of_the_input_shows_in_the_statistics(norm):
     assert monitor.update(read(1))
 
 
+def test_statistics_are_the_variances_that_layers_divide_by():
+    x = torch.randn(3, 4, 5, 6)
+    for norm, over in (
+        (nn.GroupNorm(2, 4), x.reshape(3, 2, -1)), (nn.InstanceNorm2d(4, affine=True), x.flatten(2)),
+        (nn.LayerNorm([5, 6]), x.flatten(2)), (nn.LayerNorm(6), x),
+    ):  # fmt: skip
+        model = nn.Sequential(norm, nn.Flatten(), nn.Linear(120, 2))
+        expected = over.var(-1, correction=0).log().flatten(1).mean(1)
+        torch.testing.assert_close(read_signals(model, x)["statistics/0"], expected)
+
+
 def test_models_without_a_linear_layer_and_bad_calls():
     model = nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten())
     assert list(read_signals(model, torch.randn(4, 1, 8, 8))) == ["entropy", "confidence"]

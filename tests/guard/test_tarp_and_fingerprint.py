@@ -89,7 +89,7 @@ def test_constants_pass_through_and_bad_input_is_refused():
                 (samples[:, :1], truth[:1])):  # fmt: skip
         with pytest.raises(InputError):
             tarp(*bad)
-    with pytest.raises(InputError, match="metric"):
+    with pytest.raises(OptionError, match="metric"):
         tarp(samples, truth, metric="cosine")
     with pytest.raises(InputError, match="references"):
         tarp(samples, truth, references=truth[:3])

@@ -1,6 +1,6 @@
 """What a monitor is: a detector is a value, its state is apart, and few verbs hold the two together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -41,8 +41,9 @@ class Detector(Protocol[R_co]):
         """The state before any data."""
         ...
 
-    def step(self, state: State, *data: Tensor) -> tuple[State, R_co]:
-        """The state after a batch, and what is to be said of it."""
+    @property
+    def step(self) -> Callable[..., tuple[State, R_co]]:
+        """Takes the state and a batch; gives the state after it, and what is to be said of it."""
         ...
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from testtime._core.errors import InputError, ScopeError
+from testtime._core.errors import InputError, OptionError, ScopeError
 from testtime._core.options import whole
 from testtime._core.seeds import derive
 from testtime.adaptation.outputs import read_logits
@@ -62,8 +62,8 @@ def predictive_uncertainty(
             bias.
 
     Raises:
-        InputError: no members or classes, NaN, other words for pairs, or one member and
-            "different" pairs.
+        InputError: no members or classes, NaN, or one member and "different" pairs.
+        OptionError: pairs is something else.
 
     Example:
         >>> p = torch.tensor([[0.999, 0.001], [0.001, 0.999]])
@@ -76,7 +76,7 @@ def predictive_uncertainty(
     authors, On Information-Theoretic Measures of Predictive Uncertainty, UAI 2025 (cell C3).
     """
     if pairs not in ("all", "different"):
-        raise InputError(f"pairs is {pairs!r}; expected 'all' or 'different'.")
+        raise OptionError(f"pairs is {pairs!r}; expected 'all' or 'different'.")
     if logits.dim() < 2 or logits.numel() == 0:
         raise InputError(
             f"logits have the shape {tuple(logits.shape)}; expected (members, *batch, classes)."

@@ -153,7 +153,7 @@ class Rejector:
         calibrated_beta(cost=cost, alpha=alpha)
         in_range(0, lr=lr)
         whole(1, steps=steps, batch_size=batch_size)
-        _check(inputs, good)
+        _check(inputs, good, own=network is not None)
         chance = generator(seed, "rejector")
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             torch.random.default_generator.manual_seed(derive(seed, "rejector", "weights"))
@@ -221,7 +221,7 @@ def _scores(network: nn.Module, inputs: Tensor) -> Tensor:
     return scores.reshape(len(inputs))
 
 
-def _check(inputs: Tensor, good: Tensor) -> None:
+def _check(inputs: Tensor, good: Tensor, *, own: bool) -> None:
     if good.dim() != 1 or good.dtype != torch.bool or len(good) != len(inputs) or len(good) == 0:
         raise InputError(
             f"inputs have the shape {tuple(inputs.shape)} and good {tuple(good.shape)} of "
@@ -229,6 +229,11 @@ def _check(inputs: Tensor, good: Tensor) -> None:
         )
     if inputs.is_floating_point() and not bool(inputs.isfinite().all()):
         raise InputError("inputs hold NaN or infinite values; leave these samples out.")
+    if not inputs.is_floating_point() and not own:
+        raise InputError(
+            f"inputs are {inputs.dtype}; the default network reads floating-point numbers. Give a "
+            "network that embeds them."
+        )
     if bool(good.all()) or not bool(good.any()):
         raise InputError(
             f"all {len(good)} samples are {'good' if bool(good.all()) else 'bad'}; a rejector needs "

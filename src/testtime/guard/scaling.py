@@ -45,9 +45,9 @@ class TemperatureScaling:
             InputError: no samples, NaN, or labels that do not fit.
         """
         check_classified(logits, labels)
-        z = logits.detach().double()
+        z, truth = _apart(logits, labels)
         (log_t,) = _minimise(
-            [z.new_zeros(())], lambda log_t: F.cross_entropy(z / log_t.exp(), labels.long())
+            [z.new_zeros(())], lambda log_t: F.cross_entropy(z / log_t.exp(), truth)
         )
         return TemperatureScaling(temperature=float(log_t.exp().clamp(1e-3, 1e3)))
 
@@ -84,15 +84,21 @@ class VectorScaling:
             InputError: no samples, NaN, or labels that do not fit.
         """
         check_classified(logits, labels)
-        z = logits.detach().double()
+        z, truth = _apart(logits, labels)
         start = [torch.ones_like(z[0]), torch.zeros_like(z[0])]
-        scale, shift = _minimise(start, lambda w, b: F.cross_entropy(w * z + b, labels.long()))
+        scale, shift = _minimise(start, lambda w, b: F.cross_entropy(w * z + b, truth))
         kind = torch.promote_types(logits.dtype, torch.float32)
         return VectorScaling(scale=scale.to(kind), shift=shift.to(kind))
 
     def calibrate(self, logits: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
         """w ∘ z + b."""
         return self.scale * logits + self.shift
+
+
+def _apart(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies that gradients may pass through, also of what was computed in inference mode."""
+    with torch.inference_mode(False):
+        return logits.detach().double().clone(), labels.long().clone()
 
 
 def _minimise(start: list[Tensor], loss: Callable[..., Tensor]) -> list[Tensor]:

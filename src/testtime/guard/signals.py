@@ -86,6 +86,10 @@ def _distance(layer: NormLayer, x: Tensor) -> Tensor:
         means = x.flatten(2).mean(2) if x.dim() > 2 else x
         variance = stored["running_var"] + layer.eps
         return ((means - stored["running_mean"]).square() / variance).mean(1)
-    groups = getattr(layer.module, "num_groups", None)
-    over = x.reshape(len(x), groups, -1) if groups else x
+    if layer.kind == "group":
+        over = x.reshape(len(x), int(getattr(layer.module, "num_groups", 1)), -1)
+    elif layer.kind == "layer":
+        over = x.flatten(-len(getattr(layer.module, "normalized_shape", (0,))))
+    else:
+        over = x.flatten(2) if x.dim() > 2 else x
     return (over.var(-1, correction=0) + 1e-12).log().flatten(1).mean(1)

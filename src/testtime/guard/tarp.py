@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from testtime._core.errors import InputError
+from testtime._core.errors import InputError, OptionError
 from testtime._core.options import whole
 from testtime._core.seeds import generator
 from testtime.guard.monitor import finite
@@ -70,11 +70,11 @@ def tarp(
         seed: of references and bootstrap.
 
     Raises:
-        InputError: shapes that do not fit, NaN, fewer than two simulations, or another metric.
+        InputError: shapes that do not fit, NaN, or fewer than two simulations.
         OptionError: an option is out of its range.
 
     Example:
-        >>> chance = torch.Generator().manual_seed(0)
+        >>> chance = torch.Generator().manual_seed(1)
         >>> mean, truth, draws = torch.randn(102, 400, 2, generator=chance).split([1, 1, 100])
         >>> exact, narrow = (tarp(mean + scale * draws, (mean + truth)[0]) for scale in (1, 0.5))
         >>> exact.p_value > 0.05 > narrow.p_value, narrow.area < 0
@@ -90,7 +90,7 @@ def tarp(
             "(samples, n, parameters) and (n, parameters), with n at least 2."
         )
     if metric not in ("euclidean", "manhattan"):
-        raise InputError(f"metric is {metric!r}; expected 'euclidean' or 'manhattan'.")
+        raise OptionError(f"metric is {metric!r}; expected 'euclidean' or 'manhattan'.")
     count, chance = len(truth), generator(seed, "tarp", "references")
     bins = max(count // 10, 2) if bins is None else bins
     whole(2, bins=bins, bootstrap=bootstrap)

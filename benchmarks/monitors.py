@@ -1,0 +1,328 @@
+"""False alarms, delays and memory of the monitors, beside ADWIN, Page-Hinkley and an MMD test.
+
+    python benchmarks/monitors.py             about three minutes on one core; needs river
+
+Measures what `benchmarks/monitors.json` lacks (delete it to measure all again), and writes the
+figure `docs/monitors.svg` and the tables of `docs/monitors.md` between its marks. Streams run side
+by side, as signals or streams of one detector; what is counted is each stream's own wealth.
+"""
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from testtime._core.seeds import generator
+from testtime.bench.machine import describe_machine
+from testtime.guard.betting import Starting
+from testtime.guard.collapse import Collapse
+from testtime.guard.exchangeability import Exchangeability
+from testtime.guard.independence import Independence
+from testtime.guard.monitor import Detector, Monitor
+from testtime.guard.risk import Risk, upper_bound
+from testtime.guard.two_sample import TwoSample
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMBERS = ROOT / "benchmarks/monitors.json"
+FIGURE, PAGE = ROOT / "docs/monitors.svg", ROOT / "docs/monitors.md"
+
+ALPHA = 0.05
+STREAMS = 1000
+"""Null streams of each monitor."""
+CALM, AFTER = 1000, 2000
+"""Samples before and after a change."""
+SHIFTS = (0.25, 0.5, 1.0, 1.5, 2.0)
+"""Size of the change of the mean, in standard deviations."""
+CHANGED = 60
+"""Streams for each size of shift."""
+REFERENCE = 1000
+WINDOW, PERMUTATIONS = 100, 200
+"""Of the MMD test: samples on each side, looked at whenever a window is full."""
+
+First = Callable[[Tensor, int], Tensor]
+"""Streams (n, streams), seed -> sample at which each first raises its alarm; n + 1 if never."""
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    """Standard normal numbers."""
+    return torch.randn(shape, generator=generator(seed, "monitors"), dtype=torch.float64)
+
+
+def exchangeability(x: Tensor, seed: int) -> Tensor:
+    """Each stream against a reference set of its own."""
+    test = Exchangeability.fit(draw(seed + 1, REFERENCE, x.shape[1]), alpha=ALPHA)
+    return _first_of(test, x.split(4), 4, len(x))
+
+
+def risk(x: Tensor, seed: int) -> Tensor:
+    """The normal distribution function of each value, against the mean of a reference set."""
+    scores = torch.special.ndtr(draw(seed + 1, REFERENCE, x.shape[1]))
+    bounds = torch.tensor([upper_bound(row, alpha=ALPHA / 2) for row in scores.T])
+    bets = Starting()
+    _, path = bets.run(bets.init(x.shape[1:]), torch.special.ndtr(x) / bounds - 1)
+    return _first(path >= math.log(2 / ALPHA))
+
+
+def two_sample(x: Tensor, seed: int) -> Tensor:
+    """Each value paired with a fresh reference value."""
+    test = TwoSample.fit(draw(seed + 2, 500, 1), alpha=ALPHA, bets=Starting(), memory=200)
+    pairs = zip(draw(seed + 1, *x.shape, 1).split(10), x[..., None].split(10), strict=True)
+    return _first_of(test, pairs, 10, len(x))
+
+
+def independence(x: Tensor, seed: int) -> Tensor:
+    """Each value beside an independent one."""
+    test = Independence(gamma_x=0.25, gamma_y=0.25, alpha=ALPHA, memory=200)
+    pairs = zip(draw(seed + 1, *x.shape, 1).split(2), x[..., None].split(2), strict=True)
+    return _first_of(test, pairs, 2, len(x))
+
+
+def adwin(x: Tensor, _: int) -> Tensor:
+    """river's, with its defaults (delta 0.002)."""
+    from river import drift  # noqa: PLC0415
+
+    return _by_river(x, drift.ADWIN)
+
+
+def page_hinkley(x: Tensor, _: int) -> Tensor:
+    """river's, with its defaults (threshold 50)."""
+    from river import drift  # noqa: PLC0415
+
+    return _by_river(x, drift.PageHinkley)
+
+
+def mmd(x: Tensor, seed: int) -> Tensor:
+    """A permutation test of each full window against as many reference values, at level alpha."""
+    reference = draw(seed + 1, WINDOW, x.shape[1])
+    chance, first = generator(seed, "permutations"), torch.full(x.shape[1:], len(x) + 1)
+    for end in range(WINDOW, len(x) + 1, WINDOW):
+        for s in torch.nonzero(first > len(x)).flatten().tolist():
+            both = torch.cat([reference[:, s], x[end - WINDOW : end, s]])
+            kernel = (-(both[:, None] - both).square() / 2).exp()
+            sign = torch.ones(PERMUTATIONS + 1, 2 * WINDOW, dtype=torch.float64)
+            sign[:, WINDOW:] = -1
+            order = torch.rand(PERMUTATIONS, 2 * WINDOW, generator=chance).argsort(1)
+            sign[1:] = sign[1:].gather(1, order)
+            value = ((sign @ kernel) * sign).sum(1)
+            if (value[1:] >= value[0]).sum() + 1 <= ALPHA * (PERMUTATIONS + 1):
+                first[s] = end
+    return first
+
+
+def _by_river(x: Tensor, make: Callable[[], Any]) -> Tensor:
+    found = []
+    for stream in x.T.tolist():
+        detector, first = make(), len(stream) + 1
+        for i, value in enumerate(stream, 1):
+            detector.update(value)
+            if detector.drift_detected:
+                first = i
+                break
+        found.append(first)
+    return torch.tensor(found)
+
+
+def _first_of(test: Detector[Any], batches: Any, size: int, count: int) -> Tensor:
+    """The sample after which each stream's wealth, read after each batch, reaches 1 / alpha."""
+    state, crossed = test.init(), []
+    for batch in batches:
+        state, alarm = test.step(state, *(batch if isinstance(batch, tuple) else (batch,)))
+        crossed.append(alarm.parts >= -math.log(ALPHA))
+    at = _first(torch.stack(crossed)) * size
+    return torch.where(at > count, count + 1, at)
+
+
+def _first(crossed: Tensor) -> Tensor:
+    never = torch.ones_like(crossed[:1])
+    return torch.cat([crossed, never]).int().argmax(0) + 1
+
+
+NULLS: dict[str, tuple[First, int, int]] = {
+    "Exchangeability": (exchangeability, 3000, STREAMS),
+    "Risk": (risk, 3000, STREAMS),
+    "TwoSample": (two_sample, 600, STREAMS),
+    "Independence": (independence, 600, STREAMS),
+    "ADWIN": (adwin, 3000, 200),
+    "Page-Hinkley": (page_hinkley, 3000, 200),
+    "MMD at each window": (mmd, 3000, 50),
+}
+"""Monitor -> how it is run, samples of a stream, streams."""
+
+DELAYS: dict[str, First] = {
+    "Exchangeability": exchangeability, "Risk": risk, "TwoSample": two_sample,
+    "ADWIN": adwin, "Page-Hinkley": page_hinkley, "MMD at each window": mmd,
+}  # fmt: skip
+
+
+def false_alarms(name: str) -> dict[str, Any]:
+    """Streams without a change that raise an alarm at any time."""
+    run, samples, streams = NULLS[name]
+    alarms = int((run(draw(0, samples, streams), 10) <= samples).sum())
+    return {"samples": samples, "streams": streams, "alarms": alarms}
+
+
+def delays(name: str) -> dict[str, Any]:
+    """Median delay after a change; None where fewer than half of the streams find it in time."""
+    streams, found = CHANGED if name != "MMD at each window" else CHANGED // 3, {}
+    for k, shift in enumerate(SHIFTS):
+        x = draw(20 + k, CALM + AFTER, streams)
+        x[CALM:] += shift
+        at = DELAYS[name](x, 40 + 4 * k)
+        early = at <= CALM
+        late = (at[~early] - CALM).double()
+        median = float(late.quantile(0.5)) if len(late) else math.inf
+        found[str(shift)] = {
+            "median": median if median <= AFTER else None,
+            "found": float((late <= AFTER).double().mean()), "early": int(early.sum()),
+            "streams": streams,
+        }  # fmt: skip
+    return found
+
+
+def memory(name: str) -> dict[str, Any]:
+    """A long stream: bytes of the state, growth of the process, processor time a sample."""
+    x, y, logits = draw(2, 100, 4), draw(3, 100, 1), draw(1, 100, 10)
+    scores = torch.rand(100, generator=generator(4, "monitors"), dtype=torch.float64) * 0.2
+    detector, batch, samples = {
+        "Exchangeability": (Exchangeability.fit(draw(0, REFERENCE, 4)), (x,), 1_000_000),
+        "Risk": (Risk(bound=0.2), (scores,), 1_000_000),
+        "Collapse": (Collapse(classes=10), (logits, logits), 1_000_000),
+        "Independence": (
+            Independence(gamma_x=0.3, gamma_y=0.3, memory=100), (x, y), 100_000,
+        ),
+    }[name]  # fmt: skip
+    monitor, shuffle = Monitor(detector), generator(0, name)
+    start, before, early, late = time.process_time(), 0, 0, 0
+    for i in range(samples // 100):
+        order = torch.randperm(100, generator=shuffle)
+        monitor.update(*(each[order] for each in batch))
+        if i == 99:
+            early = sum(v.nbytes for v in monitor.state_dict().values())
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    late = sum(v.nbytes for v in monitor.state_dict().values())
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {
+        "samples": samples, "state_early": early, "state_late": late, "grown_mib": grown / 1024,
+        "microseconds": 1e6 * (time.process_time() - start) / samples,
+    }  # fmt: skip
+
+
+PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], list[str]]] = {
+    "false alarms": (false_alarms, list(NULLS)),
+    "delays": (delays, list(DELAYS)),
+    "memory": (memory, ["Exchangeability", "Risk", "Collapse", "Independence"]),
+}
+
+
+COLOURS = ("#1f9e89", "#3b7dd8", "#a05ad0", "#d8742c", "#c23b5a", "#8a8a3a")
+
+
+def figure(found: dict[str, Any]) -> str:
+    """Median delay against size of shift, both on logarithmic axes, readable on light and dark."""
+    wide, high, left, top, right, bottom = 760, 420, 70, 20, 190, 60
+    lines, labels = [], []
+
+    def place(shift: float, delay: float) -> tuple[float, float]:
+        across = (math.log(shift) - math.log(SHIFTS[0])) / math.log(SHIFTS[-1] / SHIFTS[0])
+        down = math.log(AFTER / delay) / math.log(AFTER / 4)
+        return left + across * (wide - left - right), top + down * (high - top - bottom)
+
+    for delay in (4, 10, 30, 100, 300, 1000, 2000):
+        y = place(SHIFTS[0], delay)[1]
+        lines.append(
+            f'<path d="M{left} {y:.1f}H{wide - right}" stroke="#888" stroke-opacity=".25"/>'
+        )
+        labels.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{delay}</text>')
+    for shift in SHIFTS:
+        x = place(shift, 4)[0]
+        labels.append(
+            f'<text x="{x:.1f}" y="{high - bottom + 20}" text-anchor="middle">{shift:g}</text>'
+        )
+    ends: list[tuple[float, str, str]] = []
+    for colour, (name, at) in zip(COLOURS, found["delays"].items(), strict=True):
+        points = [place(s, max(at[str(s)]["median"], 4)) for s in SHIFTS if at[str(s)]["median"]]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        dash = "" if name in ("Exchangeability", "Risk", "TwoSample") else ' stroke-dasharray="6 4"'
+        lines.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2.5"{dash}/>')
+        lines += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in points]
+        ends.append((points[-1][1], name, colour))
+    y = 0.0
+    for wanted, name, colour in sorted(ends):
+        y = max(wanted, y + 18)
+        labels.append(
+            f'<text x="{wide - right + 12}" y="{y + 4:.1f}" fill="{colour}">{name}</text>'
+        )
+    middle = left + (wide - left - right) / 2
+    labels.append(
+        f'<text x="{middle}" y="{high - 14}" text-anchor="middle">shift of the mean, in standard deviations</text>'
+    )
+    labels.append(
+        f'<text transform="translate(18 {top + (high - top - bottom) / 2}) rotate(-90)" text-anchor="middle">median delay, samples</text>'
+    )
+    body = "\n".join([*lines, *labels])
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" fill="#808080" '
+        f'font-family="sans-serif" font-size="13">\n{body}\n</svg>\n'
+    )
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Markdown of false alarms and memory."""
+    rows = ["| monitor | streams | samples | alarms | rate |", "|---|---|---|---|---|"]
+    for name, each in found["false alarms"].items():
+        rate = each["alarms"] / each["streams"]
+        rows.append(
+            f"| {name} | {each['streams']} | {each['samples']} | {each['alarms']} | {rate:.1%} |"
+        )
+    rows += [
+        "",
+        "| monitor | samples | state | growth of the process | time a sample |",
+        "|---|---|---|---|---|",
+    ]
+    for name, each in found["memory"].items():
+        rows.append(
+            f"| {name} | {each['samples']:,} | {each['state_late']:,} bytes | "
+            f"{each['grown_mib']:.1f} MiB | {each['microseconds']:.0f} µs |"
+        )
+    return "\n".join(rows)
+
+
+def write(found: dict[str, Any]) -> None:
+    """The figure, and the tables between the marks of the page."""
+    FIGURE.write_text(figure(found), "utf-8")
+    mark, end = "<!-- numbers -->", "<!-- end of numbers -->"
+    before, _, rest = PAGE.read_text("utf-8").partition(mark)
+    after = rest.partition(end)[2]
+    PAGE.write_text(
+        f"{before}{mark}\n\n{tables(found)}\n\nOn {found['machine']}.\n\n{end}{after}", "utf-8"
+    )
+
+
+def main() -> None:
+    """Measures what the file of numbers lacks, and writes figure and tables when all is there."""
+    found = json.loads(NUMBERS.read_text("utf-8")) if NUMBERS.exists() else {}
+    found["machine"] = describe_machine(torch.device("cpu"))
+    for part, (measure, names) in PARTS.items():
+        for name in names:
+            if name not in found.setdefault(part, {}):
+                start = time.process_time()
+                found[part][name] = measure(name)
+                print(
+                    part,
+                    name,
+                    found[part][name],
+                    f"{time.process_time() - start:.0f} s",
+                    flush=True,
+                )
+                NUMBERS.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    write(found)
+
+
+if __name__ == "__main__":
+    main()
