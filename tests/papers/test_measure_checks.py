@@ -50,6 +50,11 @@ EDGES = {
         [{"shape 1, raised by 0, standard errors off": 4.1}, {"shape 5, raised by 1, variance": 4.0},
          {"shape 20, raised by 1, standard errors off": 4.1}],
     ),
+    "minde": (
+        {"2 coordinates": 1.14, "2 coordinates, truth": 1.0, "5 coordinates": 0.86,
+         "5 coordinates, truth": 1.0, "independent": 0.049},
+        [{"2 coordinates": 1.16}, {"5 coordinates": 0.84}, {"independent": 0.05}],
+    ),
 }  # fmt: skip
 
 

@@ -94,8 +94,10 @@ class SeparableCritic(nn.Module):
         return torch.einsum("...e,...e->...", self.of_x(x), self.of_y(y))
 
 
-def adam(network: nn.Module, *, lr: float) -> Callable[[Tensor], None]:
-    """A function that makes one step of Adam down a loss.
+def adam(
+    network: nn.Module, *, lr: float, decay_over: int | None = None
+) -> Callable[[Tensor], None]:
+    """A function that makes one step of Adam down a loss; lr may fall linearly to 0 over steps.
 
     Example:
         >>> network = mlp([1, 1], torch.Generator().manual_seed(0))
@@ -103,11 +105,14 @@ def adam(network: nn.Module, *, lr: float) -> Callable[[Tensor], None]:
         >>> descend(network(torch.ones(1, 1)).sum())
     """
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    taken = itertools.count(1)
 
     def descend(loss: Tensor) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if decay_over is not None:
+            optimizer.param_groups[0]["lr"] = lr * max(0.0, 1 - next(taken) / decay_over)
 
     return descend
 

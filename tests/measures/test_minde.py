@@ -1,0 +1,113 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+from testtime._core.errors import InputError, OptionError
+from testtime.measures.information import minde as file
+from testtime.measures.information.estimate import Estimate
+from testtime.measures.information.laws import gaussian
+from testtime.measures.information.minde import diffusion_information, minde, sampled_times
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rate(t):
+    t = max(t, 1e-3)
+    return (0.1 + 19.9 * t) / (1 - math.exp(-(0.1 * t + 9.95 * t**2)))
+
+
+def test_times_have_the_density_of_the_rate():
+    total = integrate.quad(rate, 0, 1, points=[1e-3])[0]
+    assert file.rate_integral() == pytest.approx(total, rel=1e-6)
+    times = sampled_times(2000, generator()).numpy()
+
+    def below(t):
+        return np.array([integrate.quad(rate, 0, u, points=[1e-3])[0] / total for u in t])
+
+    assert stats.kstest(times[:400], below).pvalue > 1e-3
+    assert 0 <= times.min() <= times.max() <= 1
+
+
+def exact(rho, dims):
+    """The best predictions for correlated Gaussians: s Sigma_t^-1 (z - mean), by conditioning."""
+
+    def noise(z, tau):
+        a, b = tau.double().T
+        x, y = z.double()[:, :dims], z.double()[:, dims:]
+
+        def alone(v, t):  # variance 1 stays 1
+            return file.signal_and_noise(t)[1][:, None] * v
+
+        def given(v, clean, t):
+            m, s = (f[:, None] for f in file.signal_and_noise(t))
+            return s * (v - m * rho * clean) / (m**2 * (1 - rho**2) + s**2)
+
+        if bool((b == 1).all()):
+            return torch.cat([alone(x, a), torch.zeros_like(y)], 1)
+        if bool((b == 0).all()):
+            return torch.cat([given(x, y, a), torch.zeros_like(y)], 1)
+        if bool((a == 0).all()):
+            return torch.cat([torch.zeros_like(x), given(y, x, b)], 1)
+        m, s = (f[:, None] for f in file.signal_and_noise(a))
+        c = m**2 * rho
+        return torch.cat([s * (x - c * y), s * (y - c * x)], 1) / torch.cat(
+            [1 - c**2] * 2 * dims, 1
+        )
+
+    return noise
+
+
+@pytest.mark.parametrize("kind", ["c", "j"])
+@pytest.mark.parametrize("information", [0.2, 1.0, 2.0])
+def test_the_exact_noise_gives_the_exact_information(kind, information):
+    dims = 2
+    rho = math.sqrt(1 - math.exp(-2 * information / dims))
+    x, y, _ = gaussian(8000, dims=dims, information=information, generator=generator())
+    terms = diffusion_information(
+        exact(rho, dims), x, y, kind=kind, draws=4, generator=generator(1)
+    )
+    error = float(terms.std()) / len(terms) ** 0.5
+    assert float(terms.mean()) == pytest.approx(information, abs=4 * error)
+    assert error < 0.05 * information
+
+
+@pytest.mark.parametrize("kind", ["c", "j"])
+def test_it_repeats_and_leaves_the_caller_alone(kind):
+    x, y, _ = gaussian(64, dims=2, information=1.0, generator=generator())
+    before = torch.random.get_rng_state()
+    found = minde(x, y, kind=kind, steps=3, width=8)
+    with torch.inference_mode():
+        assert minde(x * 1, y * 1, kind=kind, steps=3, width=8) == found
+    assert minde(x, y, kind=kind, steps=3, width=8, seed=1) != found
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert found.value >= 0
+    assert len(minde(x, y, kind=kind, steps=3, width=8, trace=True).trace) == 3
+    moved = minde(3 * x + 1, y, kind=kind, steps=3, width=8)
+    assert moved.value == pytest.approx(found.value, abs=1e-4)
+
+
+def test_bad_input():
+    x = torch.rand(40, 2)
+    assert minde(x, torch.ones(40)) == Estimate(0.0, 0.0)
+    assert math.isfinite(minde(torch.rand(40, 60), x, steps=2, width=8).value)
+    with pytest.raises(InputError, match="NaN"):
+        minde(x * math.nan, x)
+    with pytest.raises(InputError, match="41 samples"):
+        minde(torch.rand(41), x)
+    for options in ({"kind": "x"}, {"width": 12}, {"steps": 0}, {"draws": 0}, {"decay": 2}):
+        with pytest.raises(OptionError, match=next(iter(options))):
+            minde(x, x, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["c", "j"])
+def test_it_learns_what_a_gaussian_tells(kind):
+    x, y, truth = gaussian(4000, dims=2, information=1.0, generator=generator())
+    found = minde(x, y, kind=kind, steps=800)
+    assert abs(found.value - truth) < 0.2
+    assert minde(x, y.flip(0), kind=kind, steps=400).value < 0.1
