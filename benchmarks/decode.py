@@ -73,7 +73,11 @@ def main() -> None:
         settings = {"model": asked.model, "tokens": asked.tokens, "rows": asked.rows,
                     "rounds": asked.rounds, "threads": torch.get_num_threads()}  # fmt: skip
         asked.json.write_text(
-            json.dumps({"machine": describe_machine(torch.device("cpu")), **settings, "rows": rows}, indent=1) + "\n"
+            json.dumps(
+                {"machine": describe_machine(torch.device("cpu")), **settings, "rows": rows},
+                indent=1,
+            )
+            + "\n"
         )
 
 

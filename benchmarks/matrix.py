@@ -28,12 +28,11 @@ PAGE = ROOT / "docs/matrix.md"
 TOP = """# Every method on every stream
 
 Error in percent of the answers given while adapting, with the paper's options, on Fashion-MNIST
-under corruption at severity 5: {domains}, {samples} images of each, in batches of {batch} but for
-the stream of single images; {seeds}. {machine} `python benchmarks/matrix.py` names the command and
+under corruption at severity 5: {domains}, {samples} images of each, in batches of {batch}; {seeds}. {machine} `python benchmarks/matrix.py` names the command and
 writes this page.
 
 <span class="gain">Green</span>: more than a point below the source model.
-<span class="harm">Red</span>: more than a point above it. **Bold**: the lowest of its column. The
+<span class="harm">Red</span>: more than a point above it. **Bold**: the lowest of its column. Empty: not run. The
 streams are short ({images} images); methods whose step sizes are made for thousands of batches have
 little time to move here.
 """
@@ -98,7 +97,8 @@ def page(records: list[dict[str, Any]]) -> str:
 
 def table(records: list[dict[str, Any]]) -> str:
     """Errors of one model, and the clean error after the continual stream."""
-    streams = list(dict.fromkeys(record["name"] for record in records))
+    names = [record["name"] for record in records]
+    streams = [name for name in dict.fromkeys(names) if names.count(name) > 2]  # else just begun
     error = {(r["method"], r["name"]): r["error"] for r in records}
     clean = {r["method"]: r["clean_error"] for r in records if r["name"] == "continual"}
     methods = ["source", *sorted({r["method"] for r in records} - {"source"})]

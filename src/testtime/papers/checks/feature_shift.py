@@ -33,6 +33,7 @@ def check(*, seeds: Sequence[int] = (0, 1, 2), on_progress: Progress | None = No
 
 def measure(seed: int) -> Iterator[tuple[str, float]]:
     """Percent of pairs."""
+    attacked: list[tuple[Tensor, Tensor, int]] = []
     for correlation in CORRELATIONS:
         chance = generator(seed, "feature-shift", correlation)
         clean = [_pair(chance, correlation) for _ in range(TRIALS)]
