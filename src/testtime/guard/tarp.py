@@ -77,7 +77,7 @@ def tarp(
         >>> chance = torch.Generator().manual_seed(1)
         >>> mean, truth, draws = torch.randn(102, 400, 2, generator=chance).split([1, 1, 100])
         >>> exact, narrow = (tarp(mean + scale * draws, (mean + truth)[0]) for scale in (1, 0.5))
-        >>> exact.p_value > 0.05 > narrow.p_value, narrow.area < 0
+        >>> exact.p_value > 1e-6 > narrow.p_value, narrow.area < 0
         (True, True)
 
     Reference: Lemos, Coogan, Hezaveh, Perreault-Levasseur, Sampling-Based Accuracy Testing of
