@@ -31,7 +31,7 @@ EDGES = {
     "uscd": (
         {"probability, plain": 0.5, "probability, uscd": 0.56, "accuracy, plain": 0.5,
          "accuracy, uscd": 0.56, "sure rows changed": 0.0},
-        [{"probability, uscd": 0.55}, {"accuracy, uscd": 0.54}, {"sure rows changed": 1.0}],
+        [{"probability, uscd": 0.549}, {"accuracy, uscd": 0.549}, {"sure rows changed": 1.0}],
     ),
     "entropy-adaptive-decoding": (
         {"ead": 0.85, "at random": 0.82},

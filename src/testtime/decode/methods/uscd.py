@@ -51,7 +51,7 @@ def contrast(
     Example:
         >>> z, lame = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[0.0, 2.0, 0.0]])
         >>> contrast(z, lame).softmax(-1)
-        tensor([[0.9149, 0.0000, 0.0851]])
+        tensor([[1., 0., 0.]])
     """
     logits = at_least_single(logits)
     p, q = logits.softmax(-1), at_least_single(lame).softmax(-1)
