@@ -93,8 +93,8 @@ def generate(
     Example:
         >>> model, tokenizer = load_language_model("gemma:270m")           # doctest: +SKIP
         >>> str(generate(model, tokenizer, "The capital of France is",
-        ...              "greedy", max_new_tokens=2))                      # doctest: +SKIP
-        ' Paris.'
+        ...              "greedy", max_new_tokens=8))                      # doctest: +SKIP
+        ' the capital of the country of France.'
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     chosen, needs = _method(method, options)
