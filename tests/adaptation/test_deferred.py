@@ -71,6 +71,8 @@ def held(monkeypatch):
 @first
 @pytest.mark.parametrize("kind", ["batch", "group"])
 def test_a_deferred_run_is_the_same_to_the_last_bit(name, kind):
+    if name == "bn-adapt" and kind == "group":
+        kind = "frozen"  # it is not for networks without stored statistics
     model = tiny(kind)
     plain, deferred = adapter_of(name, tiny(kind)), adapter_of(name, model, deferred=True)
     before, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()

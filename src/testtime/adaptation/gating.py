@@ -37,7 +37,7 @@ def summaries(layer: NormLayer, x: Tensor) -> Tensor:
     """Mean and mean square of each channel of each sample of a layer's input: (n, 2 channels).
 
     Example:
-        >>> layer = NormLayer("norm", nn.BatchNorm2d(1), "batch", ())
+        >>> layer = NormLayer("norm", torch.nn.BatchNorm2d(1), "batch", ())
         >>> summaries(layer, torch.tensor([[[[1.0, 3.0]]]]))
         tensor([[2., 5.]])
     """

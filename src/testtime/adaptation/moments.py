@@ -101,7 +101,7 @@ class InGroups(TorchFunctionMode):
     Example:
         >>> x = torch.tensor([[1.0], [3.0], [10.0], [30.0]])
         >>> with InGroups(2):
-        ...     F.batch_norm(x, None, None, training=True, eps=0.0).flatten()
+        ...     F.batch_norm(x, None, None, training=True, eps=1e-12).flatten()
         tensor([-1.,  1., -1.,  1.])
     """
 
