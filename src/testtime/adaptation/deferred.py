@@ -252,6 +252,7 @@ def autocasting(device: torch.device) -> Callable[[], ExitStack]:
     found = [
         (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         for kind in {"cpu", device.type}
+        if torch.amp.is_autocast_available(kind)
     ]
 
     def enter() -> ExitStack:

@@ -38,7 +38,10 @@ def in_full(view: Augment) -> Augment:
 
     @wraps(view)
     def made(x: Tensor, generator: torch.Generator) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        if not torch.amp.is_autocast_available(kind):
+            return view(x, generator)
+        with torch.autocast(kind, enabled=False):
             return view(x, generator)
 
     return made
