@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import testtime as tt
 from testtime._core.errors import ScopeError
 from testtime._core.outcomes import Outcome
+from testtime.adaptation.methods.petal import petal
 from testtime.adaptation.outputs import read_logits
 
 # sade is for models of several experts, and sqrl, for tables, need not find a rule in few images
@@ -137,7 +138,10 @@ def check(make, method: str, path) -> None:
         method == "cafa"
     ):  # of one class, which random weights may predict for all, nothing is learnt
         loader = [(x, torch.arange(len(x)) % CLASSES) for x in loader]
-    source = tt.fit_source(model, loader, methods=[method]) if needs else None
+    asked = (
+        [petal(source_lr=1e-5)] if method == "petal" else [method]
+    )  # random weights, random labels
+    source = tt.fit_source(model, loader, methods=asked) if needs else None
     one, two = (tt.adapt(model, method, source=source, **EASY.get(method, {})) for _ in range(2))
     for x in begin:
         one(x)

@@ -110,4 +110,5 @@ def test_it_learns_what_a_gaussian_tells(kind):
     x, y, truth = gaussian(4000, dims=2, information=1.0, generator=generator())
     found = minde(x, y, kind=kind, steps=800)
     assert abs(found.value - truth) < 0.2
-    assert minde(x, y.flip(0), kind=kind, steps=400).value < 0.1
+    longer = 1600 if kind == "j" else 400  # j finds two networks in one, which takes longer
+    assert minde(x, y.flip(0), kind=kind, steps=longer).value < 0.1

@@ -32,7 +32,7 @@ def test_the_definitions(xy, k, variant):
     x, y = xy
     found = ksg(x, y, k=k, variant=variant)
     assert found.value == pytest.approx(reference.ksg(x.numpy(), y.numpy(), k, variant), abs=1e-9)
-    assert found.standard_error > 0
+    assert found.standard_error >= 0  # 0 where all samples tell the same
     entropy = kozachenko_leonenko(x, k=k).value
     assert entropy == pytest.approx(reference.entropy(x.numpy(), k), abs=1e-9)
 
