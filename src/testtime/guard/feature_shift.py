@@ -114,7 +114,10 @@ class SeriesShift:
     Args:
         reference: (window, d) clean samples.
         null: (B, d) statistics of pairs of clean windows, made by `fit`.
-        statistic, alpha, compromised, seed: as of `feature_shift`.
+        statistic: as of `feature_shift`.
+        alpha: see `statistic`.
+        compromised: see `statistic`.
+        seed: see `statistic`.
 
     Example:
         >>> from testtime.guard.monitor import Monitor

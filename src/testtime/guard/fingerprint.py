@@ -101,9 +101,12 @@ class Fingerprint:
             batches: inputs, no labels.
             layer: name of the layer whose input are the features; None: the linear layer that runs
                 last.
-            hidden, outputs: size of the head.
+            hidden: size of the head.
+            outputs: see `hidden`.
             outside: share of fault-free samples outside of the band, half on each side; 0.01.
-            lr, epochs, batch_size: of Adam.
+            lr: of Adam.
+            epochs: see `lr`.
+            batch_size: see `lr`.
             seed: of weights and order.
 
         Raises:
@@ -162,7 +165,8 @@ class FaultMonitor:
     false alarms over a long run; for one, watch flags with `Risk`.
 
     Args:
-        low, high: the band, of a `Fingerprint`.
+        low: the band, of a `Fingerprint`.
+        high: see `low`.
         window: latest samples that are counted; 20.
         limit: share of them that may be flagged; 0.2.
 
