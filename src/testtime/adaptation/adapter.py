@@ -25,6 +25,7 @@ from testtime._core.errors import (
 from testtime._core.gates import Gate
 from testtime._core.options import whole
 from testtime._core.outcomes import Outcome
+from testtime.adaptation.budget import Ration
 from testtime.adaptation.checks import check_input, check_model, check_output, expected_rank
 from testtime.adaptation.deferred import Behind, Give, Job, Lane, autocasting, check_deferred
 from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
@@ -72,6 +73,7 @@ class Adapter:
         deferred: bool = False,
         every: int = 1,
         gate: Gate | bool | None = None,
+        budget: float | None = None,
     ) -> None:
         check_model(model)
         named_layer(model, features)
@@ -89,6 +91,7 @@ class Adapter:
         self._counts = Counts()
         self._deferred, self._every, self._behind = deferred, every, Behind()
         self._gate = check_gate(gate)
+        self._ration = None if budget is None else Ration(budget)
         self._on_event, self._seed, self._source = on_event, seed, source
         self._features = features
         alone = getattr(recipe.procedure, "alone", False)  # no batch teaches another
@@ -159,7 +162,8 @@ class Adapter:
                 return self._engine.settled(calm, x, state)
         if state.steps % self._every:
             return self._engine.spared(x, state)
-        return (yield from self._engine.steps(x, state))
+        ration = self._ration or self._engine
+        return (yield from ration.steps(x, state))
 
     def _deferring(self, x: Tensor, steps: Steps, settle: Callable[[Step], Event]) -> Job:
         """The step as a job that gives its answer first; the caller's modes go with it."""
@@ -222,6 +226,8 @@ class Adapter:
         The source is the model as it now is: weights and modules may have been replaced.
         """
         with self._settled(), self._engine.loan.lock:
+            if self._ration is not None:
+                self._ration.before.clear()
             self._engine, self._seen = self._build(order=[]), None
             self._state = self._engine.fresh()
             self._lane = Lane(self._engine.device)
@@ -321,6 +327,7 @@ class Adapter:
                 tuple(tensors), values, values / max(total, 1), kinds,
                 describe(self.recipe.statistics), self._seen is not None, forwards, backwards,
                 size_of(held),
+                self._ration and self._ration.told(self._state.account),
             )  # fmt: skip
 
     # --- inside -------------------------------------------------------------------------------
@@ -384,6 +391,8 @@ class Adapter:
             feature_layer=feature_layer,
         )  # fmt: skip
         self._check_layers(engine, norms)
+        if self._ration is not None:
+            self._ration.engage(engine, norms)
         for need in self.recipe.needs:
             if getattr(need, "of_tensors", False):
                 held = {key.rpartition(" ")[2] for key in known[need.name]}
@@ -427,6 +436,8 @@ class Adapter:
         found = look(self.model, self._engine.loan, x, features=self._features)
         logits = getattr(self.recipe.procedure, "read", read_logits)(found.output)
         check_output(logits, self.recipe, samples=len(x[:2]))
+        if self._ration is not None:
+            self._ration.count(x, norm_layers(self.model, found.order))
         engine = self._build(found.order, found.feature_layer)
         if self.recipe.asks_for("features") and found.feature_layer is None:
             with engine.loan.recording(None, []):
@@ -458,7 +469,7 @@ class Adapter:
             return replace(
                 self._engine.fresh(),
                 steps=state.steps, samples=state.samples, generator=state.generator,
-                gate=state.gate,
+                gate=state.gate, account=state.account,
             )  # fmt: skip
         return state
 

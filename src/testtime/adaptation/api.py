@@ -52,6 +52,7 @@ def adapt(
     deferred: bool = False,
     every: int | None = None,
     gate: Gate | bool | None = None,
+    budget: float | None = None,
     **options: Any,
 ) -> Adapter:
     """Puts an adapter around a model: it answers as the model does, and learns while it answers.
@@ -76,6 +77,10 @@ def adapt(
         gate: says when to learn. While it sees no shift, the source model answers, at the cost of
             plain inference. True is `SourceLike()`; a monitor of `testtime.guard` will do. Before
             a shift a batch is asked for each time, after it every fourth time.
+        budget: what adapting may cost beyond plain inference, as a share of a forward: 0.5 is half
+            a forward for each batch. Layers are left out by counting, then updates by the clock, so
+            that runs repeat only as far as their times do; `plan().spending` tells what was chosen
+            and measured. SimATTA has an option of this name of its own, and takes it.
         options: of the method, when it is named.
 
     Raises:
@@ -111,6 +116,8 @@ def adapt(
         entry = find("method", method)
         if every is not None and "every" in entry.options:
             options, every = {**options, "every": every}, None
+        if budget is not None and "budget" in entry.options:
+            options, budget = {**options, "budget": budget}, None
         recipe = entry.build(**options)
         if entry.needs and source is None:
             raise NeedsSource(
@@ -129,4 +136,5 @@ def adapt(
         deferred=deferred,
         every=1 if every is None else every,
         gate=gate,
+        budget=budget,
     )

@@ -228,6 +228,7 @@ class Engine:
             done.state,
             generator=self.generator.get_state(),
             gate=state.gate,
+            account=state.account,
             steps=state.steps + 1,
             samples=state.samples + len(x),
         )

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from testtime.adaptation.budget import Spending
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -22,6 +24,7 @@ class Plan:
             None when the method does not tell.
         bytes: held beside the model, by tensors that adapt, optimizer, teacher, moving averages and
             what is in memory by now.
+        spending: what was chosen for a budget, and what was measured; None without one.
     """
 
     tensors: tuple[str, ...]
@@ -33,6 +36,7 @@ class Plan:
     forwards: float | None
     backwards: float | None
     bytes: int
+    spending: Spending | None = None
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.layers.items()) or "none"

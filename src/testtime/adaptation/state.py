@@ -32,6 +32,7 @@ class State:
         teaching: moving average of the share of samples that teach, where the engine chooses by it.
         generator: state of the random generator.
         gate: state of the gate.
+        account: what a budget was spent on.
         steps: batches since the source.
         samples: samples since the source.
         method: the recipe, as text.
@@ -49,6 +50,7 @@ class State:
     teaching: float | None = None
     generator: Tensor | None = None
     gate: dict[str, Any] | None = None
+    account: dict[str, Any] | None = None
     steps: int = 0
     samples: int = 0
     method: str = ""

@@ -1,0 +1,168 @@
+"""A budget is kept by counting and by the clock; the clock is a list here."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import testtime as tt
+from models import batches, tiny
+from testtime._core.errors import OptionError
+from testtime._core.outcomes import Outcome
+from testtime.adaptation import budget as module
+from testtime.adaptation.budget import affords, entered, executed, later, opened
+from testtime.adaptation.engine import Engine
+from testtime.adaptation.layers import norm_layers
+from testtime.adaptation.loan import Loan
+
+
+class Deep(nn.Module):
+    """Eight equal blocks, registered backwards; by counting each is an eighth of the work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i in reversed(range(8)):
+            setattr(self, f"conv{i}", nn.Conv2d(3, 3, 3, padding=1, bias=False))
+            setattr(self, f"norm{i}", nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        for i in range(8):
+            x = getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(x)).relu()
+        return 9 * x.mean((2, 3))
+
+
+def deep() -> Deep:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Deep().eval()
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """Seconds that a sample takes in plain inference and in a step; the clock goes by them alone."""
+    state = {"time": 0.0, "plain": 1.0, "step": 1.0}
+
+    def spend(kind, run):
+        def spending(engine, x, given):
+            state["time"] += len(x) * state[kind]
+            return run(engine, x, given)
+
+        return spending
+
+    monkeypatch.setattr(Engine, "steps", spend("step", Engine.steps))
+    monkeypatch.setattr(Engine, "spared", spend("plain", Engine.spared))
+    monkeypatch.setattr(module, "clock", lambda: state["time"])
+    return state
+
+
+def test_operations_before_each_layer_are_counted_in_order_of_execution():
+    model = deep()
+    norms = norm_layers(model, [f"norm{i}" for i in range(8)])
+    before = executed(Loan(model, norms), batches(1)[0], norms)
+    assert before == {f"norm{i}": (i + 1) / 8 for i in range(8)}
+    model = tiny()
+    norms = norm_layers(model)  # 3 channels to 6 on 8 x 8, 6 to 8 on 4 x 4, 8 to 5
+    before = executed(Loan(model, norms), batches(1)[0], norms)
+    work = [27 * 6 * 64, 54 * 8 * 16, 8 * 5]
+    assert before["norm1"] == pytest.approx(work[0] / sum(work))
+    assert before["norm2"] == pytest.approx(sum(work[:2]) / sum(work))
+
+
+@pytest.mark.parametrize(
+    ("budget", "layers"), [(2.0, 8), (0.9, 8), (0.75, 7), (0.6, 5), (0.5, 5), (0.1, 5), (0, 5)]
+)
+def test_the_layers_that_a_backward_reaches_in_time_stay(budget, layers):
+    model = deep()
+    adapter = tt.adapt(model, "tent", budget=budget)
+    adapter(batches(1)[0])
+    adapted = {f"norm{i}.{part}" for i in range(8 - layers, 8) for part in ("weight", "bias")}
+    assert set(adapter.snapshot().tensors) == set(adapter.plan().tensors) == adapted
+    told = adapter.plan().spending
+    assert (told.budget, told.layers, told.of) == (budget, layers, 8)
+    assert told.counted == pytest.approx((layers - 1) / 8)
+
+
+def test_a_scope_that_ends_early_keeps_its_last_layer():
+    norms = norm_layers(deep(), [f"norm{i}" for i in range(8)])
+    before = {f"norm{i}": (i + 1) / 8 for i in range(8)}
+    assert later(["norm0.weight", "norm1.bias"], norms, before, 0.1) == (["norm1.bias"], 0.75)
+    assert later(["norm0.weight"], norms, {}, 0.1) == (["norm0.weight"], None)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.floats(0, 3), st.floats(0.01, 4), st.integers(1, 64))
+def test_the_account_never_exceeds_the_budget(budget, extra, size):
+    account, taught = opened(), 0
+    for _ in range(100):
+        kind = "step" if affords(account, size, budget) else "plain"
+        taught += kind == "step"
+        seconds = size * (1.0 + extra * (kind == "step"))
+        account = entered(
+            account, kind, size, seconds if len(account[kind]) < module.TIMES else None
+        )
+        if taught > 2:  # two to know what they take
+            assert account["learnt"] * extra <= budget * account["samples"] * (1 + 1e-6)
+    assert account["samples"] == 100 * size
+    # and it is used, but for what the first batches showed
+    assert taught >= min(98, int(100 * min(1.0, budget / extra))) - 3
+
+
+def test_updates_thin_out_until_the_budget_is_kept(costs):
+    costs.update(plain=1.0, step=3.0)
+    adapter = tt.adapt(deep(), "tent", budget=0.5)
+    xs = batches(4)
+    for number in range(40):
+        adapter(xs[number % 4])
+    told = adapter.plan().spending
+    assert told.update == pytest.approx(2)
+    assert told.learnt == 0.25
+    assert told.total == pytest.approx(0.5)
+    assert adapter.events[-1].measured["budget"] == pytest.approx(0.5)
+    assert adapter.counts.spared == 30
+    assert [event.outcome for event in adapter.events][:4] == [
+        Outcome.NOT_DUE, Outcome.NOT_DUE, Outcome.ADAPTED, Outcome.ADAPTED
+    ]  # fmt: skip
+
+
+def test_a_large_budget_learns_from_all_but_the_batches_that_are_timed(costs):
+    costs.update(plain=1.0, step=2.0)
+    plain, adapter = tt.adapt(deep(), "tent"), tt.adapt(deep(), "tent", budget=1.5)
+    for number, x in enumerate(batches(10)):
+        answer = adapter(x)
+        if number > 1:
+            assert torch.equal(answer, plain(x))
+    assert adapter.counts.spared == 2
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_an_account_is_saved_with_the_state(costs, deferred, tmp_path):
+    costs.update(plain=1.0, step=2.0)
+    one, two = (tt.adapt(deep(), "tent", budget=0.4, deferred=deferred) for _ in range(2))
+    xs = batches(12)
+    for x in xs[:8]:
+        one(x)
+    one.save(tmp_path / "state")
+    two.load(tmp_path / "state")
+    assert all(torch.equal(one(x), two(x)) for x in xs[8:])
+    assert one.plan().spending == two.plan().spending
+    assert 0 < one.counts.updates < 8
+    one.reset()
+    assert one.plan().spending.learnt == 0
+
+
+def test_methods_that_adapt_other_tensors_are_thinned_alone(costs):
+    costs.update(plain=1.0, step=6.0)
+    adapter = tt.adapt(deep(), "cotta", views=2, threshold=0.0, budget=1.0)
+    xs = batches(2)
+    for number in range(30):
+        adapter(xs[number % 2])
+    assert len(adapter.snapshot().tensors) == len(tt.adapt(deep(), "cotta").plan().tensors)
+    assert adapter.plan().spending.total == pytest.approx(1, abs=0.01)
+
+
+def test_budgets_that_are_none_are_refused():
+    for wrong in (-1, "a", float("nan"), True):
+        with pytest.raises(OptionError, match="budget is"):
+            tt.adapt(tiny(), "tent", budget=wrong)
+    assert tt.adapt(tiny(), "tent").plan().spending is None
