@@ -1,0 +1,131 @@
+"""What an answer waits for, and what a gate and a budget save: the figures of docs/deploying.md.
+
+    python benchmarks/deploying.py latency --model embedded:batch
+    python benchmarks/deploying.py latency --model torchvision:resnet50 --batch 16 --rounds 7
+    python benchmarks/deploying.py gate --model embedded:batch --samples 256
+
+`latency`: in rounds, plain inference and each way of adapting with Tent answer the same batch, one
+after another; ratios are formed within a round, and median, smallest and largest are shown. The next
+answer is asked for when the update behind the last one is over, as where batches come with time
+between. `gate`: errors on the 15 corruptions one after another and on clean data, with and without.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import testtime as tt
+from testtime._core.errors import NeedsSource, ScopeError
+from testtime._core.outcomes import Outcome
+from testtime.adaptation.gating import SourceLike
+from testtime.bench.metrics import Score
+from testtime.bench.models import load_model
+from testtime.streams.data import load_data, stack
+from testtime.streams.scenarios import Scenario
+
+
+def make(name: str, batch: int) -> tuple[nn.Module, Tensor]:
+    """A model and a batch for it; random weights where none are embedded: time does not see them."""
+    if name.startswith("embedded:"):
+        return load_model(name), stack(load_data("fashion-mnist:sample"), range(batch))[0]
+    import torchvision  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name.removeprefix("torchvision:"))()
+    return model.eval(), torch.rand(batch, 3, 224, 224)
+
+
+def latency(name: str, batch: int, rounds: int) -> None:
+    """Seconds until the answer is there, over those of plain inference."""
+    model, x = make(name, batch)
+    ways: dict[str, Any] = {
+        "tent": tt.adapt(model, "tent"),
+        "tent, deferred": tt.adapt(model, "tent", deferred=True),
+        "tent, every=1000": tt.adapt(model, "tent", every=1000),
+        "tent, budget=0.5": tt.adapt(model, "tent", budget=0.5),
+    }
+    with suppress(ScopeError):  # it takes batch statistics, and does nothing else
+        ways["bn-adapt"] = tt.adapt(model, "bn-adapt")
+    with suppress(NeedsSource):  # a bound that nothing exceeds: the cost of a gate that stays shut
+        ways["tent, gate shut"] = tt.adapt(model, "tent", gate=SourceLike(effect=1e9))
+    ratios: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(rounds + 3):
+        plain = (seconds(lambda: infer(model, x)) + seconds(lambda: infer(model, x))) / 2
+        for way, adapter in ways.items():
+            taken = seconds(lambda adapter=adapter: adapter(x)) / plain
+            adapter.flush()
+            if number > 2:
+                ratios[way].append(taken)
+    for way, own in ratios.items():
+        mean = statistics.fmean(own) if "budget" in way else statistics.median(own)
+        print(f"| {way} | {mean:.2f} | {min(own):.2f}–{max(own):.2f} |")  # noqa: RUF001
+    print(ways["tent, budget=0.5"].plan().spending)
+
+
+def infer(model: nn.Module, x: Tensor) -> Tensor:
+    """Plain inference."""
+    with torch.inference_mode():
+        return model(x)
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def gate(name: str, batch: int, samples: int) -> None:
+    """Error with and without a gate, and how many batches were spared."""
+    data = load_data("fashion-mnist:sample")
+    train = load_data("fashion-mnist:sample", split="train")
+    model, known = load_model(name), None
+    if name == "embedded:group":
+        loader = [stack(train, range(i, i + 50)) for i in range(0, 1000, 50)]
+        known = tt.fit_source(model, loader, gate=True)
+    ways = {
+        "source": tt.adapt(model, "source"),
+        "tent": tt.adapt(model, "tent"),
+        "tent, gated": tt.adapt(model, "tent", source=known, gate=True),
+    }
+    stream = Scenario(batch_size=batch, samples=samples).stream(data, seed=0)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0)).split(batch)
+    clean = [stack(data, part) for part in order]
+    shifted = [(each.inputs, each.labels) for each in stream]
+    for kind, batches in (("15 corruptions", shifted), ("clean", clean)):
+        for way, adapter in ways.items():
+            adapter.reset()
+            score, spared = Score(), 0
+            for x, labels in batches:
+                score.add(adapter(x), labels)
+                spared += adapter.events[-1].outcome is Outcome.LIKE_SOURCE
+            error = score.result()["error"]
+            print(f"| {kind} | {way} | {error:.2f} | {spared} of {len(batches)} |")
+
+
+def main() -> None:
+    """Parses and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("latency", "gate"))
+    parser.add_argument("--model", default="embedded:batch")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.what == "latency":
+        latency(given.model, given.batch, given.rounds)
+    else:
+        gate(given.model, given.batch, given.samples)
+
+
+if __name__ == "__main__":
+    main()
