@@ -167,6 +167,8 @@ def test_a_file_of_another_version_is_refused():
 
 
 def test_wrong_calls_are_refused():
+    with pytest.raises(InputError, match="Encode text first"):
+        compress("text", ToyModel(), TOKENIZER)
     for options in ({"lanes": 0}, {"lanes": 2**16}, {"window": 1}, {"window": 4, "stride": 4},
                     {"stride": 0}):  # fmt: skip
         with pytest.raises(OptionError):

@@ -27,7 +27,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from testtime._core.errors import OptionError, StateError, TesttimeWarning, WorkFailed
+from testtime._core.errors import (
+    InputError,
+    OptionError,
+    StateError,
+    TesttimeWarning,
+    WorkFailed,
+)
 from testtime.decode.coding import Progress, decode, encode
 from testtime.decode.lossless_tokens import from_tokens, to_tokens
 from testtime.decode.models import (
@@ -95,7 +101,7 @@ def compress(
 
     Raises:
         OptionError: an option that cannot be, or a window beyond the model's context.
-        InputError: the tokenizer is not the model's, or its logits are NaN.
+        InputError: the content is no bytes, the tokenizer not the model's, or its logits are NaN.
 
     Example:
         >>> from testtime.decode.models import load_language_model
@@ -106,6 +112,11 @@ def compress(
 
     Reference: Valmeekam et al., LLMZip, 2023.
     """
+    if not isinstance(content, bytes | bytearray):
+        raise InputError(
+            f"content is of type {type(content).__name__}; expected bytes. Encode text first: "
+            'text.encode("utf-8").'
+        )
     check_pair(model, tokenizer)
     context = context_length(model)
     window = min(WINDOW, context or WINDOW) if window is None else window

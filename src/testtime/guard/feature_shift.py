@@ -114,10 +114,10 @@ class SeriesShift:
     Args:
         reference: (window, d) clean samples.
         null: (B, d) statistics of pairs of clean windows, made by `fit`.
-        statistic: as of `feature_shift`.
-        alpha: see `statistic`.
-        compromised: see `statistic`.
-        seed: see `statistic`.
+        statistic: what is compared, as of `feature_shift`.
+        alpha: level, as there.
+        compromised: features that may have shifted, as there.
+        seed: of the permutations, as there.
 
     Example:
         >>> from testtime.guard.monitor import Monitor

@@ -101,12 +101,12 @@ class Fingerprint:
             batches: inputs, no labels.
             layer: name of the layer whose input are the features; None: the linear layer that runs
                 last.
-            hidden: size of the head.
-            outputs: see `hidden`.
+            hidden: width of the head's hidden layer.
+            outputs: values that the head gives.
             outside: share of fault-free samples outside of the band, half on each side; 0.01.
-            lr: of Adam.
-            epochs: see `lr`.
-            batch_size: see `lr`.
+            lr: step size of Adam.
+            epochs: passes over the features.
+            batch_size: features in a step.
             seed: of weights and order.
 
         Raises:
@@ -165,8 +165,8 @@ class FaultMonitor:
     false alarms over a long run; for one, watch flags with `Risk`.
 
     Args:
-        low: the band, of a `Fingerprint`.
-        high: see `low`.
+        low: lower end of the band of a `Fingerprint`.
+        high: its upper end.
         window: latest samples that are counted; 20.
         limit: share of them that may be flagged; 0.2.
 

@@ -40,8 +40,8 @@ class Independence:
     mean of them. A point without a partner waits for the next batch.
 
     Args:
-        gamma_x: inverse squared widths of the kernels; `Independence.fit` finds them.
-        gamma_y: see `gamma_x`.
+        gamma_x: inverse squared width of the kernel on x; `Independence.fit` finds it.
+        gamma_y: the same of y.
         alpha: bound on the probability of a false alarm; 0.05.
         bets: how much is bet; `OnlineNewton`, as in the authors' notebook.
         memory: points that the witness reads at most; 1000. The paper keeps all.
