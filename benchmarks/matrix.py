@@ -1,4 +1,4 @@
-"""Every method on every kind of stream: the error matrix, and its page.
+"""The methods on the kinds of streams: the error matrix, and its page.
 
     testtime bench --methods all --model embedded:batch,embedded:group --seeds 1 \\
         --stream all,domains=gaussian_noise+motion_blur+fog+jpeg_compression,samples=128,batch_size=32 \\
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "benchmarks/matrix.json"
 PAGE = ROOT / "docs/matrix.md"
 
-TOP = """# Every method on every stream
+TOP = """# Methods by streams
 
 Error in percent of the answers given while adapting, with the paper's options, on Fashion-MNIST
 under corruption at severity 5: {domains}, {samples} images of each, in batches of {batch}; {seeds}. {machine} `python benchmarks/matrix.py` names the command and
