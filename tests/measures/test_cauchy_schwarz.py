@@ -74,18 +74,13 @@ def test_bounds_and_invariances(size, shift):
     assert float(moved) == pytest.approx(float(fit), abs=1e-9)
 
 
-def test_an_estimate_of_few_samples_can_be_below_nought():
+def test_an_estimate_can_be_below_nought():
     """Why no bound is asked above: the published formula has none, as this batch shows."""
     x, y, p = (normal(seed, 6, 1) for seed in (30, 31, 32))
     found = float(conditional_divergence(x, y, p, width=2.0))
     expected = divergence(x.numpy(), y.numpy(), p.numpy(), 2.0, "paper")
     assert found == pytest.approx(expected, abs=1e-9)
     assert -0.01 < found < 0
-    many = [
-        float(conditional_divergence(*(normal(3 * k + i, 300, 1) for i in range(3))))
-        for k in range(20)
-    ]
-    assert min(many) > 0
 
 
 def test_it_grows_with_a_shift_and_with_correlation():
