@@ -13,4 +13,7 @@ class Outcome(StrEnum):
     LIKE_SOURCE = "answered by the source model, whose data these look like"
     NOT_DUE = "answered; no update was due"
     NON_FINITE = "loss or gradient was not finite; nothing changed"
+    GUARDED = "answered by the source model; the guard does not trust what was learnt"
+    ROLLED_BACK = "the guard lost its trust: an earlier state was restored, and the source answered"
+    TRUSTED = "answered; the guard trusts what was learnt again"
     RECOVERED = "the loss had collapsed; the source was restored"

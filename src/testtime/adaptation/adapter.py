@@ -23,6 +23,7 @@ from testtime._core.errors import (
     TesttimeWarning,
 )
 from testtime._core.gates import Gate
+from testtime._core.guards import Guard
 from testtime._core.options import whole
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.budget import Ration
@@ -31,6 +32,7 @@ from testtime.adaptation.deferred import Behind, Give, Job, Lane, autocasting, c
 from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.gating import Signals, SourceLike, check_gate, judge
+from testtime.adaptation.guarding import check_guard, distrusted, guarded
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
 from testtime.adaptation.layers import NormLayer, norm_layers
 from testtime.adaptation.loan import Restated, lock_of
@@ -73,6 +75,7 @@ class Adapter:
         deferred: bool = False,
         every: int = 1,
         gate: Gate | bool | None = None,
+        guard: Guard | bool | None = None,
         budget: float | None = None,
     ) -> None:
         check_model(model)
@@ -90,7 +93,7 @@ class Adapter:
         self._events: deque[Event] = deque(maxlen=1000)
         self._counts = Counts()
         self._deferred, self._every, self._behind = deferred, every, Behind()
-        self._gate = check_gate(gate)
+        self._gate, self._watch = check_gate(gate), check_guard(guard)
         self._ration = None if budget is None else Ration(budget)
         self._on_event, self._seed, self._source = on_event, seed, source
         self._features = features
@@ -160,6 +163,12 @@ class Adapter:
             state, calm = judge(self._gate, self._engine, x, state)
             if calm is not None:
                 return self._engine.settled(calm, x, state)
+        if self._watch is not None:
+            return (yield from guarded(self._watch, self._engine, x, state, self._learning))
+        return (yield from self._learning(x, state))
+
+    def _learning(self, x: Tensor, state: State) -> Steps:
+        """The method's step, where one is due."""
         if state.steps % self._every:
             return self._engine.spared(x, state)
         ration = self._ration or self._engine
@@ -192,7 +201,9 @@ class Adapter:
         """
         with self._settled(), _computing():
             x = self._admit(x)
-            output, _ = self._guard(x, lambda: self._engine.predict(x, self._state))
+            engine, state = self._engine, self._state
+            asked = engine.frozen if distrusted(state) else lambda x: engine.predict(x, state)
+            output, _ = self._guard(x, lambda: asked(x))
             return _detached(output)
 
     # --- what was done ------------------------------------------------------------------------
@@ -273,6 +284,8 @@ class Adapter:
         """
         with self._settled(), self._engine.loan.lock, torch.no_grad():
             copy = deepcopy(self.model).eval()
+            if distrusted(self._state):
+                return copy
             teaches = self.recipe.prediction is from_teacher
             tensors = (self._state.teacher if teaches else self._state.tensors) or {}
             averages = self._state.teacher_averages if teaches else self._state.averages
@@ -469,7 +482,7 @@ class Adapter:
             return replace(
                 self._engine.fresh(),
                 steps=state.steps, samples=state.samples, generator=state.generator,
-                gate=state.gate, account=state.account,
+                gate=state.gate, account=state.account, guard=state.guard,
             )  # fmt: skip
         return state
 
@@ -486,6 +499,7 @@ class Adapter:
             skipped=old.skipped + (outcome in (Outcome.NOTHING_RELIABLE, Outcome.NON_FINITE)),
             resets=old.resets + (restored or outcome is Outcome.RECOVERED),
             spared=old.spared + (outcome in (Outcome.NOT_DUE, Outcome.LIKE_SOURCE)),
+            distrusted=old.distrusted + (outcome in (Outcome.GUARDED, Outcome.ROLLED_BACK)),
         )
 
     def _owner(self) -> dict[str, str]:

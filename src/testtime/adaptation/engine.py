@@ -15,7 +15,7 @@ from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.loan import Averages, Loan
 from testtime.adaptation.look import answers_alone
-from testtime.adaptation.outputs import with_logits
+from testtime.adaptation.outputs import read_logits, with_logits
 from testtime.adaptation.parts.optimizer import SharpnessAware
 from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import RunningStatistics, SourceStatistics
@@ -220,6 +220,16 @@ class Engine:
         measured: dict[str, Any] = {"entropy": entropy(logits).mean(), "used": 0}
         return self.settled(Step(output, logits, state, Outcome.NOT_DUE, measured), x, state)
 
+    def frozen(self, x: Tensor, *, tap: Callable[[], Any] | None = None) -> tuple[Any, Tensor]:
+        """What the source model answers, and its logits."""
+        self.forwards += len(x)
+        with torch.no_grad():
+            output, _ = self.loan.run(x, {}, SourceStatistics(), ranks=self.ranks, tap=tap)
+        if hasattr(self.recipe.procedure, "read"):  # of several experts, who answer as one
+            logits = self.recipe.procedure.read(output)
+            return logits, logits
+        return output, read_logits(output)
+
     def settled(self, done: Step, x: Tensor, state: State) -> Step:
         """The step with what is the same for every step: counts, and the random state."""
         if self.recipe.outlier is not None:
@@ -229,6 +239,7 @@ class Engine:
             generator=self.generator.get_state(),
             gate=state.gate,
             account=state.account,
+            guard=state.guard,
             steps=state.steps + 1,
             samples=state.samples + len(x),
         )

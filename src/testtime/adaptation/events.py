@@ -13,7 +13,8 @@ class Counts(NamedTuple):
 
     `forwards` and `backwards` count samples that went through the model, so that
     `forwards / samples` is the number of forward passes for each sample. `skipped` are batches that
-    could teach nothing, `spared` those that were not asked to.
+    could teach nothing, `spared` those that were not asked to,
+    `distrusted` those that the source model answered because a guard did not trust what was learnt.
     """
 
     steps: int = 0
@@ -24,6 +25,7 @@ class Counts(NamedTuple):
     skipped: int = 0
     resets: int = 0
     spared: int = 0
+    distrusted: int = 0
 
 
 @dataclass(frozen=True)

@@ -287,10 +287,9 @@ def judge(gate: Gate, engine: Engine, x: Tensor, state: State) -> tuple[State, S
     if seen["left"]:
         return replace(state, gate={**seen, "left": seen["left"] - 1}), None
     watching = getattr(gate, "watching", nullcontext)
-    engine.forwards += len(x)
     with torch.no_grad():
-        output, _ = engine.loan.run(x, {}, SourceStatistics(), ranks=engine.ranks, tap=watching)
-        logits = rows(read_logits(output))
+        output, logits = engine.frozen(x, tap=watching)
+        logits = rows(logits)
         if seen["memory"] is None:
             gate.reset()
         else:

@@ -33,6 +33,7 @@ class State:
         generator: state of the random generator.
         gate: state of the gate.
         account: what a budget was spent on.
+        guard: state of the guard, and states that it can roll back to.
         steps: batches since the source.
         samples: samples since the source.
         method: the recipe, as text.
@@ -51,6 +52,7 @@ class State:
     generator: Tensor | None = None
     gate: dict[str, Any] | None = None
     account: dict[str, Any] | None = None
+    guard: dict[str, Any] | None = None
     steps: int = 0
     samples: int = 0
     method: str = ""

@@ -1,0 +1,35 @@
+"""A guard says whether what an adapter learnt may answer; monitors of other rooms are guards."""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Guard(Protocol):
+    """Watches an adapted model beside its frozen source, and says when not to trust it.
+
+    `testtime.guard.monitor.Monitor(Collapse(classes=...))` is a guard, and whatever else has these
+    four methods. A guard belongs to one adapter, which keeps its state in its own, so that it is
+    saved and restored.
+    """
+
+    def update(self, adapted: Tensor, source: Tensor, /) -> Any:
+        """Takes a batch in; true: the source model is to answer, and what was learnt is dropped.
+
+        Args:
+            adapted: (n, C) logits of the adapted model.
+            source: (n, C) logits of the source model for the same samples.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Forgets the stream."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is remembered: tensors and numbers by name, written to by no later update."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Goes on where `state_dict` was taken."""
+        ...

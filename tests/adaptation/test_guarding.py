@@ -1,0 +1,338 @@
+"""Never worse than frozen: what a guard does with an adapter, and what the default one looks at."""
+
+import math
+import random
+import warnings
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import mutual_info_score
+from torch import Tensor, nn
+
+import testtime as tt
+from models import Experts, batches, tiny
+from testtime._core.errors import OptionError
+from testtime._core.outcomes import Outcome
+from testtime.adaptation.guarding import (
+    APART,
+    BEGINNING,
+    MARK,
+    PATIENCE,
+    NeverWorse,
+    excess,
+    information,
+)
+from testtime.guard.collapse import Collapse
+from testtime.guard.monitor import Monitor
+
+answers = st.lists(st.integers(0, 3), min_size=4, max_size=40)
+
+
+def logits(labels: Tensor, classes: int = 10) -> Tensor:
+    return 5.0 * nn.functional.one_hot(labels, classes).float()
+
+
+def drawn(count: int, seed: int = 0, classes: int = 10) -> Tensor:
+    return torch.randint(classes, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def blurred(labels: Tensor, share: float, seed: int = 1) -> Tensor:
+    """The same labels, a share of them drawn anew."""
+    chance = torch.Generator().manual_seed(seed)
+    anew = torch.rand(len(labels), generator=chance) < share
+    return torch.where(anew, drawn(len(labels), seed + 1), labels)
+
+
+def said(adapted: Tensor, source: Tensor, size: int = 64) -> list[bool]:
+    guard = NeverWorse()
+    pairs = zip(adapted.split(size), source.split(size), strict=True)
+    return [guard.update(logits(a), logits(s)) for a, s in pairs]
+
+
+# --- what it looks at -------------------------------------------------------------------------
+
+
+@given(answers, st.randoms(use_true_random=False))
+def test_information_is_that_of_counts(a, chance):
+    b = [chance.choice([x, 0, 2]) for x in a]
+    shared, one, other = information(torch.tensor(a), torch.tensor(b), 4)
+    assert shared == pytest.approx(mutual_info_score(a, b), abs=1e-9)
+    assert one == pytest.approx(mutual_info_score(a, a), abs=1e-9)
+    assert other == pytest.approx(mutual_info_score(b, b), abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=5, max_size=12))
+def test_the_excess_is_nought_on_the_mean_of_all_orders(a):
+    chance = random.Random(0)
+    means = [excess(torch.tensor(chance.sample(a, len(a)))) for _ in range(600)]
+    assert sum(means) / len(means) == pytest.approx(0, abs=0.06)
+
+
+def test_answers_that_have_nothing_to_do_with_the_source_s_are_not_trusted():
+    labels = drawn(1280)
+    assert all(said(drawn(1280, 5), labels)[1:])
+    assert not any(said(blurred(labels, 0.3), blurred(labels, 0.3)))
+    assert not any(said(labels, labels))
+
+
+def test_where_labels_come_in_order_the_better_follows_it():
+    labels = torch.arange(10).repeat_interleave(25).repeat(6)
+    for better, worse in ((0.1, 0.3), (0.0, 0.2)):
+        good, bad = blurred(labels, better), blurred(labels, worse, 7)
+        assert not any(said(good, bad)[2:])
+        assert all(said(bad, good)[2:])
+
+
+def test_where_they_do_not_narrower_answers_are_not_trusted():
+    labels = drawn(1280)
+    crowded = torch.where((labels > 5) & (drawn(1280, 3) < 5), 0, labels)
+    assert all(said(crowded, labels)[2:])
+    assert not any(said(labels, crowded)[2:])
+
+
+def test_one_answer_for_all_trusts_nobody_but_who_says_the_same():
+    same = torch.zeros(256, dtype=torch.long)
+    assert all(said(drawn(256), same))
+    assert not any(said(same, same))
+
+
+def test_nobody_is_trusted_before_a_block_was_seen_nor_with_nan():
+    guard, x = NeverWorse(), logits(drawn(64))
+    assert [guard.update(x[:16], x[:16]) for _ in range(3)] == [True, True, False]
+    assert guard.update(x * math.nan, x)
+    assert not guard.update(x, x)
+
+
+def test_what_is_old_is_forgotten():
+    labels, other = drawn(4096), drawn(4096, 3)
+    adapted = torch.cat([other[:2048], labels[2048:]])
+    got = said(adapted, labels)
+    assert all(got[1:32])
+    assert not any(got[-16:])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 70), min_size=3, max_size=12), st.integers(0, 99))
+def test_it_goes_on_where_its_state_was_taken(sizes, seed):
+    labels = drawn(sum(sizes), seed)
+    pairs = list(
+        zip(
+            logits(blurred(labels, 0.6, seed)).split(sizes),
+            logits(labels).split(sizes),
+            strict=True,
+        )
+    )
+    whole, half = NeverWorse(memory=128), NeverWorse(memory=128)
+    want = [whole.update(*pair) for pair in pairs]
+    got = []
+    for pair in pairs:
+        other = NeverWorse(memory=128)
+        other.load_state_dict(half.state_dict())
+        got.append(other.update(*pair))
+        half = other
+    assert got == want
+
+
+@pytest.mark.parametrize("option", [{"kept": -0.1}, {"kept": 2}, {"memory": 1}, {"block": 0}])
+def test_options_out_of_range_are_refused(option):
+    with pytest.raises(OptionError):
+        NeverWorse(**option)
+
+
+# --- what is done -----------------------------------------------------------------------------
+
+
+class Says:
+    """A guard that says what it was told to say, and then repeats the last."""
+
+    def __init__(self, *words: bool) -> None:
+        self.words = words
+        self.reset()
+
+    def update(self, adapted: Tensor, source: Tensor) -> bool:
+        assert adapted.shape == source.shape
+        self.asked += 1
+        return self.words[min(self.asked, len(self.words)) - 1]
+
+    def reset(self) -> None:
+        self.asked = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.asked = state["asked"]
+
+
+def outcomes(adapter: tt.Adapter, xs: list[Tensor]) -> list[Outcome]:
+    return [(adapter(x), adapter.events[-1].outcome)[1] for x in xs]
+
+
+def same_state(one: tt.Adapter, two: tt.Adapter) -> bool:
+    a, b = one.snapshot(), two.snapshot()
+    return all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_a_model_that_is_trusted_answers_and_learns_as_without_a_guard(kind, deferred):
+    plain = tt.adapt(tiny(kind), "tent")
+    adapter = tt.adapt(tiny(kind), "tent", guard=Says(False), deferred=deferred)
+    for x in batches(6):
+        assert torch.equal(adapter(x), plain(x))
+    assert same_state(adapter, plain)
+    assert adapter.counts.forwards == 2 * plain.counts.forwards
+    assert adapter.counts.backwards == plain.counts.backwards
+
+
+@pytest.mark.parametrize("name", ["tent", "lame", "memo", "cotta"])
+def test_a_model_that_is_not_answers_as_its_source_and_learns_nothing(name):
+    more = {"views": 2} if name in ("memo", "cotta") else {}
+    adapter, model = tt.adapt(tiny(), name, guard=Says(True), **more), tiny()
+    for x in batches(5):
+        assert torch.equal(adapter(x), model(x).detach())
+        assert torch.equal(adapter.predict(x), model(x).detach())
+        assert torch.equal(adapter.export()(x), model(x))
+    assert set(outcomes(adapter, batches(2))) == {Outcome.GUARDED}
+    assert adapter.counts.distrusted == adapter.counts.steps == 7
+    assert adapter.counts.updates == 0
+    fresh = tt.adapt(tiny(), name, **more)
+    assert same_state(adapter, fresh)
+
+
+def test_lost_trust_restores_a_state_of_before_and_then_the_source():
+    xs = batches(30, size=64)
+    looked = [i for i in range(30) if i < BEGINNING // 64 or (i - BEGINNING // 64) % APART == 3]
+    asked = 11  # behind the third mark
+    adapter = tt.adapt(tiny(), "tent", guard=Says(*[False] * asked, True))
+    plain = tt.adapt(tiny(), "tent")
+    marks, seen = [], []
+    for i, x in enumerate(xs[: looked[asked]]):
+        plain(x)
+        adapter(x)
+        if i % (MARK // 64) == 0:
+            marks.append(plain.snapshot())
+        seen.append(adapter.events[-1].outcome)
+    assert set(seen) == {Outcome.ADAPTED}
+    assert outcomes(adapter, [xs[-1]]) == [Outcome.ROLLED_BACK]
+    got = adapter.snapshot().tensors
+    assert any(all(torch.equal(got[n], mark.tensors[n]) for n in got) for mark in marks[:-1])
+    assert not same_state(adapter, tt.adapt(tiny(), "tent"))
+    assert set(outcomes(adapter, xs[: PATIENCE // 64 - 4])) == {Outcome.GUARDED}
+    assert torch.equal(got["norm1.weight"], adapter.snapshot().tensors["norm1.weight"])
+    outcomes(adapter, xs[:12])  # a trial, and the source
+    assert same_state(adapter, tt.adapt(tiny(), "tent"))
+
+
+def test_trust_comes_back_and_learning_with_it():
+    adapter = tt.adapt(tiny(), "tent", guard=Says(False, True, True, False))
+    got = outcomes(adapter, batches(6))
+    assert got == [
+        Outcome.ADAPTED, Outcome.ROLLED_BACK, Outcome.GUARDED, Outcome.TRUSTED, Outcome.ADAPTED,
+        Outcome.ADAPTED,
+    ]  # fmt: skip
+    assert adapter.counts.distrusted == 2
+
+
+def test_most_batches_are_not_looked_at_once_a_stream_has_begun():
+    for word, much, more in ((False, 1.0, 1 / APART), (True, 1.0, 1 / APART)):
+        adapter = tt.adapt(tiny("group"), "tent", guard=Says(word))
+        outcomes(adapter, batches(BEGINNING // 64, size=64))
+        before = adapter.counts
+        outcomes(adapter, batches(4 * APART, size=64))
+        forwards = adapter.counts.forwards - before.forwards
+        assert forwards / (4 * APART * 64) == pytest.approx(much + more)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_guard_is_saved_restored_and_reset_with_the_state(deferred, tmp_path):
+    xs = batches(12)
+    words = [False] * 4 + [True] * 3 + [False]
+    one, two = (tt.adapt(tiny(), "tent", guard=Says(*words), deferred=deferred) for _ in range(2))
+    begin = [one(x) for x in xs[:6]]
+    mark = one.snapshot()
+    one.save(tmp_path / "state")
+    later = [one(x) for x in xs[6:]]
+    two.load(tmp_path / "state")
+    assert all(torch.equal(two(x), y) for x, y in zip(xs[6:], later, strict=True))
+    assert same_state(one, two)
+    one.restore(mark)
+    assert all(torch.equal(one(x), y) for x, y in zip(xs[6:], later, strict=True))
+    one.reset()
+    assert all(torch.equal(one(x), y) for x, y in zip(xs[:6], begin, strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(set(tt.methods()) - {"foa"}))
+def test_every_method_takes_a_guard(name, tmp_path):
+    model = Experts(tiny()) if name == "sade" else tiny()
+    entry = tt.methods()[name]
+    known = None
+    if entry.needs:
+        data = [(x, torch.arange(16) % 5) for x in batches(4, seed=9)]
+        known = tt.fit_source(model, data, methods=[name])
+    more = {"views": 2} if "views" in entry.options else {}
+    if "label" in entry.options or name == "simatta":
+        more["oracle"] = lambda places, x: torch.zeros(len(x), dtype=torch.long)
+    more = {key: value for key, value in more.items() if key in entry.options}
+    make = lambda: tt.adapt(model, name, source=known, guard=NeverWorse(block=16), **more)  # noqa: E731
+    adapter, other = make(), make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for x in batches(4):
+            assert adapter(x).isfinite().all()
+        adapter.save(tmp_path / "state")
+        other.load(tmp_path / "state")
+        x = batches(1, seed=5)[0]
+        assert torch.equal(adapter(x), other(x))
+    # what is saved holds the marks, and these hold nothing of the stream
+    for kept in (adapter.snapshot().guard or {}).get("marks", []):
+        assert set(kept) < {f.name for f in fields(adapter.snapshot())} - {"guard", "generator"}
+
+
+def test_dense_logits_and_single_samples_are_guarded():
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    torch.manual_seed(0)
+    model = Dense().eval()
+    adapter = tt.adapt(model, "tent", guard=True)
+    for x in batches(6):
+        assert adapter(x).shape == (16, 5, 8, 8)
+    one = tt.adapt(tiny(), "tent", guard=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for x in batches(40, size=1):
+            assert torch.equal(one(x), tiny()(x).detach())
+
+
+def test_a_monitor_of_two_models_is_a_guard():
+    watch = Collapse(classes=5, share=0.02, narrowness=0.01, disagreement=0.05)
+    adapter = tt.adapt(tiny(), "tent", lr=0.1, guard=Monitor(watch))
+    got = outcomes(adapter, batches(40, size=64))
+    assert Outcome.ROLLED_BACK in got
+    assert got[-1] is Outcome.GUARDED  # it stays raised
+
+
+def test_a_guard_works_beside_a_gate_and_thinning():
+    model = tiny()
+    known = tt.fit_source(model, batches(8, size=64), methods=["tent"], gate=True)
+    adapter = tt.adapt(model, "tent", source=known, gate=True, guard=True, every=2)
+    got = outcomes(adapter, [*batches(4, size=64), *(x * 0.3 + 2 for x in batches(8, size=64))])
+    assert got[:4] == [Outcome.LIKE_SOURCE] * 4
+    assert len(set(got)) > 1
+
+
+def test_what_is_no_guard_is_refused():
+    with pytest.raises(OptionError, match="has no update"):
+        tt.adapt(tiny(), "tent", guard=lambda a, b: True)
