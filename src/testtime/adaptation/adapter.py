@@ -31,25 +31,23 @@ from testtime.adaptation.checks import check_input, check_model, check_output, e
 from testtime.adaptation.deferred import Behind, Give, Job, Lane, autocasting, check_deferred
 from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
 from testtime.adaptation.events import Counts, Event
+from testtime.adaptation.export import exported
 from testtime.adaptation.gating import Signals, SourceLike, check_gate, judge
 from testtime.adaptation.guarding import check_guard, distrusted, guarded
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
 from testtime.adaptation.layers import NormLayer, norm_layers
-from testtime.adaptation.loan import Restated, lock_of
+from testtime.adaptation.loan import lock_of
 from testtime.adaptation.look import look, named_layer
 from testtime.adaptation.outputs import read_logits
-from testtime.adaptation.parts.prediction import from_teacher, student
+from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.statistics import (
-    AdaptiveMixture,
     BatchStatistics,
-    MixedStatistics,
-    RunningStatistics,
     SourceStatistics,
 )
-from testtime.adaptation.plan import Plan, size_of
+from testtime.adaptation.plan import Plan, planned
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe
-from testtime.adaptation.state import State, load_state, save_state
+from testtime.adaptation.state import State, check_state, load_state, save_state
 
 
 class Adapter:
@@ -283,35 +281,9 @@ class Adapter:
         for batches of one that is `predict`'s.
         """
         with self._settled(), self._engine.loan.lock, torch.no_grad():
-            copy = deepcopy(self.model).eval()
             if distrusted(self._state):
-                return copy
-            teaches = self.recipe.prediction is from_teacher
-            tensors = (self._state.teacher if teaches else self._state.tensors) or {}
-            averages = self._state.teacher_averages if teaches else self._state.averages
-            own = dict(copy.named_parameters()) | dict(copy.named_buffers())
-            for name, value in tensors.items():
-                own[name].copy_(value)
-            for layer in norm_layers(copy):
-                self._settle(layer, averages)
-            return copy
-
-    def _settle(self, layer: NormLayer, averages: dict[str, Tensor] | None) -> None:
-        module: Any = layer.module
-        statistics = self.recipe.statistics
-        if not layer.has_statistics:
-            ours = isinstance(statistics, BatchStatistics | RunningStatistics)
-            if ours and layer.kind == "instance":  # an image's own statistics, as in the loan
-                module.track_running_stats = False
-                module.running_mean = module.running_var = None
-        elif isinstance(statistics, RunningStatistics) and averages:
-            module.running_mean.copy_(averages[f"{layer.name}.mean"])
-            module.running_var.copy_(averages[f"{layer.name}.var"])
-        elif isinstance(statistics, BatchStatistics) and hasattr(module, "track_running_stats"):
-            module.track_running_stats = False
-            module.running_mean = module.running_var = None
-        elif isinstance(statistics, BatchStatistics | MixedStatistics | AdaptiveMixture):
-            module.register_forward_pre_hook(Restated(layer.eps, statistics))
+                return deepcopy(self.model).eval()
+            return exported(self.model, self.recipe, self._state)
 
     # --- what it does -------------------------------------------------------------------------
 
@@ -323,25 +295,14 @@ class Adapter:
         with self._settled(), _computing():
             if x is not None:
                 self._admit(x)
-            tensors = self._state.tensors
-            norms = norm_layers(self.model)
-            kinds: dict[str, int] = {}
-            for layer in norms:
-                kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
-            values = sum(tensor.numel() for tensor in tensors.values())
-            total = sum(parameter.numel() for parameter in self.model.parameters())
-            forwards, backwards = self.recipe.passes or (None, None)
-            held = dict(vars(self._state))
-            if self.recipe.optimizer is not None:  # what it holds from its first step on
-                now = [*tensors.values(), *self._state.beside.values()]
-                zeros = [torch.zeros_like(tensor) for tensor in now]
-                _, held["optimizer"] = self.recipe.optimizer.step(held["optimizer"], now, zeros)
-            return Plan(
-                tuple(tensors), values, values / max(total, 1), kinds,
-                describe(self.recipe.statistics), self._seen is not None, forwards, backwards,
-                size_of(held),
-                self._ration and self._ration.told(self._state.account),
-            )  # fmt: skip
+            spending = self._ration and self._ration.told(self._state.account)
+            plan = planned(self.model, self.recipe, self._state, spending)
+            looks = self._watch is not None and plan.forwards is not None
+            return replace(
+                plan,
+                ordered=self._seen is not None,
+                forwards=plan.forwards + 1 if looks and plan.forwards else plan.forwards,
+            )
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -507,30 +468,12 @@ class Adapter:
 
     def _own(self, state: State, what: str) -> State:
         """The state, checked to be one that this adapter can go on from."""
-        engine, method = self._engine, describe(self.recipe)
-        if state.method != method:
-            raise StateError(
-                f"{what} belongs to another method: {state.method}; this adapter has {method}."
-            )
-        known = engine.loan.canonical
-        for name, tensor in state.tensors.items():
-            source = engine.loan.source(name) if name in known else None
-            if source is None or source.shape != tensor.shape or source.device != tensor.device:
-                raise StateError(
-                    f"{what} belongs to another model: it adapts {name} of shape "
-                    f"{tuple(tensor.shape)} on {tensor.device}, and this model has "
-                    f"{'no such tensor' if source is None else f'{tuple(source.shape)} on {source.device}'}."
-                )
-        for held in (
-            state.tensors,
-            state.beside,
-            state.averages,
-            state.teacher,
-            state.teacher_averages,
-        ):
-            for name, tensor in (held or {}).items():
-                if not tensor.isfinite().all():
-                    raise StateError(f"{what} holds NaN or infinite values of {name}.")
+        engine = self._engine
+        loan = engine.loan
+        check_state(
+            state, describe(self.recipe),
+            lambda name: loan.source(name) if name in loan.canonical else None, what,
+        )  # fmt: skip
         if not state.steps:  # the order of execution may not have been known to who made it
             return replace(engine.fresh(), generator=state.generator)
         if self._seen and set(state.tensors) != set(engine.names):

@@ -4,9 +4,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from testtime.adaptation.budget import Spending
+from testtime.adaptation.layers import norm_layers
+from testtime.adaptation.recipe import Recipe, describe
+from testtime.adaptation.state import State
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,25 @@ class Plan:
             f"at most {self.forwards or '?'} forward and {self.backwards if self.forwards else '?'} "
             f"backward passes for each sample; {self.bytes} bytes held"
         )
+
+
+def planned(model: nn.Module, recipe: Recipe, state: State, spending: Spending | None) -> Plan:
+    """What a recipe will change in a model from a state on; layers as they are registered."""
+    kinds: dict[str, int] = {}
+    for layer in norm_layers(model):
+        kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
+    values = sum(tensor.numel() for tensor in state.tensors.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    forwards, backwards = recipe.passes or (None, None)
+    held = dict(vars(state))
+    if recipe.optimizer is not None:  # what it holds from its first step on
+        now = [*state.tensors.values(), *state.beside.values()]
+        zeros = [torch.zeros_like(tensor) for tensor in now]
+        _, held["optimizer"] = recipe.optimizer.step(held["optimizer"], now, zeros)
+    return Plan(
+        tuple(state.tensors), values, values / max(total, 1), kinds, describe(recipe.statistics),
+        False, forwards, backwards, size_of(held), spending,
+    )  # fmt: skip
 
 
 def size_of(tree: Any) -> int:

@@ -1,6 +1,7 @@
 """All that an adapter knows beside the model: one small tree of tensors and numbers."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,37 @@ def load_state(path: str | Path, *, owner: dict[str, str], device: torch.device)
         for key, value in plain.items()
     }
     return replace(State(), **loaded)
+
+
+def check_state(
+    state: State, method: str, source: Callable[[str], Tensor | None], what: str
+) -> None:
+    """Refuses a state of another method or model, or one that holds what is no number.
+
+    Args:
+        state: to go on from.
+        method: the recipe that would go on, as text.
+        source: gives the model's own tensor of a name, or None where it has none.
+        what: the state, in words.
+    """
+    if state.method != method:
+        raise StateError(
+            f"{what} belongs to another method: {state.method}; this adapter has {method}."
+        )
+    for name, tensor in state.tensors.items():
+        own = source(name)
+        if own is None or own.shape != tensor.shape or own.device != tensor.device:
+            raise StateError(
+                f"{what} belongs to another model: it adapts {name} of shape "
+                f"{tuple(tensor.shape)} on {tensor.device}, and this model has "
+                f"{'no such tensor' if own is None else f'{tuple(own.shape)} on {own.device}'}."
+            )
+    for held in (
+        state.tensors, state.beside, state.averages, state.teacher, state.teacher_averages,
+    ):  # fmt: skip
+        for name, tensor in (held or {}).items():
+            if not tensor.isfinite().all():
+                raise StateError(f"{what} holds NaN or infinite values of {name}.")
 
 
 def _flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
