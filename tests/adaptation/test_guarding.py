@@ -137,7 +137,9 @@ def test_it_goes_on_where_its_state_was_taken(sizes, seed):
     assert got == want
 
 
-@pytest.mark.parametrize("option", [{"kept": -0.1}, {"kept": 2}, {"memory": 1}, {"block": 0}])
+@pytest.mark.parametrize(
+    "option", [{"kept": -0.1}, {"kept": 2}, {"memory": 1}, {"recent": 0}, {"block": 0}]
+)
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(OptionError):
         NeverWorse(**option)

@@ -46,7 +46,7 @@ class NeverWorse:
 
         of the last `memory` samples, with the answers a of the adapted and s of the source model:
             kept    = ( I(a; s) - chance ) / ( H(s) - chance )    # chance: I with a in random order
-            spread  = H(a) - H(s)
+            spread  = H(a) - H(s)                                 # of the last `recent` samples
             runs_x  = share of neighbours in time with equal x, less what the counts of the classes
                       among `block` samples make one expect
         trusted if kept >= `kept`, and  runs_a >= runs_s where runs_s > `runs`, else spread >= 0
@@ -65,6 +65,7 @@ class NeverWorse:
         kept: share of what the source's answers tell that the adapted ones must tell as well.
         runs: excess of equal neighbours from which labels count as ordered.
         memory: samples that are judged together.
+        recent: samples whose spread is judged; it changes with the conditions.
         block: samples in a row within which neighbours are counted.
 
     Raises:
@@ -84,11 +85,18 @@ class NeverWorse:
     """
 
     def __init__(
-        self, *, kept: float = 0.3, runs: float = 0.1, memory: int = 1024, block: int = RUN
+        self,
+        *,
+        kept: float = 0.3,
+        runs: float = 0.1,
+        memory: int = 1024,
+        recent: int = 128,
+        block: int = RUN,
     ) -> None:
         in_range(0, 1, kept=kept, runs=runs)
-        whole(2, memory=memory, block=block)
-        self.kept, self.runs, self.memory, self.block = kept, runs, memory, block
+        whole(2, memory=memory, recent=recent, block=block)
+        self.kept, self.runs, self.block = kept, runs, block
+        self.memory, self.recent = memory, recent
         self.reset()
 
     def update(self, adapted: Tensor, source: Tensor, /) -> bool:
@@ -115,7 +123,7 @@ class NeverWorse:
         ours, theirs = self._answers
         if torch.equal(ours, theirs):
             return False
-        shared, own, known = information(ours, theirs, classes)
+        shared, _, known = information(ours, theirs, classes)
         random = generator(self._seen, "guard")
         orders = [torch.randperm(len(ours), generator=random) for _ in range(SHUFFLES)]
         chance = sum(information(ours[o], theirs, classes)[0] for o in orders) / SHUFFLES
@@ -124,7 +132,7 @@ class NeverWorse:
         runs = (self._order[:, :1] * self._order[:, 1:]).sum(0) / self._order[:, 0].sum()
         if runs[1] > self.runs:
             return bool(runs[0] < runs[1])
-        return own < known
+        return _entropy_of(ours[-self.recent :]) < _entropy_of(theirs[-self.recent :])
 
     def reset(self) -> None:
         """Forgets the stream."""
