@@ -95,7 +95,11 @@ class SeparableCritic(nn.Module):
 
 
 def adam(
-    network: nn.Module, *, lr: float, decay_over: int | None = None
+    network: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    decay_over: int | None = None,
 ) -> Callable[[Tensor], None]:
     """A function that makes one step of Adam down a loss; lr may fall linearly to 0 over steps.
 
@@ -104,7 +108,7 @@ def adam(
         >>> descend = adam(network, lr=0.1)
         >>> descend(network(torch.ones(1, 1)).sum())
     """
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr, betas=betas)
     taken = itertools.count(1)
 
     def descend(loss: Tensor) -> None:
