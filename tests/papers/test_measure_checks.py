@@ -9,7 +9,7 @@ from testtime._core.registry import entries
 
 TINY = {"SAMPLES": 64, "STEPS": 3, "ROUNDS": 3, "SHAPE": (64, 128), "EPOCHS": 1, "LENGTH": 800,
         "PATHS": 5, "LAWS": 10, "COUPLINGS": 5, "QUANTISED": 5, "REPEATS": 2, "POINTS": (20, 30),
-        "STREAMS": 1}  # fmt: skip
+        "STREAMS": 1, "DRAWS": 2, "MOMENTS": 50}  # fmt: skip
 
 # numbers for which the claim just holds, and changes of one or two of them for which it does not
 EDGES = {
@@ -79,6 +79,14 @@ EDGES = {
          "W1, 1 turns": 0.3, "W1, 4 turns": 0.2, "W1, 16 turns": 0.1},
         [{"W1, 200 points": 1.59}, {"W1, 400 points": 2.41}, {"MMD, quarter turns": 1.5},
          {"W1, 16 turns": 0.2}],
+    ),
+    "nnd-gan-benchmark": (
+        {"3000 memorised, Frechet distance": 0.019, "the generator, Frechet distance": 0.02,
+         "300 memorised, divergence": 0.22, "3000 memorised, divergence": 0.21,
+         "the generator, divergence": 0.2, "the law, divergence": -0.049},
+        [{"3000 memorised, Frechet distance": 0.02}, {"300 memorised, divergence": 0.21},
+         {"the generator, divergence": 0.21}, {"the law, divergence": -0.05},
+         {"the law, divergence": 0.05}],
     ),
 }  # fmt: skip
 
