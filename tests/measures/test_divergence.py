@@ -140,6 +140,21 @@ def test_divergences_are_positive_and_jensen_shannon_is_symmetric_and_bounded(ro
         )
 
 
+@settings(max_examples=60, deadline=None)
+@given(rows, st.lists(st.integers(0, 3), min_size=8, max_size=8), st.integers(0, 99))
+def test_processing_brings_predictions_no_farther_apart(row, groups, seed):
+    """Merging classes, and any channel from class to class, loses: all of these are f-divergences."""
+    p, q = torch.tensor(row, dtype=torch.float64).T.log_softmax(-1)
+    index = torch.tensor(groups[: len(row)])
+    merging = torch.where(index[:, None] == torch.arange(4), 0.0, -math.inf).double()
+    channel = normal(seed, len(row), 5).log_softmax(-1)
+    for step in (merging, channel):
+        a, b = ((law[:, None] + step).logsumexp(0) for law in (p, q))
+        for divergence in DIVERGENCES.values():
+            before, after = float(divergence(p, q)), float(divergence(a, b))
+            assert after <= before + 1e-9 * (1 + abs(before))
+
+
 def test_disjoint_predictions_reach_ln_2():
     p, q = torch.tensor([1e4, 0.0]), torch.tensor([0.0, 1e4])
     assert js_divergence(p, q).item() == pytest.approx(math.log(2), abs=1e-6)

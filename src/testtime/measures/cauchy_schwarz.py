@@ -200,5 +200,5 @@ def _check(**samples: Tensor) -> None:
         shapes = ", ".join(f"{name} {tuple(v.shape)}" for name, v in samples.items())
         raise InputError(f"the shapes are {shapes}; expected (N, d) with one N for all")
     for name, v in samples.items():
-        if not v.isfinite().all():
-            raise InputError(f"{name} holds NaN or infinity; expected finite numbers")
+        if v.is_complex() or not v.isfinite().all():
+            raise InputError(f"{name} holds NaN, infinity or complex numbers; expected finite ones")

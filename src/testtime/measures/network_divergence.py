@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from testtime._core.arrays import magnitude
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import generator
@@ -260,12 +261,14 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
             f"x has {x.shape[1]} features on {x.device} and y {y.shape[1]} on {y.device}; expected "
             "the same features of both."
         )
+    scale = magnitude(torch.maximum(x.abs().amax(), y.abs().amax()))
+    x, y = x / scale, y / scale
     of_x, of_y = (v.T.cov().reshape(v.shape[1], -1) for v in (x, y))
     lengths, axes = torch.linalg.eigh(of_x)
     root = axes * lengths.clamp(min=0).sqrt() @ axes.T
     common = torch.linalg.eigvalsh(root @ of_y @ root).clamp(min=0).sqrt().sum()
     apart = (x.mean(0) - y.mean(0)).square().sum()
-    return float((apart + of_x.trace() + of_y.trace() - 2 * common).clamp(min=0))
+    return float((apart + of_x.trace() + of_y.trace() - 2 * common).clamp(min=0) * scale**2)
 
 
 def _usual_critic(sample: Tensor, random: torch.Generator) -> nn.Module:

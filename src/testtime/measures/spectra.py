@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from testtime._core.arrays import at_least_single
+from testtime._core.arrays import at_least_single, magnitude
 from testtime._core.errors import InputError
 from testtime._core.options import whole
 
@@ -125,8 +125,9 @@ def normalised_rows(features: Float[Tensor, "rows features"]) -> Float[Tensor, "
             "least two rows: one for each token or sample."
         )
     features = at_least_single(features)
-    if not features.isfinite().all():
-        raise InputError("features hold NaN or infinity; expected finite numbers")
+    if features.is_complex() or not features.isfinite().all():
+        raise InputError("features hold NaN, infinity or complex numbers; expected finite ones")
+    features = features / magnitude(features.abs().amax())  # squares of large numbers overflow
     centred = features - features.mean(0)
     # what rounding leaves of equal rows is no direction
     noise = 8 * torch.finfo(centred.dtype).eps * features.abs().amax()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from testtime._core.arrays import magnitude
 from testtime._core.errors import InputError
 
 Estimator = Callable[[Tensor, Tensor], "Estimate"]
@@ -113,6 +114,7 @@ def standardised(x: Tensor) -> Tensor:
         tensor([[-0.7071,  0.0000],
                 [ 0.7071,  0.0000]])
     """
+    x = x / magnitude(x.abs().amax(0))
     scale = x.std(0)
     varies = scale > 1e-12 * x.abs().amax(0)
     return torch.where(varies, (x - x.mean(0)) / torch.where(varies, scale, 1), 0).float()

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from testtime._core.arrays import magnitude
 from testtime._core.errors import InputError, OptionError
 from testtime._core.options import whole
 from testtime.measures.information.estimate import (
@@ -65,6 +66,8 @@ def ksg(x: Tensor, y: Tensor, *, k: int = 3, variant: Literal[1, 2] = 1) -> Esti
     x, y = paired(x, y, least=k + 1)
     if constant(x) or constant(y):
         return Estimate(0.0, 0.0)
+    scale = magnitude(torch.maximum(x.abs().amax(), y.abs().amax()))
+    x, y = x / scale, y / scale
     terms: list[Tensor] = []
     for rows in _chunks(x):
         dx, dy = _distances(x, rows), _distances(y, rows)
@@ -106,13 +109,15 @@ def kozachenko_leonenko(x: Tensor, *, k: int = 3) -> Estimate:
     """
     whole(1, k=k)
     x = checked(x, "x", least=k + 1)
+    scale = magnitude(x.abs().amax())
+    x = x / scale
     radius = torch.cat(
         [_distances(x, rows).topk(k, largest=False).values[:, -1] for rows in _chunks(x)]
     )
     if not radius.all():
         raise _ties("x", k)
     d = x.shape[1]
-    log_ball = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
+    log_ball = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1) + d * math.log(float(scale))
     return mean_estimate(d * radius.log() + _digamma(len(x)) - _digamma(k) + log_ball)
 
 
