@@ -1,15 +1,20 @@
 """False alarms, delays and memory of the monitors, beside ADWIN, Page-Hinkley and an MMD test.
 
-    python benchmarks/monitors.py             about three minutes on one core; needs river
+    python benchmarks/monitors.py                some minutes on one core; needs river
+    python benchmarks/monitors.py --again PARTS  measures these anew: false alarms, delays, memory
+    python benchmarks/monitors.py --seconds N    stops after the measurement that passes N seconds
 
-Measures what `benchmarks/monitors.json` lacks (delete it to measure all again), and writes the
-figure `docs/monitors.svg` and the tables of `docs/monitors.md` between its marks. Streams run side
-by side, as signals or streams of one detector; what is counted is each stream's own wealth.
+Measures what `benchmarks/monitors.json` lacks, and writes the figure `docs/monitors.svg` and the
+tables of `docs/monitors.md` between its marks once all is there. Streams run side by side, as
+signals or streams of one detector; what is counted is each stream's own wealth. Memory is that of
+a million samples in batches of 100, and of the whole process with torch in it.
 """
 
+import argparse
 import json
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +26,7 @@ from torch import Tensor
 from testtime._core.seeds import generator
 from testtime.bench.machine import describe_machine
 from testtime.guard.betting import Starting
+from testtime.guard.collapse import Collapse
 from testtime.guard.exchangeability import Exchangeability
 from testtime.guard.independence import Independence
 from testtime.guard.monitor import Detector, Monitor
@@ -184,36 +190,44 @@ def delays(name: str) -> dict[str, Any]:
 
 
 def memory(name: str) -> dict[str, Any]:
-    """A long stream: bytes of the state, growth of the process, processor time a sample."""
+    """A long stream: bytes of the state, size of the process, processor time a sample."""
     x, y = draw(2, 100, 4), draw(3, 100, 1)
     scores = torch.rand(100, generator=generator(4, "monitors"), dtype=torch.float64) * 0.2
     detector, batch, samples = {
         "Exchangeability": (Exchangeability.fit(draw(0, REFERENCE, 4)), (x,), 1_000_000),
         "Risk": (Risk(bound=0.2), (scores,), 1_000_000),
+        "Collapse": (Collapse(classes=4), (x, x), 1_000_000),
         "Independence": (
-            Independence(gamma_x=0.3, gamma_y=0.3, memory=100), (x, y), 100_000,
+            Independence(gamma_x=0.3, gamma_y=0.3, memory=100), (x, y), 1_000_000,
         ),
+        "TwoSample": (TwoSample.fit(draw(5, 500, 4), memory=100), (x, x.flip(0)), 100_000),
     }[name]  # fmt: skip
     monitor, shuffle = Monitor(detector), generator(0, name)
-    start, before, early, late = time.process_time(), 0, 0, 0
-    for i in range(samples // 100):
+    start, sizes = time.process_time(), []
+    for i in range(1, samples // 100 + 1):
         order = torch.randperm(100, generator=shuffle)
         monitor.update(*(each[order] for each in batch))
-        if i == 99:
-            early = sum(v.nbytes for v in monitor.state_dict().values())
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    late = sum(v.nbytes for v in monitor.state_dict().values())
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        if i in (100, samples // 100):
+            state = sum(v.nbytes for v in monitor.state_dict().values())
+            sizes.append((state, resident()))
+    (state_early, early), (state_late, late) = sizes
     return {
-        "samples": samples, "state_early": early, "state_late": late, "grown_mib": grown / 1024,
+        "samples": samples, "state_early": state_early, "state_late": state_late,
+        "resident_early_mib": early, "resident_late_mib": late,
         "microseconds": 1e6 * (time.process_time() - start) / samples,
     }  # fmt: skip
+
+
+def resident() -> float:
+    """MiB of this process that are in memory now."""
+    pages = int(Path("/proc/self/statm").read_text("utf-8").split()[1])
+    return pages * resource.getpagesize() / 2**20
 
 
 PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], list[str]]] = {
     "false alarms": (false_alarms, list(NULLS)),
     "delays": (delays, list(DELAYS)),
-    "memory": (memory, ["Exchangeability", "Risk", "Independence"]),
+    "memory": (memory, ["Exchangeability", "Risk", "Collapse", "Independence", "TwoSample"]),
 }
 
 
@@ -279,13 +293,14 @@ def tables(found: dict[str, Any]) -> str:
         )
     rows += [
         "",
-        "| monitor | samples | state | growth of the process | time a sample |",
-        "|---|---|---|---|---|",
+        "| monitor | samples | state after 10,000 | at the end | process after 10,000 | at the end | time a sample |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, each in found["memory"].items():
         rows.append(
-            f"| {name} | {each['samples']:,} | {each['state_late']:,} bytes | "
-            f"{each['grown_mib']:.1f} MiB | {each['microseconds']:.0f} µs |"
+            f"| {name} | {each['samples']:,} | {each['state_early']:,} bytes | "
+            f"{each['state_late']:,} bytes | {each['resident_early_mib']:.1f} MiB | "
+            f"{each['resident_late_mib']:.1f} MiB | {each['microseconds']:.0f} µs |"
         )
     return "\n".join(rows)
 
@@ -303,21 +318,22 @@ def write(found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measures what the file of numbers lacks, and writes figure and tables when all is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--again", nargs="*", default=[], choices=PARTS, help="measure anew")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="when to stop")
+    args = parser.parse_args()
     found = json.loads(NUMBERS.read_text("utf-8")) if NUMBERS.exists() else {}
+    found = {part: each for part, each in found.items() if part not in args.again}
     found["machine"] = describe_machine(torch.device("cpu"))
+    until = time.monotonic() + args.seconds
     for part, (measure, names) in PARTS.items():
         for name in names:
             if name not in found.setdefault(part, {}):
-                start = time.process_time()
+                if time.monotonic() > until:
+                    return
                 found[part][name] = measure(name)
-                print(
-                    part,
-                    name,
-                    found[part][name],
-                    f"{time.process_time() - start:.0f} s",
-                    flush=True,
-                )
                 NUMBERS.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+                print(part, name, found[part][name], file=sys.stderr)
     write(found)
 
 

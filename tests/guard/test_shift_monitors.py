@@ -210,3 +210,22 @@ def test_collapse_collects_blocks_whatever_the_batches():
             monitor.update(bad, source[: len(bad)])
     with pytest.raises(InputError, match="same samples"):
         monitor.update(adapted, source[:-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Exchangeability", "Risk", "Collapse"])
+def test_a_million_samples_take_no_more_memory_than_a_few_and_raise_no_alarm(name):
+    detector, read = {
+        "Exchangeability": (Exchangeability.fit(draw(1, 1000, 4)), lambda x: (x,)),
+        "Risk": (Risk(bound=0.25), lambda x: (x.softmax(1)[:, 0],)),
+        "Collapse": (Collapse(classes=4), lambda x: (x, x)),
+    }[name]
+    monitor, chance, sizes = Monitor(detector), torch.Generator().manual_seed(0), set()
+    for _ in range(1000):
+        x = torch.randn(1000, 4, generator=chance, dtype=torch.float64)
+        alarm = monitor.update(*read(x))
+        sizes.add(sum(value.nbytes for value in monitor.state_dict().values()))
+    assert not alarm
+    assert alarm.log_wealth.isfinite()
+    assert len(sizes) == 1
+    assert max(sizes) < 10_000
