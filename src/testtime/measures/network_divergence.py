@@ -53,8 +53,8 @@ def network_divergence(
 
     It is near the distance (Wasserstein-1) of the two laws as far as the critic can see it, in the
     units of the samples. Bring these to a scale of about 1, the same for all models. Numbers compare
-    for one critic and one training alone. Of two equal laws it is about 0, and mostly a little below,
-    because of the penalty. Point masses are laws like others: constant samples have a value.
+    for one critic and one training alone. Of two equal laws it is about 0, and may be a little below.
+    Point masses are laws like others: constant samples have a value.
 
     Real samples must be ones that the model was not made from. The baseline is what the training
     set itself gets, as a model that has learned it by heart: `fake=training_set`.
