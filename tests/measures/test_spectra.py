@@ -90,6 +90,14 @@ def test_degenerate_features():
             normalised_rows(bad)
 
 
+def test_gradients_of_equal_rows_and_constant_columns_are_finite():
+    x = torch.tensor([[1.0, 2, 3], [1, 2, 3], [1, 0, 3]]).repeat(2, 1).requires_grad_()
+    slope = torch.autograd.grad(matrix_nuclear_norm(x), x)[0]
+    assert slope.isfinite().all()
+    same = torch.ones(4, 3, requires_grad=True)
+    assert torch.equal(torch.autograd.grad(matrix_nuclear_norm(same), same)[0], torch.zeros(4, 3))
+
+
 def test_texts():
     table = normal(0, 256, 16)
     said = []
