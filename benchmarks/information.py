@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "benchmarks/information.json"
 FIGURE = ROOT / "docs/images/information.svg"
 SEEDS = (0, 1, 2)
-SAMPLES, DIMS = 4000, 2
+SAMPLES, DIMS = 10_000, 2
 
 LAWS: dict[str, list[Callable[..., laws.Pairs]]] = {
     "Gaussian": [partial(laws.gaussian, information=i) for i in (0.0, 0.5, 1.5, 4.0)],

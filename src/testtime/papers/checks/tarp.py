@@ -1,7 +1,8 @@
 """TARP's claim: samples that are too narrow, too wide or shifted show in the expected coverage.
 
 With 500 simulations an exact sampler deviates by more than 0.061 in one run of twenty, by the
-Kolmogorov-Smirnov law: the threshold of 0.06 fails as often by chance.
+Kolmogorov-Smirnov law: the threshold of 0.06 fails as often by chance. Seed 0 is such a run (0.066);
+of the twenty seeds from 3 on two are, and the mean of these, 0.038, is about that of the law, 0.039.
 """
 
 from collections.abc import Iterator, Sequence
