@@ -205,6 +205,7 @@ def test_images():
         (lambda n: torch.rand(n + 1, 2), torch.rand(9, 2), "asked for 16 samples"),
         (torch.rand(40, 2), lambda n: torch.rand(2), "fake was asked for 16 samples"),
         (torch.rand(40, 2), lambda n: torch.full((n, 2), math.nan), "fake holds NaN"),
+        (torch.rand(40, 2), lambda n: np.ones((n, 2)), "answered ndarray; expected a tensor"),
     ],
 )  # fmt: skip
 def test_bad_samples_are_refused(real, fake, said):
@@ -219,6 +220,9 @@ def test_bad_options_and_critics_are_refused():
             network_divergence(x, x, **options)
     with pytest.raises(InputError, match=r"the critic answers the shape \(16, 2\)"):
         network_divergence(x, x, critic=nn.Linear(2, 2), **SHORT)
+    for frozen in (nn.Flatten(), nn.Linear(2, 1).requires_grad_(requires_grad=False)):
+        with pytest.raises(InputError, match="no weight that may be trained"):
+            network_divergence(x, x, critic=frozen, **SHORT)
     with pytest.raises(InputError, match="held holds NaN"):
         network_divergence(x, x, held=x * math.nan, **SHORT)
     with pytest.raises(InputError, match="training diverged"):

@@ -17,6 +17,7 @@ A model that has learned its training set by heart draws from that set. Scores t
 import copy
 import math
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -82,8 +83,8 @@ def network_divergence(
         trace: whether -L of each step is kept.
 
     Raises:
-        InputError: for NaN, samples of unlike shapes, fewer than 32 real samples, or a function that
-            answers another number of samples than it was asked for.
+        InputError: for NaN, samples of unlike shapes, fewer than 32 real samples, a function that
+            answers another number of samples than it was asked for, or a critic without weights.
         OptionError: for an option out of its range.
 
     Example:
@@ -115,6 +116,11 @@ def network_divergence(
     with training():
         first = known(batch_size)
         critic = _usual_critic(first, random) if critic is None else copy.deepcopy(critic)
+        if not any(weight.requires_grad for weight in critic.parameters()):
+            raise InputError(
+                f"the critic, a {type(critic).__name__}, has no weight that may be trained; expected "
+                "at least one. Call requires_grad_() on it, or leave it out for the default."
+            )
         critic.to(first.device)
         averaged = Averaged(critic, decay=decay)
         descend = adam(critic, lr=lr, betas=(0.0, 0.9), decay_over=steps)
@@ -292,11 +298,11 @@ def _source(samples: Tensor | Draw, name: str, random: torch.Generator) -> Draw:
 
     def asked(n: int) -> Tensor:
         with torch.no_grad():
-            found = draw(n)
-        if found.ndim == 0 or len(found) != n:
+            found = cast("object", draw(n))
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if not isinstance(found, Tensor) or shape[:1] != (n,):
             raise InputError(
-                f"{name} was asked for {n} samples and answered the shape {tuple(found.shape)}; "
-                "expected (n, ...). Give a function of the number, or the samples themselves."
+                f"{name} was asked for {n} samples and answered {shape}; expected a tensor (n, ...)."
             )
         return _samples(found, name)
 
