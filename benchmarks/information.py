@@ -106,7 +106,8 @@ def figure(rows: list[dict[str, Any]]) -> str:
             f'<circle cx="{x}" cy="{y + 24 * i - 4}" r="5" fill="{colour}"/>',
             f'<text x="{x + 14}" y="{y + 24 * i}">{name}</text>',
         ]
-    parts.append(f'<text x="{x - 5}" y="{y + 24 * len(COLOURS)}">dashed: the truth</text>')
+    for i, line in enumerate(("dashed: the truth", "at the lower edge: below it")):
+        parts.append(f'<text x="{x - 5}" y="{y + 24 * (len(COLOURS) + i)}">{line}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -125,6 +126,7 @@ def panel(law: str, rows: list[dict[str, Any]], left: float, top: float) -> list
         f'<text x="{left}" y="{top - 10}" font-weight="bold">{law}</text>',
         f'<polyline points="{at(low, low)} {at(high, high)}" fill="none" stroke="#808080" stroke-dasharray="5 4"/>',
         f'<text x="{left + SIDE / 2}" y="{top + SIDE + 32}" text-anchor="middle">truth, nats</text>',
+        f'<text x="{left + SIDE}" y="{top - 10}" text-anchor="end">estimate, nats</text>',
     ]
     for tick in [t for t in (0, 0.5, 1, 2, 3, 4, 5) if t <= high and (high < 2.5 or t != 0.5)]:
         x, y = at(tick, tick).split(",")
