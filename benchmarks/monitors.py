@@ -7,7 +7,7 @@
 Measures what `benchmarks/monitors.json` lacks, and writes the figure `docs/monitors.svg` and the
 tables of `docs/monitors.md` between its marks once all is there. Streams run side by side, as
 signals or streams of one detector; what is counted is each stream's own wealth. Memory is that of
-a million samples in batches of 100, and of the whole process with torch in it.
+a stream in batches of 100, of the state and of the whole process with torch in it.
 """
 
 import argparse
@@ -198,9 +198,9 @@ def memory(name: str) -> dict[str, Any]:
         "Risk": (Risk(bound=0.2), (scores,), 1_000_000),
         "Collapse": (Collapse(classes=4), (x, x), 1_000_000),
         "Independence": (
-            Independence(gamma_x=0.3, gamma_y=0.3, memory=100), (x, y), 1_000_000,
+            Independence(gamma_x=0.3, gamma_y=0.3, memory=100), (x, y), 100_000,
         ),
-        "TwoSample": (TwoSample.fit(draw(5, 500, 4), memory=100), (x, x.flip(0)), 100_000),
+        "TwoSample": (TwoSample.fit(draw(5, 500, 4), memory=100), (x, x.flip(0)), 50_000),
     }[name]  # fmt: skip
     monitor, shuffle = Monitor(detector), generator(0, name)
     start, sizes = time.process_time(), []
