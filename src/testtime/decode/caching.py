@@ -1,11 +1,11 @@
 """A model and its key-value cache: what one stream of tokens has read."""
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from testtime.decode.prefixes import cache_name
 from testtime.decode.prompts import Prompts
 
 
@@ -20,9 +20,7 @@ class Reader:
 
     def __init__(self, model: Any, prompts: Prompts) -> None:
         self._model, self._waiting, self._mask = model, prompts.ids, prompts.mask
-        # transformers 5.24 calls what older ones call past_key_values the cache
-        taken = inspect.signature(model.forward).parameters
-        self._name = "cache" if "cache" in taken else "past_key_values"
+        self._name = cache_name(model)
         self._cache: Any = None
         self._last: Any = None
         self._seen = prompts.mask.new_zeros(len(prompts.mask))

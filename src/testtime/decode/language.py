@@ -1,10 +1,10 @@
 """A Hugging Face causal model as generator, verifier, reviser and answerer of questions.
 
 All are callables for `testtime.decode.search` and `testtime.decode.uncertainty`. A step of a path is
-the tuple of its token ids, so nothing is tokenised twice. Batches are padded on the left.
+the tuple of its token ids, so nothing is tokenised twice. Batches are padded on the left, and what
+was read of the rows before is not read again (`testtime.decode.prefixes`).
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,11 @@ from testtime._core.errors import InputError, MissingExtra, OptionError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive
 from testtime.decode.models import check_pair, context_length, end_tokens
+from testtime.decode.prefixes import Ids, Prefixes, last_logits, padded
 from testtime.decode.search import Path, Step, Verify
 from testtime.measures.entropy import entropy
 from testtime.measures.log_space import log_probs
 
-Ids = tuple[int, ...]
 LABELS = "123456789"
 """Of the options of a question; one token each in the usual tokenizers."""
 
@@ -30,7 +30,9 @@ class Sampler:
 
     A call continues each path by one step, up to and with the stop string; a path is final when the
     model ends its text. The n-th call of a sampler draws with the n-th seed derived from `seed`, and
-    leaves the global generators as they were. Each call reads its paths from the beginning.
+    leaves the global generators as they were. Of paths that begin as those of the last call did, only
+    what is new is read; for that the keys and values of one call are kept, so the model's weights
+    must stay as they are.
 
     Args:
         model: a causal model of transformers, in `eval()`.
@@ -77,6 +79,7 @@ class Sampler:
         self._stop, self._tokens = stop, max_new_tokens
         self._drawn = {"temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
         self._seed, self._calls = seed, 0
+        self._read = Prefixes(model)
 
     def __call__(self, paths: Sequence[Path[Ids]]) -> list[Step[Ids]]:
         """One sampled step for each path.
@@ -106,7 +109,7 @@ class Sampler:
         if not paths:
             return []
         made = _generate(
-            self._model, self._tokenizer, [self._prefix(path) for path in paths],
+            self._model, self._tokenizer, [self._prefix(path) for path in paths], self._read,
             stop=self._stop, max_new_tokens=self._tokens, **drawn,
         )  # fmt: skip
         ends = end_tokens(self._model, self._tokenizer)
@@ -234,10 +237,12 @@ def yes_verifier(
         batch_size: prompts at a time.
     """
 
+    read = Prefixes(model)
+
     def verify(paths: Sequence[Path[Ids]]) -> list[float]:
         found = read_labels(
             model, tokenizer, [ask(path) for path in paths], [[yes, no]] * len(paths),
-            batch_size=batch_size,
+            batch_size=batch_size, read=read,
         )  # fmt: skip
         return torch.tensor([each.log_probs for each in found]).softmax(1)[:, 0].tolist()
 
@@ -252,6 +257,7 @@ def read_labels(
     labels: Sequence[Sequence[str]],
     *,
     batch_size: int = 8,
+    read: Prefixes | None = None,
 ) -> list[Labelled]:
     """How likely each label is to follow its prompt, read at the token in which labels differ.
 
@@ -264,6 +270,7 @@ def read_labels(
         prompts: any number.
         labels: of each prompt, at least two.
         batch_size: prompts at a time.
+        read: what the last call read, for prompts that begin as its prompts did; then this call's.
 
     Raises:
         InputError: a prompt is longer than the context, or two labels differ in no token that all
@@ -275,11 +282,9 @@ def read_labels(
     found: list[Labelled] = []
     for start in range(0, len(asked), batch_size):
         part = asked[start : start + batch_size]
-        ids, mask = _padded(model, tokenizer, [prefix for prefix, _ in part], room=1)
-        few = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(model) else {}
-        place = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        place = place if "position_ids" in _arguments(model) else {}
-        logits = model(input_ids=ids, attention_mask=mask, **place, **few).logits[:, -1].float()
+        rows = [prefix for prefix, _ in part]
+        ids, mask = _padded(model, tokenizer, rows, room=1)
+        logits = last_logits(model, rows, ids, mask, read)
         if bool(logits.isnan().any()):
             raise InputError("the model gives NaN logits; check its weights and its precision.")
         log_p, entropies, top = log_probs(logits), entropy(logits).tolist(), logits.argmax(1)
@@ -292,6 +297,8 @@ def read_labels(
                     max(range(len(own)), key=own.__getitem__),
                 )
             )  # fmt: skip
+    if read is not None:
+        read.turn()
     return found
 
 
@@ -299,6 +306,7 @@ def _generate(
     model: Any,
     tokenizer: Any,
     prefixes: Sequence[Ids],
+    read: Prefixes,
     *,
     stop: str | None,
     max_new_tokens: int,
@@ -324,10 +332,14 @@ def _generate(
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
         stopping_criteria=StoppingCriteriaList([done]),  # type: ignore[list-item]
-        pad_token_id=_pad(model, tokenizer), eos_token_id=ends or None, **drawn,
+        pad_token_id=_pad(model, tokenizer), eos_token_id=ends or None,
+        return_dict_in_generate=True, **read.recall(prefixes), **drawn,
     )  # fmt: skip
-    made = out[:, start:].tolist()
-    return [tuple(row[:n]) for row, n in zip(made, lengths, strict=True)]
+    rows = out.sequences[:, start:].tolist()
+    made = [tuple(row[:n]) for row, n in zip(rows, lengths, strict=True)]
+    read.add(prefixes, out, made)
+    read.turn()
+    return made
 
 
 def _ids(tokenizer: Any, text: str) -> Ids:
@@ -362,17 +374,10 @@ def _padded(model: Any, tokenizer: Any, rows: Sequence[Ids], *, room: int) -> tu
             f"{width} tokens and {room} new ones do not fit the model's context of {context}. "
             "Shorten the prompt, or ask for fewer or shorter steps."
         )
-    pad = _pad(model, tokenizer)
-    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
+    return padded(rows, device=model.device, pad=_pad(model, tokenizer))
 
 
 def _pad(model: Any, tokenizer: Any) -> int:
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
     return next(iter(end_tokens(model, tokenizer)), 0)
-
-
-def _arguments(model: Any) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)

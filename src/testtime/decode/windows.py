@@ -10,7 +10,6 @@ token; many models need that token at the front, so that here every window has i
 Reference: Valmeekam et al., LLMZip, 2023.
 """
 
-from inspect import signature
 from typing import Any, final
 
 import torch
@@ -18,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError, OptionError
+from testtime.decode.prefixes import cache_name
 
 
 @final
@@ -98,8 +98,7 @@ def read(
         cache: of the tokens before, or None.
         last: for how many of the positions logits are wanted; 0 for all.
     """
-    # transformers 5 calls the cache `cache`; before it was `past_key_values`
-    named = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    named = cache_name(model)
     device = next(model.parameters()).device
     found = model(
         input_ids=tokens.to(device), use_cache=True, logits_to_keep=last, **{named: cache}
