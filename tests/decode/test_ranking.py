@@ -105,13 +105,16 @@ def test_wrong_calls_are_refused():
 @given(gains=st.lists(st.integers(0, 5), min_size=2, max_size=15), k=st.integers(1, 12))
 def test_ndcg_equals_scikit_learn(gains, k):
     metrics = pytest.importorskip("sklearn.metrics")
-    if not any(gains):
-        with pytest.raises(InputError):
-            ndcg(range(len(gains)), gains, k=k)
-        return
     order = sorted(range(len(gains)), key=lambda i: (7 * i) % len(gains))
     scores = [0.0] * len(gains)
     for place, item in enumerate(order):
         scores[item] = -float(place)
     expected = metrics.ndcg_score([gains], [scores], k=k)
     assert math.isclose(ndcg(order, gains, k=k), expected, abs_tol=1e-12)
+
+
+def test_ndcg_without_a_relevant_item_is_zero_and_without_gains_an_error():
+    assert ndcg([1, 0], [0.0, 0.0]) == 0
+    for bad in ([], [-1.0, 2.0], [math.nan, 1.0]):
+        with pytest.raises(InputError):
+            ndcg(range(len(bad)), bad)

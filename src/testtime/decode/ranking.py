@@ -221,24 +221,26 @@ def ndcg(order: Sequence[int], gains: Sequence[float], *, k: int = 10) -> float:
 
         DCG = sum_i gain_i / log2(i + 1),   i = 1..k,   divided by that of the best order
 
+    Where no item has a gain every order is as good; it is 0 then, as in trec_eval and scikit-learn, so
+    that a query without a relevant item counts in a mean over queries as one that found nothing.
+
     Args:
         order: items, best first.
         gains: of every item, not negative.
         k: how many count.
 
     Raises:
-        InputError: no item has a gain above zero, or one is negative.
+        InputError: there are no gains, or one is negative or no number.
 
     Example:
         >>> ndcg([1, 0, 2], [0.0, 3.0, 1.0], k=2)
         0.826
     """
-    if min(gains, default=0) < 0 or max(gains, default=0) <= 0:
-        raise InputError("gains must not be negative, and one at least must be above zero")
+    if not len(gains) or not all(gain >= 0 for gain in gains):
+        raise InputError("gains must be numbers that are not negative, one for every item")
 
     def discounted(values: Iterable[float]) -> float:
         return sum(value / math.log2(place + 2) for place, value in enumerate(values))
 
-    return discounted(gains[item] for item in order[:k]) / discounted(
-        sorted(gains, reverse=True)[:k]
-    )
+    best = discounted(sorted(gains, reverse=True)[:k])
+    return discounted(gains[item] for item in order[:k]) / best if best else 0.0
