@@ -1,7 +1,10 @@
 """How surely the watermarks are found: false alarms on human text, power against length and tau.
 
     python benchmarks/watermark.py                     an n-gram as model, a minute on one core
-    python benchmarks/watermark.py --model gemma:270m  a real model, some twenty minutes
+    python benchmarks/watermark.py --model gemma:270m --seconds 240    a real model, in pieces
+
+Every piece that is done is kept in a folder (`--work`), so that a call with `--seconds` begins no
+further piece after that time, and the next call goes on; the last one writes the numbers.
 
 200 texts are generated, 50 for each setting; human text is 100 others. The n-gram (order 5, bytes,
 Witten-Bell) has read 300 kB of Python's help topics and goes on from ten bytes of it; human text is
@@ -13,8 +16,13 @@ bear it. Writes `benchmarks/watermark-MODEL.json` and `docs/watermark-MODEL.svg`
 import argparse
 import ast
 import json
+import math
+import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import fmean
@@ -22,6 +30,7 @@ from typing import Any, Protocol
 
 import torch
 
+from testtime._core.files import atomic
 from testtime._core.seeds import generator
 from testtime.bench.machine import describe_machine
 from testtime.decode.models import load_language_model
@@ -31,7 +40,7 @@ from testtime.papers.checks import llmzip
 
 ROOT = Path(__file__).resolve().parents[1]
 TAUS = {"plain": None, "sweet 0.6": 0.6, "sweet 0.9": 0.9, "sweet 1.2": 1.2}
-TEXTS = 50
+TEXTS, PIECE = 50, 25
 LEVELS = (0.05, 0.01)
 KEYS = (15485863, 7919, 104729, 1299709, 32452843)
 Text = dict[str, Any]
@@ -44,7 +53,7 @@ class Writer(Protocol):
     vocabulary: int
     lengths: Sequence[int]
 
-    def marked(self, mark: Watermark) -> list[Text]: ...
+    def marked(self, mark: Watermark, places: range) -> list[Text]: ...
 
     def human(self) -> list[Text]: ...
 
@@ -52,28 +61,81 @@ class Writer(Protocol):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="ngram")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after them")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "testtime-watermark"
+    )
     args = parser.parse_args()
     writer: Writer = NGram() if args.model == "ngram" else Causal(args.model)
+    short = args.model.partition(":")[0]
+    pieces = Pieces(args.work / short, time.monotonic() + args.seconds)
+    try:
+        human = pieces.get("human", writer.human)
+        marked = {
+            name: [
+                text
+                for start in range(0, TEXTS, PIECE)
+                for text in pieces.get(
+                    f"{name} {start}",
+                    partial(
+                        writer.marked,
+                        Watermark(vocabulary=writer.vocabulary, tau=tau),
+                        range(start, start + PIECE),
+                    ),
+                )
+            ]
+            for name, tau in TAUS.items()
+        }
+    except TimeoutError:
+        print("not done yet: call again to go on")
+        return
     found: dict[str, Any] = {
         "model": args.model,
         "texts": TEXTS,
         "lengths": list(writer.lengths),
         "machine": describe_machine(torch.device("cpu")),
-        "false alarms": false_alarms(writer),
+        "seconds": pieces.seconds(),
+        "false alarms": false_alarms(writer, human),
         "power": {},
         "power without the prompt": {},
     }
     for name, tau in TAUS.items():
         mark = Watermark(vocabulary=writer.vocabulary, tau=tau)
-        texts = writer.marked(mark)
+        texts = marked[name]
         found["power"][name] = power(texts, mark, writer.lengths)
         found["power without the prompt"][name] = power(texts, mark, writer.lengths, "alone")
         if tau is not None:
             share = fmean(h > tau for text in texts for h in text["entropies"])
             found["power"][name]["share scored"] = share
-    short = args.model.partition(":")[0]
     (ROOT / f"benchmarks/watermark-{short}.json").write_text(json.dumps(found, indent=1) + "\n")
     (ROOT / f"docs/watermark-{short}.svg").write_text(plot(found))
+
+
+class Pieces:
+    """What is done, as files in a folder; nothing new is begun after a time."""
+
+    def __init__(self, folder: Path, end: float) -> None:
+        self._folder, self._end = folder, end
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str, make: Callable[[], list[Text]]) -> list[Text]:
+        """The texts of a piece, made if they are not there."""
+        place = self._folder / f"{name}.json"
+        if not place.exists():
+            if time.monotonic() > self._end:
+                raise TimeoutError
+            began = time.process_time()
+            texts = make()
+            with atomic(place) as part:
+                part.write_text(
+                    json.dumps({"seconds": time.process_time() - began, "texts": texts})
+                )
+            print(f"{name}: {time.process_time() - began:.0f} s", file=sys.stderr)
+        return json.loads(place.read_text())["texts"]
+
+    def seconds(self) -> float:
+        """Processor seconds of all pieces."""
+        return round(sum(json.loads(p.read_text())["seconds"] for p in self._folder.iterdir()), 1)
 
 
 class NGram:
@@ -85,9 +147,9 @@ class NGram:
         self._known, self._held = llmzip._texts(0)
         self._counts = llmzip._counted(self._known)
 
-    def marked(self, mark: Watermark) -> list[Text]:
+    def marked(self, mark: Watermark, places: range) -> list[Text]:
         made: list[Text] = []
-        for place in range(TEXTS):
+        for place in places:
             draw = generator(place, "watermark", str(mark.tau))
             before = list(self._known[place * 1000 : place * 1000 + 10])
             model = llmzip._NGram(self._counts, 5)
@@ -131,10 +193,10 @@ class Causal:
         self._model, self._tokenizer = load_language_model(name)
         self.vocabulary = len(self._tokenizer)
 
-    def marked(self, mark: Watermark) -> list[Text]:
+    def marked(self, mark: Watermark, places: range) -> list[Text]:
         length, tokenizer = self.lengths[-1], self._tokenizer
         heads = [head for head, _ in list(heads_and_bodies())[::5] if len(head) <= 300]
-        prompts = [tokenizer.bos_token + head for head in heads[:TEXTS]]
+        prompts = [tokenizer.bos_token + head for head in heads[places.start : places.stop]]
         batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left",
                           add_special_tokens=False)  # fmt: skip
         seen: list[torch.Tensor] = []
@@ -143,7 +205,7 @@ class Causal:
             seen.append(entropy(scores))  # what the detector finds with the prompt in front
             return mark(input_ids, scores)
 
-        torch.manual_seed(0)
+        torch.manual_seed(places.start)
         with torch.inference_mode():
             written = self._model.generate(
                 **batch, do_sample=True, temperature=0.8, top_k=0, min_new_tokens=length,
@@ -193,9 +255,9 @@ def p_value(text: Text, mark: Watermark, entropies: str, *, length: int, repeats
     return found.p_value
 
 
-def false_alarms(writer: Writer) -> dict[str, Any]:
+def false_alarms(writer: Writer, texts: list[Text]) -> dict[str, Any]:
     """Share of human texts called watermarked, over five keys, at each level."""
-    texts, found = writer.human(), {}
+    found: dict[str, Any] = {}
     for name, tau in TAUS.items():
         for repeats in (True, False):
             p = [

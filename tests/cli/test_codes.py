@@ -47,6 +47,9 @@ def test_a_file_comes_back_byte_for_byte(text, tmp_path):
     )
     again = run(app, ["decompress", str(packed), "--model", "toy1", "--out", str(tmp_path / "b")])
     assert again.exit_code == 0, again.output
+    shown = run(app, ["decompress", str(packed), "--model", "toy1", "--out", str(tmp_path / "b"),
+                      "--force", "--json"])  # fmt: skip
+    assert json.loads(shown.stdout)["bytes"] == text.stat().st_size
     assert (tmp_path / "b").read_bytes() == text.read_bytes()
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["b", "notes.txt", packed.name]
 
@@ -61,6 +64,23 @@ def test_files_are_never_written_over_unasked(text, tmp_path, loaded):
     assert run(app, [*words, "--force", "--window", "8", "--lanes", "2"]).exit_code == 0
     back = run(app, ["decompress", str(text) + ".ttlz", "--model", "toy1"])
     assert back.exit_code == 2  # notes.txt is still there
+
+
+def test_pipes_carry_the_content_and_nothing_else(text, tmp_path, loaded):
+    words = ["--model", "toy1", "--out", "-"]
+    made = run(app, ["compress", "-", *words], input=text.read_bytes())
+    assert (made.exit_code, made.stderr) == (0, "")
+    back = run(app, ["decompress", "-", *words], input=made.stdout_bytes)
+    assert (back.exit_code, back.stdout_bytes, back.stderr) == (0, text.read_bytes(), "")
+    loaded.clear()
+    for wrong, said in (
+        (["compress", "-"], "--out"), (["decompress", "-"], "no file of testtime"),
+        (["compress", str(text), "--out", "-", "--json"], "give one"),
+        (["compress", str(text), "--out", str(tmp_path / "none" / "x")], "no folder"),
+    ):  # fmt: skip
+        found = run(app, wrong, input=b"abc")
+        assert (found.exit_code, said in say(found)) == (2, True), say(found)
+    assert loaded == []
 
 
 def test_wrong_files_are_refused_and_nothing_is_written(text, tmp_path, loaded):

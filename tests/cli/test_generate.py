@@ -40,7 +40,8 @@ def test_a_text_is_shown_and_told_as_json(folder):
     [(["a", "--method", "minp"], "did you mean min-p"), (["a", "--option", "p"], "NAME=VALUE"),
      (["a", "--method", "top-p", "--option", "q=1"], "no option is called"),
      (["a", "--model", "gpt2"], "no language model is called"),
-     (["a", "--lame", "missing.txt"], "no file missing.txt")],
+     (["a", "--lame", "missing.txt"], "missing.txt cannot be read"), ([""], "prompt is empty"),
+     (["-"], "prompt is empty")],
 )  # fmt: skip
 def test_a_wrong_call_is_answered_before_a_model_is_loaded(words, said):
     found = call(*words)

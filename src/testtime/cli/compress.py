@@ -1,5 +1,6 @@
 """`testtime compress` and `testtime decompress`: text without loss, by a language model."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ from testtime.cli.show import Json, exits, print_json, print_text, progress
 
 SUFFIX = ".ttlz"
 Model = typer.Option("gemma:270m", help="gemma:270m, or hf:NAME_OR_PATH.")
-Out = typer.Option(None, "--out", help="Where to write; never over a file without --force.")
+Out = typer.Option(
+    None, "--out", help="Where to write; - is standard output. Never over a file without --force."
+)
 Force = typer.Option(False, "--force", help="Write over a file that exists.")
 
 
 @exits
 def compress(
-    file: Path = typer.Argument(..., help="File to compress; text becomes small."),  # noqa: B008
+    file: Path = typer.Argument(..., help="File to compress; - reads standard input."),  # noqa: B008
     out: Path | None = Out,
     model: str = Model,
     window: int | None = typer.Option(None, help="Tokens of context; 512 if the model has them."),
@@ -32,10 +35,13 @@ def compress(
 
     Example: testtime compress notes.txt
     """
+    from testtime._core.errors import OptionError  # noqa: PLC0415
     from testtime.decode.compression import compress as run  # noqa: PLC0415
 
     content = read(file)
-    place = free(out or file.with_name(file.name + SUFFIX), force=force)
+    if out is None and is_pipe(file):
+        raise OptionError("standard input has no name: say where to write with --out")
+    place = free(out or file.with_name(file.name + SUFFIX), force=force, json=json)
     with progress() as bar:
         loaded, tokenizer = load(model, bar)
         task = bar.add_task(f"compress {file.name}", total=None)
@@ -51,19 +57,20 @@ def compress(
     }  # fmt: skip
     if json:
         print_json(found)
-        return
-    print_text(
-        f"{place}: {len(content)} bytes became {len(made.data)}, "
-        f"{made.bits_per_character:.3f} bits per character (the model's own: {made.bound:.3f})"
-    )
+    elif not is_pipe(place):
+        print_text(
+            f"{place}: {len(content)} bytes became {len(made.data)}, "
+            f"{made.bits_per_character:.3f} bits per character (the model's own: {made.bound:.3f})"
+        )
 
 
 @exits
 def decompress(
-    file: Path = typer.Argument(..., help="File that testtime compress wrote."),  # noqa: B008
+    file: Path = typer.Argument(..., help="What testtime compress wrote; - reads standard input."),  # noqa: B008
     out: Path | None = Out,
     model: str = Model,
     force: bool = Force,
+    json: bool = Json,
 ) -> None:
     """Give back the very bytes that testtime compress was given.
 
@@ -77,7 +84,7 @@ def decompress(
     inspect(data)  # a damaged file is told before a model is loaded
     if out is None and file.suffix != SUFFIX:
         raise OptionError(f"{file.name} does not end with {SUFFIX}: say where to write with --out")
-    place = free(out or file.with_suffix(""), force=force)
+    place = free(out or file.with_suffix(""), force=force, json=json)
     with progress() as bar:
         loaded, tokenizer = load(model, bar)
         task = bar.add_task(f"decompress {file.name}", total=None)
@@ -86,7 +93,10 @@ def decompress(
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     write(place, content)
-    print_text(f"{place}: {len(content)} bytes")
+    if json:
+        print_json({"file": str(place), "bytes": len(content), "compressed": len(data)})
+    elif not is_pipe(place):
+        print_text(f"{place}: {len(content)} bytes")
 
 
 def load(name: str, bar: Any) -> tuple[Any, Any]:
@@ -101,20 +111,43 @@ def load(name: str, bar: Any) -> tuple[Any, Any]:
     return found
 
 
+def is_pipe(file: Path) -> bool:
+    """Whether standard input or output is meant."""
+    return str(file) == "-"
+
+
 def read(file: Path) -> bytes:
-    """The content of a file, or an error that says why there is none."""
+    """The content of a file or of standard input, or an error that says why there is none."""
     from testtime._core.errors import InputError  # noqa: PLC0415
 
+    if is_pipe(file):
+        return sys.stdin.buffer.read()
     try:
         return file.read_bytes()
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
 
 
-def free(place: Path, *, force: bool) -> Path:
-    """The place, if nothing would be lost there."""
+def read_text(file: Path) -> str:
+    """The text of a file or of standard input, or an error that says why there is none."""
     from testtime._core.errors import InputError  # noqa: PLC0415
 
+    try:
+        return read(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is no text in UTF-8: {error.reason} at {error.start}") from error
+
+
+def free(place: Path, *, force: bool, json: bool) -> Path:
+    """The place, if it can be written to and nothing would be lost there."""
+    from testtime._core.errors import InputError, OptionError  # noqa: PLC0415
+
+    if is_pipe(place):
+        if json:
+            raise OptionError("--json and --out - would both write to standard output; give one")
+        return place
+    if not place.parent.is_dir():
+        raise InputError(f"{place} cannot be written: there is no folder {place.parent}")
     if place.is_dir() or (place.exists() and not force):
         way = "give another --out" if place.is_dir() else "give another --out, or --force"
         raise InputError(f"{place} exists already; {way}")
@@ -122,10 +155,14 @@ def free(place: Path, *, force: bool) -> Path:
 
 
 def write(place: Path, content: bytes) -> None:
-    """Writes wholly or not at all."""
+    """Writes a file wholly or not at all; or to standard output."""
     from testtime._core.errors import WorkFailed  # noqa: PLC0415
     from testtime._core.files import atomic  # noqa: PLC0415
 
+    if is_pipe(place):
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+        return
     try:
         with atomic(place) as part:
             part.write_bytes(content)

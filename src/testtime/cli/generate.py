@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from testtime.cli.compress import load, read_text
 from testtime.cli.show import Json, exits, print_json, progress
 
 
@@ -33,13 +34,14 @@ def generate(
     from testtime._core.registry import find  # noqa: PLC0415
     from testtime.decode.api import generate as write  # noqa: PLC0415
 
-    find("decoding", method).build(**(options := _options(option)))  # before a model is loaded
-    if lame is not None and not lame.is_file():
-        raise InputError(f"there is no file {lame}; expected a text, the lame prompt.")
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    first, tokenizer = _load(model)
-    second = _load(large)[0] if large else None
+    # what is wrong is told before a model is loaded
+    find("decoding", method).build(**(options := _options(option)))
+    without = None if lame is None else read_text(lame)
+    if not (prompt := read_text(Path("-")) if prompt == "-" else prompt):
+        raise InputError("the prompt is empty; expected a text of at least one character")
+    with progress() as bar:
+        first, tokenizer = load(model, bar)
+        second = load(large, bar)[0] if large else None
     found = write(
         first,
         tokenizer,
@@ -49,7 +51,7 @@ def generate(
         stop=stop,
         seed=seed,
         large=second,
-        lame=None if lame is None else lame.read_text("utf-8"),
+        lame=without,
         on_text=None if json else _show,
         **options,
     )
@@ -62,16 +64,6 @@ def generate(
 def _show(_: int, piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()
-
-
-def _load(spec: str) -> tuple[Any, Any]:
-    from testtime.decode.models import load_language_model  # noqa: PLC0415
-
-    with progress() as bar:
-        task = bar.add_task(spec, total=None)
-        return load_language_model(
-            spec, on_progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
 
 
 def _options(given: list[str]) -> dict[str, Any]:

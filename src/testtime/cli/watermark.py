@@ -5,7 +5,7 @@ from pathlib import Path
 
 import typer
 
-from testtime.cli.compress import Model, load, read
+from testtime.cli.compress import Model, load, read_text
 from testtime.cli.show import Json, exits, print_json, print_text, progress
 
 app = typer.Typer(no_args_is_help=True, help="Mark what a model writes, and find the mark.")
@@ -37,8 +37,8 @@ def detect(
     """
     from testtime.decode.watermark import Watermark, detect_text  # noqa: PLC0415
 
-    text = _text(file)
-    before = _text(prompt) if prompt is not None else ""
+    text = read_text(file)
+    before = read_text(prompt) if prompt is not None else ""
     with progress() as bar:
         loaded, tokenizer = load(model, bar)
         task = bar.add_task("read", total=None)
@@ -63,7 +63,7 @@ def detect(
 @app.command()
 @exits
 def generate(
-    prompt: str = typer.Argument(..., help="What the model goes on from."),
+    prompt: str = typer.Argument(..., help="What the model goes on from; - reads standard input."),
     model: str = Model,
     tokens: int = typer.Option(200, min=1, help="Tokens to write at most."),
     temperature: float = typer.Option(0.8, min=0.01, help="Of sampling."),
@@ -73,6 +73,7 @@ def generate(
     tau: float = Tau,
     plain: bool = Plain,
     key: int = Key,
+    json: bool = Json,
 ) -> None:
     """Write a text with the watermark in it.
 
@@ -83,6 +84,7 @@ def generate(
     from testtime.decode.methods.classical import heated  # noqa: PLC0415
     from testtime.decode.watermark import Watermark  # noqa: PLC0415
 
+    prompt = read_text(Path("-")) if prompt == "-" else prompt
     with progress() as bar:
         loaded, tokenizer = load(model, bar)
         mark = Watermark(
@@ -91,15 +93,9 @@ def generate(
         )  # fmt: skip
         bar.add_task("write", total=None)
         method = Decoding(steps=(mark, *heated(temperature)))
-        text = run(loaded, tokenizer, prompt, method, max_new_tokens=tokens, seed=seed)
-    sys.stdout.write(f"{text}\n")
-
-
-def _text(file: Path) -> str:
-    from testtime._core.errors import InputError  # noqa: PLC0415
-
-    content = sys.stdin.buffer.read() if str(file) == "-" else read(file)
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is no text in UTF-8: {error.reason} at {error.start}") from error
+        found = run(loaded, tokenizer, prompt, method, max_new_tokens=tokens, seed=seed)
+    if json:
+        used = {"gamma": gamma, "delta": delta, "tau": None if plain else tau, "key": key}
+        print_json({"prompt": prompt, "model": model, **used, **vars(found)})
+    else:
+        sys.stdout.write(f"{found}\n")
