@@ -1,6 +1,8 @@
 """Models by name, fingerprints, and pairs that do not belong together."""
 
 import copy
+import os
+import time
 
 import pytest
 import torch
@@ -109,7 +111,13 @@ def test_a_folder_is_converted_once_and_again_when_damaged(tmp_path, monkeypatch
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(gemma, "_convert", write)
+    killed, running = (tmp_path / "testtime" / f".{gemma.FOLDER}.{name}" for name in "ab")
+    for folder, age in ((killed, 2 * gemma.LEFT), (running, 0)):
+        folder.mkdir(parents=True)
+        os.utime(folder, (time.time() - age,) * 2)
     place = gemma.converted()
+    assert (killed.exists(), running.exists()) == (False, True)
+    running.rmdir()
     assert gemma.converted() == place
     assert place.parent == tmp_path / "testtime"
     assert len(calls) == 1

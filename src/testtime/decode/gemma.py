@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 FOLDER = "gemma-3-270m-float32-1"
 """Name in the cache; its number rises when the conversion changes."""
 SUMS = "SHA256SUMS"
+LEFT = 3600
+"""Seconds after which an unfinished folder belongs to nobody: a conversion takes some minutes."""
 
 
 def cache() -> Path:
@@ -47,6 +50,9 @@ def converted(on_progress: "Told | None" = None) -> Path:
     if intact(place):
         return place
     cache().mkdir(parents=True, exist_ok=True)
+    for left in cache().glob(f".{FOLDER}.*"):  # of a process that was killed
+        if time.time() - left.stat().st_mtime > LEFT:
+            shutil.rmtree(left, ignore_errors=True)
     part = Path(tempfile.mkdtemp(dir=cache(), prefix=f".{FOLDER}."))
     try:
         _convert(part, on_progress)
