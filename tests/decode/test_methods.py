@@ -13,6 +13,7 @@ from reference import decode as reference
 from testtime._core.errors import InputError, OptionError
 from testtime._core.registry import entries
 from testtime.decode.drawing import Drawer, check_logits, inverse_cdf
+from testtime.decode.methods.adaptive_temperature import cooled
 from testtime.decode.methods.ead import Switch
 from testtime.decode.methods.edt import edt, entropy_temperature
 from testtime.decode.methods.em_inf import LowerEntropy, lower_entropy
@@ -98,6 +99,28 @@ def test_edt_rises_with_entropy_to_its_bound(highest, theta, seed):
     assert bool((t > 0).all())
     flat = entropy_temperature(z, highest=highest, theta=0.0)
     assert torch.equal(flat, torch.full_like(h, highest))
+
+
+@pytest.mark.parametrize("vocabulary", [300, LARGE])
+@pytest.mark.parametrize(
+    ("ratio", "floor", "tolerance"), [(0.85, 1e-5, 0.1), (0.2, 1e-6, 0.1), (0.5, 0.2, 1e-3)]
+)
+def test_adaptive_temperature_bisects_each_row(vocabulary, ratio, floor, tolerance):
+    z = rows(vocabulary)
+    if vocabulary > 300:
+        z = z[[1, 2, 3, 6, 9, 11]]  # a reference in plain Python takes its time
+    found = cooled(z, ratio=ratio, floor=floor, tolerance=tolerance)
+    for row, out in zip(z, found, strict=True):
+        t = reference.adaptive_temperature(row, ratio, floor, tolerance)
+        torch.testing.assert_close(out, row / t, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            cooled(row[None], ratio=ratio, floor=floor, tolerance=tolerance)[0], out
+        )
+    before, target = entropy(z), (ratio * entropy(z)).clamp(min=floor)
+    reachable = (before > floor) & (entropy(z / 0.01) < target)  # ties cannot be cooled
+    assert int(reachable.sum()) >= 3
+    assert bool(((entropy(found) - target).abs() < tolerance)[reachable].all())
+    assert torch.equal(found[before <= floor], z[before <= floor])
 
 
 @pytest.mark.parametrize("base", [0.0, 0.05, 0.1, 0.5, 1.0])
@@ -218,7 +241,7 @@ def test_a_switch_waits_and_is_monotone_in_its_threshold():
      ("min-p", {"temperature": 0.0}), ("edt", {"highest": 0.0}), ("edt", {"theta": -1.0}),
      ("uscd", {"weight": 0.5}), ("ead", {"threshold": -1.0}), ("ead", {"window": 0}),
      ("ead", {"signal": "big"}), ("top-k", {"k": 0}), ("top-p", {"p": 2.0}),
-     ("typical", {"mass": 1.0}), ("greedy", {"temperature": 1.0})],
+     ("adaptive-temperature", {"ratio": 1.5}), ("typical", {"mass": 1.0}), ("greedy", {"temperature": 1.0})],
 )  # fmt: skip
 def test_wrong_options_are_refused(name, options):
     with pytest.raises(OptionError):

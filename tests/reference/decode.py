@@ -30,6 +30,24 @@ def edt_temperature(row, t0, theta):
     return max(t0 * 0.8 ** (theta / h), min(1e-2, t0)) if h > 1e-12 else min(1e-2, t0)
 
 
+def adaptive_temperature(row, ratio, floor, tolerance):
+    """The temperature of one row, by bisection."""
+
+    def h(t):
+        p = (row / t).softmax(-1).tolist()
+        return -sum(v * math.log(v) for v in p if v > 0)
+
+    if h(1.0) <= floor:
+        return 1.0
+    target, low, high = max(floor, ratio * h(1.0)), 0.01, 1.0
+    for _ in range(100):
+        t = (low + high) / 2
+        if abs(h(t) - target) < tolerance:
+            break
+        low, high = (low, t) if h(t) > target else (t, high)
+    return t
+
+
 def uscd_scores(row, lame, c, f, w):
     """Steps 2 and 3 with the paper's theta, which c stands for."""
     p, q, v = row.softmax(-1), lame.softmax(-1), len(row)
