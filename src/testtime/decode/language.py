@@ -333,7 +333,7 @@ def _generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
         stopping_criteria=StoppingCriteriaList([done]),  # type: ignore[list-item]
         pad_token_id=_pad(model, tokenizer), eos_token_id=ends or None,
-        return_dict_in_generate=True, **read.recall(prefixes), **drawn,
+        return_dict_in_generate=True, use_cache=True, **read.recall(prefixes), **drawn,
     )  # fmt: skip
     rows = out.sequences[:, start:].tolist()
     made = [tuple(row[:n]) for row, n in zip(rows, lengths, strict=True)]

@@ -103,7 +103,13 @@ def context_length(model: nn.Module) -> int | None:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
-    for name in ("max_position_embeddings", "n_positions", "seq_length", "max_sequence_length"):
+    for name in (
+        "max_position_embeddings",
+        "n_positions",
+        "seq_length",
+        "max_sequence_length",
+        "max_seq_len",
+    ):
         length = getattr(config, name, None)
         if isinstance(length, int) and length > 0:
             return length

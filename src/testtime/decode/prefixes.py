@@ -124,7 +124,7 @@ class Prefixes:
         if known >= width - 1:
             return
         ids, mask = padded(rows, device=self._model.device)
-        _forward(self._model, ids[:, known:-1], mask[:, :-1], **{self._name: cache})
+        _forward(self._model, ids[:, known:-1], mask[:, :-1], use_cache=True, **{self._name: cache})
 
 
 def last_logits(
