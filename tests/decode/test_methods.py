@@ -123,9 +123,11 @@ def test_adaptive_temperature_bisects_each_row(vocabulary, ratio, floor, toleran
     assert torch.equal(found[before <= floor], z[before <= floor])
 
 
+@pytest.mark.parametrize("vocabulary", [300, LARGE])
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
 @pytest.mark.parametrize("base", [0.0, 0.05, 0.1, 0.5, 1.0])
-def test_min_p_is_that_of_transformers_and_of_the_formula(base):
-    z = rows()
+def test_min_p_is_that_of_transformers_and_of_the_formula(base, kind, vocabulary):
+    z = rows(vocabulary).to(kind)
     found = min_p(p=base).steps[-1](NONE, z.clone())
     assert torch.equal(found, transformers.MinPLogitsWarper(base)(NONE, z.clone()))
     for row, out in zip(z, found, strict=True):
