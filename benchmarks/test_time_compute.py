@@ -14,7 +14,7 @@ from testtime._core.seeds import generator
 from testtime.decode.compute_optimal import cross_validate
 from testtime.decode.kinetics import QWEN3, dense_cost, top_k_cost
 from testtime.decode.strategies import beam_search, best_of_n
-from testtime.papers.checks.compute_optimal_scaling import LEVELS, Question, answer
+from testtime.papers.checks.compute_optimal_scaling import LEVELS, PROBES, Question, answer
 
 OUT = Path(__file__).parents[1] / "docs" / "images"
 SAMPLES = 1, 4, 16, 64
@@ -45,8 +45,7 @@ def compute_optimal() -> dict[str, list[tuple[float, float]]]:
     """Accuracy in percent of each strategy alone and of the choice, for each number of samples."""
     chance = generator(0, "test-time compute", "picture")
     questions = [Question(LEVELS[i % len(LEVELS)], chance) for i in range(QUESTIONS)]
-    probes = [best_of_n(q.extend, q.verify, samples=64).paths for q in questions]
-    easiness = torch.tensor([sum(path.score or 0.0 for path in paths) for paths in probes])
+    easiness = torch.tensor([q.probe(PROBES)[0] for q in questions])
     lines: dict[str, list[tuple[float, float]]] = {}
     for n in SAMPLES:
         ways = {"best-of-N": best_of_n, "beam search": partial(beam_search, width=min(n, 4))}

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,9 @@ LEVELS = 0.95, 0.85, 0.72, 0.6, 0.45
 QUESTIONS = 500
 STEPS = 6
 SAMPLES = 16
-PROBES = 64
+PROBES = 2048
+"""Solutions that a question's difficulty is estimated from (paper)."""
+TRICK = 0.006
 
 
 @register("check", paper="compute-optimal-scaling", name="compute-optimal-scaling")
@@ -55,7 +56,7 @@ class Question:
         made = []
         for path, (deceive, succeed, way) in zip(paths, draws, strict=True):
             before = path.steps[-1].content if path.steps else State(0, deceives=False)
-            trick = deceive < 0.006
+            trick = deceive < TRICK
             fails = trick or succeed >= self.success
             answer = 1 + int(10 * way) if fails and before.answer == 0 else before.answer
             after = State(answer, before.deceives or trick)
@@ -63,13 +64,21 @@ class Question:
         return made
 
     def verify(self, paths: Sequence[Path[State]]) -> list[float]:
-        """Probability of being right: the sigmoid of +1 or -1, of noise, and of 3 where deceived."""
+        """Probability of being right: the sigmoid of +1 or -1, or of +3 where deceived, and of noise."""
         ends = [path.steps[-1].content for path in paths]
-        logit = torch.tensor(
-            [3.0 * end.deceives + (1.0 if end.answer == 0 else -1.0) for end in ends]
-        )
-        noise = 1.5 * torch.randn(len(paths), generator=self.chance)
-        return (logit + noise).sigmoid().tolist()
+        deceives = torch.tensor([end.deceives for end in ends])
+        return self._scores(deceives, torch.tensor([end.answer == 0 for end in ends])).tolist()
+
+    def probe(self, solutions: int) -> tuple[float, float]:
+        """Mean score and share of right ones among solutions, as `extend` and `verify` make them."""
+        deceive, succeed = torch.rand(2, solutions, STEPS, generator=self.chance)
+        trick = deceive < TRICK
+        right = ~(trick | (succeed >= self.success)).any(1)
+        return float(self._scores(trick.any(1), right).mean()), float(right.double().mean())
+
+    def _scores(self, deceives: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        logit = torch.where(deceives, 3.0, torch.where(right, 1.0, -1.0))
+        return (logit + 1.5 * torch.randn(len(logit), generator=self.chance)).sigmoid()
 
 
 def answer(path: Path[State]) -> int | None:
@@ -95,11 +104,10 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
         ]
         for search in STRATEGIES.values()
     ]
-    probes = [best_of_n(q.extend, q.verify, samples=PROBES).paths for q in questions]
+    probes = [q.probe(PROBES) for q in questions]
     easiness = {
-        "predicted": [fmean(path.score or 0.0 for path in paths) for paths in probes],
-        "oracle": [fmean(answer(path) == 0 for path in paths) for paths in probes],
-    }
+        "predicted": [score for score, _ in probes], "oracle": [share for _, share in probes],
+    }  # fmt: skip
     correct = torch.tensor(right)
     for name, values in easiness.items():
         found = cross_validate(torch.tensor(values), correct, list(STRATEGIES), seed=seed)
