@@ -70,7 +70,7 @@ def main() -> None:
     for row in rows:
         print(f"{row['method']:<16}{row['tokens per second']:8.2f}{row['time against plain']:8.3f}")
     if asked.json:
-        settings = {"model": asked.model, "tokens": asked.tokens, "rows": asked.rows,
+        settings = {"model": asked.model, "tokens": asked.tokens, "prompts": asked.rows,
                     "rounds": asked.rounds, "threads": torch.get_num_threads()}  # fmt: skip
         asked.json.write_text(
             json.dumps(

@@ -31,8 +31,9 @@ from typing import Any, Protocol
 import torch
 
 from testtime._core.files import atomic
-from testtime._core.seeds import generator
+from testtime._core.seeds import derive, generator
 from testtime.bench.machine import describe_machine
+from testtime.decode.drawing import Drawer
 from testtime.decode.models import load_language_model
 from testtime.decode.watermark import Watermark, detect, token_entropies
 from testtime.measures.entropy import entropy, entropy_of_probs
@@ -55,22 +56,31 @@ class Writer(Protocol):
 
     def marked(self, mark: Watermark, places: range) -> list[Text]: ...
 
-    def human(self) -> list[Text]: ...
+    def human(self, places: range) -> list[Text]: ...
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="ngram")
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights of a real model")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after them")
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "testtime-watermark"
     )
     args = parser.parse_args()
-    writer: Writer = NGram() if args.model == "ngram" else Causal(args.model)
+    writer: Writer = (
+        NGram() if args.model == "ngram" else Causal(args.model, getattr(torch, args.dtype))
+    )
     short = args.model.partition(":")[0]
     pieces = Pieces(args.work / short, time.monotonic() + args.seconds)
     try:
-        human = pieces.get("human", writer.human)
+        human = [
+            text
+            for start in range(0, 2 * TEXTS, PIECE)
+            for text in pieces.get(
+                f"human {start}", partial(writer.human, range(start, start + PIECE))
+            )
+        ]
         marked = {
             name: [
                 text
@@ -91,6 +101,7 @@ def main() -> None:
         return
     found: dict[str, Any] = {
         "model": args.model,
+        "dtype": "float64" if args.model == "ngram" else args.dtype,
         "texts": TEXTS,
         "lengths": list(writer.lengths),
         "machine": describe_machine(torch.device("cpu")),
@@ -168,11 +179,11 @@ class NGram:
                          "alone": alone})  # fmt: skip
         return made
 
-    def human(self) -> list[Text]:
+    def human(self, places: range) -> list[Text]:
         length = self.lengths[-1]
         made: list[Text] = []
-        for start in range(0, 2 * TEXTS * length, length):
-            tokens = list(self._held[start : start + length])
+        for place in places:
+            tokens = list(self._held[place * length : (place + 1) * length])
             made.append({"tokens": tokens, "prompt": 10, "alone": self._entropies(tokens)})
         return made
 
@@ -187,10 +198,11 @@ class NGram:
 class Causal:
     """A causal model by name."""
 
-    lengths = (15, 30, 45, 60)
+    lengths = (25, 50, 100)
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, kind: torch.dtype) -> None:
         self._model, self._tokenizer = load_language_model(name)
+        self._model.to(kind)
         self.vocabulary = len(self._tokenizer)
 
     def marked(self, mark: Watermark, places: range) -> list[Text]:
@@ -201,34 +213,41 @@ class Causal:
                           add_special_tokens=False)  # fmt: skip
         seen: list[torch.Tensor] = []
 
+        draw = Drawer([derive(0, "watermark", str(mark.tau), place) for place in places])
+
         def processor(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             seen.append(entropy(scores))  # what the detector finds with the prompt in front
-            return mark(input_ids, scores)
+            chosen = draw(mark(input_ids, scores) / 0.8)[:, None]
+            return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0)
 
-        torch.manual_seed(places.start)
         with torch.inference_mode():
             written = self._model.generate(
-                **batch, do_sample=True, temperature=0.8, top_k=0, min_new_tokens=length,
-                max_new_tokens=length, logits_processor=[processor],
+                **batch, do_sample=False, min_new_tokens=length, max_new_tokens=length,
+                logits_processor=[processor],
             )  # fmt: skip
         return [
             {"tokens": row[-length:], "prompt": row[-length - 1], "entropies": own,
-             "alone": self._entropies(row[-length:])}
+             "alone": self._entropies(row[-length:]) if mark.tau is not None else [0.0] * length}
             for row, own in zip(written.tolist(), torch.stack(seen, 1).tolist(), strict=True)
         ]  # fmt: skip
 
-    def human(self) -> list[Text]:
-        length, made = self.lengths[-1], {"code": [], "prose": []}
+    def human(self, places: range) -> list[Text]:
+        length, chosen = self.lengths[-1], {"code": [], "prose": []}
         bodies = [("code", body) for _, body in list(heads_and_bodies())[2::5]]
         for kind, text in [*bodies, *(("prose", topics[name]) for name in sorted(topics))]:
-            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"][:length]
-            if len(tokens) == length and len(made[kind]) < TEXTS:
-                made[kind].append({"tokens": tokens, "prompt": self._tokenizer.bos_token_id,
-                                   "alone": self._entropies(tokens)})  # fmt: skip
-        return made["code"] + made["prose"]
+            if len(chosen[kind]) < TEXTS and len(text) > 2 * length:
+                tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+                chosen[kind] += [tokens] if len(tokens) == length else []
+        both = chosen["code"] + chosen["prose"]
+        return [
+            {"tokens": tokens, "prompt": self._tokenizer.bos_token_id,
+             "alone": self._entropies(tokens)}
+            for tokens in both[places.start : places.stop]
+        ]  # fmt: skip
 
     def _entropies(self, tokens: list[int]) -> list[float]:
-        return token_entropies(self._model, [self._tokenizer.bos_token_id, *tokens])[1:]
+        all_ = [self._tokenizer.bos_token_id, *tokens]
+        return token_entropies(self._model, all_, chunk=len(all_))[1:]
 
 
 def heads_and_bodies() -> Iterator[tuple[str, str]]:
