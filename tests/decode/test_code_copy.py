@@ -14,7 +14,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from testtime._core.errors import InputError, OptionError
+from testtime._core.errors import InputError, OptionError, WorkFailed
 from testtime.decode.code_copy import CopyModel, compressor_input, mixture, padded_right, shorten
 from testtime.decode.code_prompts import compress_code
 from testtime.decode.code_training import compression_pairs, copy_loss, train_copy_model
@@ -216,6 +216,14 @@ def test_bad_calls_are_refused(model):
     small.model.resize_token_embeddings(50)
     with pytest.raises(InputError, match="does not belong"):
         shorten(small, tokenizer, ["zebra"], 0.5)
+
+
+def test_a_broken_model_is_refused(model):
+    model.gate.bias.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="NaN"):
+        shorten(model, bytes_with_an_end(), ["x = 1"], 0.5)
+    with pytest.raises(WorkFailed, match="not finite"):
+        train_copy_model(model, bytes_with_an_end(), *[chance_pairs(2, 0)] * 2)
 
 
 def test_mixture_of_known_numbers():

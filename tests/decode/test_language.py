@@ -1,5 +1,8 @@
 """A causal model of transformers behind the callables of the searches."""
 
+import copy
+import math
+
 import pytest
 import torch
 
@@ -141,3 +144,15 @@ def test_bad_calls_are_refused(parts):
     with pytest.raises(InputError, match="2 to 9"):
         answer_questions(model, tokenizer, [Question("x", ("only",), 0)])
     assert Sampler(model, tokenizer, "x")([]) == []
+
+
+def test_logits_that_are_nan_are_refused(parts):
+    model, tokenizer = copy.deepcopy(parts[0]), parts[1]
+    model.lm_head.weight.data[9] = math.nan
+    sampler = Sampler(model, tokenizer, "x")
+    for ask in (
+        lambda: sampler([Path()]), lambda: sampler.greedy([Path()]),
+        lambda: read_labels(model, tokenizer, ["x"], [[" a", " b"]]),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="NaN"):
+            ask()

@@ -1,3 +1,4 @@
+import copy
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -197,6 +198,13 @@ def test_a_text_longer_than_the_context_is_refused():
     model.config = SimpleNamespace(max_position_embeddings=10)
     with pytest.raises(InputError, match="11 tokens, but the model reads 1 to 10"):
         token_entropies(model, list(range(11)))
+
+
+def test_entropies_of_a_broken_model_are_refused(llama):
+    model = copy.deepcopy(llama)
+    model.lm_head.weight.data[9] = math.nan
+    with pytest.raises(InputError, match="NaN"):
+        token_entropies(model, [1, 5, 6])
 
 
 def test_what_generation_saw_is_what_detection_computes():

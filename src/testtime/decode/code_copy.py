@@ -169,7 +169,7 @@ def shorten(
 
     Raises:
         OptionError: the ratio is not between 0 and 1.
-        InputError: a code is empty or too long.
+        InputError: a code is empty or too long, or the model gives NaN.
 
     Reference: CodePromptZip, 2025.
     """
@@ -234,6 +234,8 @@ def _written(
     going = set(range(len(rows)))
     for _ in range(longest):
         probs, cache = model(source, mask, inputs, encoded=encoded, cache=cache)
+        if bool(probs.isnan().any()):
+            raise InputError("the model gives NaN; check its weights and its precision")
         inputs = probs[:, -1].argmax(-1, keepdim=True)
         for row in list(going):
             token = int(inputs[row])

@@ -15,6 +15,7 @@ from torch import Tensor
 from testtime._core.errors import InputError, MissingExtra, OptionError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive
+from testtime.decode.drawing import check_logits
 from testtime.decode.models import check_pair, context_length, end_tokens
 from testtime.decode.prefixes import Ids, Prefixes, last_logits, padded
 from testtime.decode.search import Path, Step, Verify
@@ -85,7 +86,7 @@ class Sampler:
         """One sampled step for each path.
 
         Raises:
-            InputError: a path has outgrown the model's context.
+            InputError: a path has outgrown the model's context, or logits are NaN.
         """
         self._calls += 1
         device = self._model.device
@@ -97,7 +98,7 @@ class Sampler:
         """The likeliest step of each path, token by token.
 
         Raises:
-            InputError: a path has outgrown the model's context.
+            InputError: a path has outgrown the model's context, or logits are NaN.
         """
         return self._continue(paths, do_sample=False)
 
@@ -285,8 +286,7 @@ def read_labels(
         rows = [prefix for prefix, _ in part]
         ids, mask = _padded(model, tokenizer, rows, room=1)
         logits = last_logits(model, rows, ids, mask, read)
-        if bool(logits.isnan().any()):
-            raise InputError("the model gives NaN logits; check its weights and its precision.")
+        check_logits(logits)
         log_p, entropies, top = log_probs(logits), entropy(logits).tolist(), logits.argmax(1)
         for row, (_, tokens) in enumerate(part):
             own = log_p[row, list(tokens)].tolist()
@@ -329,9 +329,14 @@ def _generate(
                 lengths[i] = made
         return torch.tensor([made >= n for n in lengths], device=rows.device)
 
+    def check(_rows: Tensor, logits: Tensor) -> Tensor:
+        check_logits(logits)
+        return logits
+
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
         stopping_criteria=StoppingCriteriaList([done]),  # type: ignore[list-item]
+        logits_processor=[check],
         pad_token_id=_pad(model, tokenizer), eos_token_id=ends or None,
         return_dict_in_generate=True, use_cache=True, **read.recall(prefixes), **drawn,
     )  # fmt: skip

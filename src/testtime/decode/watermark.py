@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError, OptionError
+from testtime.decode.drawing import check_logits
 from testtime.decode.models import check_pair, context_length
 from testtime.decode.windows import read, start_token
 from testtime.measures.entropy import entropy
@@ -223,7 +224,7 @@ def token_entropies(
         One number for each token; that of the first, for which there is no distribution, is 0.
 
     Raises:
-        InputError: no token, or more than the model's context.
+        InputError: no token, more than the model's context, or logits that are NaN.
 
     Reference: Lee et al., ACL 2024.
     """
@@ -236,6 +237,7 @@ def token_entropies(
     for at in range(0, len(tokens) - 1, chunk):
         part = torch.tensor([list(tokens[at : min(at + chunk, len(tokens) - 1)])])
         logits, cache = read(model, part, cache, last=0)
+        check_logits(logits[0])
         found += entropy(logits[0].float()).tolist()
         if on_progress is not None:
             on_progress(len(found), len(tokens))
