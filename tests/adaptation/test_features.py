@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -198,6 +199,42 @@ def test_adanpc(confidence, beta, measure):
     directions = np.stack([g for g, _ in other.memory[begin:]])
     np.testing.assert_allclose(memory["features"], directions, atol=1e-4)
     assert sum(event.used for event in adapter.events) == len(directions)
+
+
+@pytest.mark.parametrize("gamma", [1, 3])
+def test_adanpc_behind_a_batch_normalisation(gamma):
+    model, loader = tiny(), labelled(4)
+    known = tt.fit_source(model, loader, methods="adanpc")
+    other = reference.AdanpcBn(model, loader, 5, 0.05, 0.5, lambda s: s.max(), gamma, lr=1e-2)
+    options = {"k": 5, "tau": 0.05, "beta": 0.5, "confidence": "score", "gamma": gamma, "lr": 1e-2}
+    adapter = tt.adapt(model, "adanpc", source=known, **options)
+    begin = len(other.memory)
+    for x in batches():
+        got, expected = adapter(x), other(x)
+        torch.testing.assert_close(got.exp(), expected.exp().float(), rtol=0, atol=1e-4)
+        state = adapter.snapshot()
+        assert state.memory["labels"].tolist() == [c for _, c in other.memory[begin:]]
+        for name, now in zip(("scale", "shift"), other.norm.parameters(), strict=True):
+            torch.testing.assert_close(state.beside[name].double(), now, rtol=0, atol=1e-4)
+    assert 0 < len(other.memory) - begin < 160
+    assert adapter.counts.forwards == adapter.counts.samples
+    assert adapter.counts.backwards == 0  # of the network
+    assert {event.outcome for event in adapter.events} == {Outcome.ADAPTED}
+
+
+def test_a_vote_that_is_no_number_teaches_nothing():
+    known = tt.fit_source(tiny(), labelled(2), methods="adanpc")
+    adapter = tt.adapt(tiny(), "adanpc", source=known, gamma=2, k=5)
+    x, y = batches(2)
+    adapter(x)
+    state = adapter.snapshot()
+    huge = {**state.beside, "scale": torch.full((8,), 3e38)}
+    adapter.restore(replace(state, beside=huge))
+    assert adapter(100 * y).shape == (16, 5)
+    assert adapter.events[-1].outcome is Outcome.NON_FINITE
+    after = adapter.snapshot()
+    assert torch.equal(after.beside["shift"], state.beside["shift"])
+    assert torch.equal(after.memory["labels"], state.memory["labels"])
 
 
 def test_adanpc_that_remembers_nothing_is_scikit_learns_classifier():

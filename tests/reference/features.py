@@ -100,6 +100,37 @@ class Adanpc:
         return torch.as_tensor(np.log(np.stack(answers)))
 
 
+class AdanpcBn(Adanpc):
+    """The same behind a batch normalisation whose statistics stay 0 and 1, in torch's gradients."""
+
+    def __init__(self, model, loader, k, tau, beta, confidence, gamma: int, lr: float) -> None:
+        super().__init__(model, loader, k, tau, beta, confidence)
+        self.norm, self.gamma = nn.BatchNorm1d(len(self.memory[0][0])).double().eval(), gamma
+        self.optimizer = torch.optim.Adam(self.norm.parameters(), lr=lr)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            raw, z = features_and_logits(self.model, x)
+        source = torch.as_tensor(np.stack([g for g, _ in self.memory]))
+        classes = torch.tensor([c for _, c in self.memory])
+        for _ in range(self.gamma):
+            features, votes = F.normalize(self.norm(raw.double())), []
+            for g in features:
+                near = (source @ g).argsort(descending=True)[: self.k]
+                weights = ((source[near] @ g) / self.tau).softmax(0)
+                members = F.one_hot(classes[near], z.shape[1]).double()
+                votes.append((weights @ members + 1e-5).clamp(max=1))
+            self.optimizer.zero_grad()
+            entropy(torch.stack(votes)).mean().backward()
+            self.optimizer.step()
+        self.memory += [
+            (g.detach().numpy(), int(scores.argmax()))
+            for g, scores in zip(features, votes, strict=True)
+            if self.confidence(scores.detach().numpy()) >= self.beta
+        ]
+        return torch.stack(votes).log().detach()
+
+
 class Simatta:
     """With k-means of scikit-learn; `draws` is the generator of the adapter that it is held beside."""
 
