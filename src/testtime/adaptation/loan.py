@@ -81,6 +81,7 @@ class Loan:
         self.parameters = list(model.parameters())
         self.own_functions = not any(map(is_compiled, self.modules))
         self.lock = lock_of(model)
+        self.blocks: Any = None  # of a transformer, once somebody has looked for them
 
     def source(self, name: str) -> Tensor:
         """The model's own tensor of that name, detached."""

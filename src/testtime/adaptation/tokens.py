@@ -91,11 +91,18 @@ def _tokens(given: list[Any]) -> Tensor | None:
 
 
 def find_blocks(loan: Loan, x: Tensor) -> Blocks:
-    """The blocks of a transformer of images, seen on one sample and a brighter copy of it.
+    """The blocks of a transformer of images; looked for once, with the first batch.
 
     Raises:
         ScopeError: the model is made otherwise.
     """
+    if loan.blocks is None:
+        loan.blocks = _seen_to_run(loan, x)
+    return loan.blocks
+
+
+def _seen_to_run(loan: Loan, x: Tensor) -> Blocks:
+    """The blocks, seen on one sample and a brighter copy of it."""
     groups = [
         list(module)
         for module in loan.model.modules()

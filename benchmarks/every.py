@@ -1,0 +1,265 @@
+"""What every method costs on small networks: seconds, memory and passes against plain inference.
+
+    python benchmarks/every.py --networks embedded:batch,resnet18,vit --out benchmarks/every.json
+    python benchmarks/every.py --page docs/performance.md      only the page, from the numbers
+
+Every registered method, with the paper's options, answers and learns from the same batches as plain
+inference, in rounds of a new order each, on one thread. Ratios are formed within a round; the table
+shows their median. Memory is the largest sum of tensors that a step holds, less what inference
+holds. Passes are counted from outside the library, at the last normalisation layer of the network:
+images whose activations went through it, and images whose gradients did. Rows are joined to those
+that `--out` holds already, so that networks and methods can be measured one by one.
+"""
+
+import argparse
+import json
+import statistics
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import testtime as tt
+from compare import join
+from cost import Confident, machine, peak_megabytes, seconds, told
+from testtime._core.errors import ScopeError, TesttimeWarning
+from testtime._core.registry import entries, find
+from testtime.bench.models import load_model
+from testtime.streams.corruptions import corrupt
+from testtime.streams.data import load_data
+from textbook import plain
+
+BEGIN, END = "<!-- every: begin -->", "<!-- every: end -->"
+HEAVY = (
+    "memo", "vcotta", "petal", "psmt", "cotta", "tesla", "dent", "stamp", "simatta", "foa",
+)  # fmt: skip
+"""Methods of many passes, which are timed in one round."""
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+Networks = dict[str, tuple[int, Callable[[int], tuple[nn.Module, Tensor]]]]
+
+
+class Passes:
+    """Counts what goes through a network, seen from outside: at its last normalisation layer.
+
+    Attributes:
+        forwards, backwards: images whose activations, and whose gradients, went through it.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        ran: list[nn.Module] = []
+        hooks = [
+            module.register_forward_hook(lambda m, *_: ran.append(m))
+            for module in model.modules()
+            if isinstance(module, NORMS)
+        ]
+        with torch.no_grad():
+            model(x)
+        for hook in hooks:
+            hook.remove()
+        self.layer, self.forwards, self.backwards = ran[-1], 0, 0
+
+    def __enter__(self) -> "Passes":
+        self.hook = self.layer.register_forward_hook(self._forward)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.hook.remove()
+
+    def _forward(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.forwards += len(output)
+        if output.requires_grad:
+            output.register_hook(self._backward)
+
+    def _backward(self, grad: Tensor) -> None:
+        self.backwards += len(grad)
+
+
+class Heads(nn.Module):
+    """A network with three experts on what it answers, for methods that weigh experts."""
+
+    def __init__(self, model: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleList(nn.Linear(classes, classes) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        logits = self.model(x)
+        return tuple(head(logits) for head in self.heads)
+
+
+def embedded(name: str) -> Callable[[int], tuple[nn.Module, Tensor]]:
+    """An embedded classifier on images in gaussian noise."""
+
+    def make(size: int) -> tuple[nn.Module, Tensor]:
+        data = load_data("fashion-mnist:sample")
+        x = torch.stack([data[i][0] for i in range(2 * size)])
+        random = torch.Generator().manual_seed(0)
+        return load_model(name), corrupt(x, "gaussian_noise", 3, generator=random)
+
+    return make
+
+
+def untrained(
+    build: Callable[[], nn.Module], side: int
+) -> Callable[[int], tuple[nn.Module, Tensor]]:
+    """A network of random weights whose predictions are neither sure nor not, on random images."""
+
+    def make(size: int) -> tuple[nn.Module, Tensor]:
+        torch.manual_seed(0)
+        model = build().eval()
+        x = torch.rand(2 * size, 3, side, side)
+        x = x * torch.linspace(0.3, 1, 2 * size)[torch.randperm(2 * size)].view(-1, 1, 1, 1)
+        with torch.no_grad():
+            spread = model(x).std(1).mean()
+        return Confident(model, float(4 / spread)).eval(), x
+
+    return make
+
+
+NETWORKS: Networks = {
+    "embedded:batch": (32, embedded("embedded:batch")),
+    "embedded:group": (32, embedded("embedded:group")),
+    "resnet18": (16, untrained(lambda: torchvision.models.resnet18(num_classes=10), 64)),
+    "vit": (
+        16,
+        untrained(lambda: torchvision.models.VisionTransformer(32, 4, 6, 3, 192, 768, num_classes=10), 32),
+    ),
+}  # fmt: skip
+"""Network -> images in a batch, and what makes a model and two batches for it."""
+ABOUT = {
+    "embedded:batch": "the embedded classifier with BatchNorm, 28 x 28",
+    "embedded:group": "the embedded classifier with GroupNorm, 28 x 28",
+    "resnet18": "a ResNet-18 of random weights, 64 x 64",
+    "vit": "a transformer of random weights, 6 blocks of width 192, 65 tokens",
+}
+
+
+def adapted(name: str, model: nn.Module, x: Tensor, size: int) -> tuple[nn.Module, tt.Adapter]:
+    """The model that a method takes, and the method on it.
+
+    Raises:
+        ScopeError: the method is not for such a model.
+    """
+    with torch.no_grad():
+        logits = model(x)
+    if name == "sade":
+        torch.manual_seed(0)
+        model = Heads(model, logits.shape[1]).eval()
+    labels = logits.argmax(1)
+    options: dict[str, Any] = {}
+    if name == "simatta":
+        options["oracle"] = lambda places, _: labels[places % len(labels)]
+    source = None
+    if tt.methods()[name].needs:
+        loader = list(zip(x.split(size), labels.split(size), strict=True))
+        source = tt.fit_source(model, loader, methods=[name])
+    return model, tt.adapt(model, name, source=source, **options)
+
+
+def measure(network: str, names: list[str], rounds: int) -> list[dict[str, Any]]:
+    """A row for each method that takes the network."""
+    size, make = NETWORKS[network]
+    model, x = make(size)
+    first, second = x.split(size)
+    inference = plain(model)
+    rows: list[dict[str, Any]] = []
+    steps: dict[str, tt.Adapter] = {}
+    inference(second)
+    base = peak_megabytes(inference, second)
+    for name in names:
+        told(f"{network}: {name}")
+        try:
+            own, adapter = adapted(name, model, x, size)
+            adapter(first)
+        except ScopeError as error:
+            told(f"  not for it: {error}")
+            continue
+        counts = adapter.counts
+        with Passes(own, first) as passes:
+            adapter(second)
+        steps[name] = adapter
+        theory = find("method", name).build().passes
+        rows.append({
+            "model": network, "batch": size, "name": name,
+            "forwards": passes.forwards / size, "backwards": passes.backwards / size,
+            "told": [(after - before) / size for after, before in zip(
+                (adapter.counts.forwards, adapter.counts.backwards),
+                (counts.forwards, counts.backwards), strict=True)],
+            "theory": theory,
+            "megabytes_beyond": peak_megabytes(adapter, second) - base,
+        })  # fmt: skip
+    times: dict[str, list[float]] = {"inference": [], **{name: [] for name in steps}}
+    random = torch.Generator().manual_seed(0)
+    for number in range(rounds):
+        told(f"{network}: round {number + 1} of {rounds}")
+        order = ["inference", *steps]
+        for place in torch.randperm(len(order), generator=random).tolist():
+            name = order[place]
+            if name in HEAVY and number:
+                continue
+            times[name].append(seconds(steps.get(name, inference), second))
+    for row in rows:
+        own = times[row["name"]]
+        ratios = sorted(t / b for t, b in zip(own, times["inference"], strict=False))
+        row["milliseconds"] = 1000 * statistics.median(own)
+        row["to_inference"] = [statistics.median(ratios), ratios[0], ratios[-1]]
+    return rows
+
+
+def page(path: Path, found: dict[str, Any]) -> None:
+    """Writes the tables between the marks of a page."""
+    about, lines = found["machine"], []
+    for network in dict.fromkeys(row["model"] for row in found["rows"]):
+        own = [row for row in found["rows"] if row["model"] == network]
+        lines += [
+            f"**{ABOUT[network][0].upper()}{ABOUT[network][1:]}, batches of {own[0]['batch']}**",
+            "",
+            "| method | forwards | backwards | ms | times inference | MB beyond inference |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in own:
+            low, high = row["to_inference"][1:]
+            spread = f" ({low:.1f} to {high:.1f})" if low < high else ""
+            lines.append(
+                f"| [`{row['name']}`](methods/{row['name']}.md) | {row['forwards']:g} "
+                f"| {row['backwards']:g} | {row['milliseconds']:.0f} "
+                f"| {row['to_inference'][0]:.1f}{spread} | {row['megabytes_beyond']:.1f} |"
+            )
+        lines.append("")
+    lines.append(f"{about['cpu']}, one thread of {about['cores']} cores, torch {about['torch']}.")
+    before, rest = path.read_text().split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--networks", default="embedded:batch,resnet18,vit")
+    parser.add_argument("--methods", default=",".join(entries("method")))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("every.json"))
+    parser.add_argument("--page", type=Path, default=None, help="write the tables of --out there")
+    chosen = parser.parse_args()
+    if chosen.page:
+        page(chosen.page, json.loads(chosen.out.read_text()))
+        return
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", TesttimeWarning)
+    for network in chosen.networks.split(","):
+        rows = measure(network, chosen.methods.split(","), chosen.rounds)
+        held = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
+        found = join(held, {"machine": machine(), "rows": rows})
+        chosen.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
