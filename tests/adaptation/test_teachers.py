@@ -254,6 +254,21 @@ def test_quantile_is_that_of_the_sorted_entries(values, share):
     close(quantile([x[:3], x[3:, None]], share), low + (high - low) * (place - int(place)), 1e-6)
 
 
+@pytest.mark.parametrize("kind", ["drawn", "few values", "periodic", "rising"])
+def test_quantile_of_many_entries_is_exact_also_where_a_sample_misleads(kind):
+    count = 50_000
+    x = {
+        "drawn": torch.randn(count, generator=torch.Generator().manual_seed(0)) ** 6,
+        "few values": (torch.arange(count) % 3).float(),
+        "periodic": torch.where(torch.arange(count) % 37 == 0, 1.0, torch.linspace(2, 3, count)),
+        "rising": torch.linspace(0, 1, count),
+    }[kind]
+    x = x.double()
+    for share in (0.0, 1e-5, 0.003, 0.03, 0.5, 0.99999, 1.0):
+        found = quantile([x[:7], x[7:]], share)
+        torch.testing.assert_close(found, torch.quantile(x, share), rtol=1e-12, atol=0)
+
+
 def test_the_least_important_are_the_share_that_was_asked_for():
     draws = torch.Generator().manual_seed(0)
     grads = [torch.randn(40, 25, generator=draws), torch.randn(1000, generator=draws)]
