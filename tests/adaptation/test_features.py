@@ -389,3 +389,16 @@ def test_simatta_names_the_extra_and_refuses_what_is_no_oracle(monkeypatch):
     with pytest.raises(MissingExtra, match=r"testtime\[active\]"):
         tt.adapt(tiny(), "simatta", oracle=answers)
     tt.adapt(tiny(), "simatta")
+
+
+def test_knowledge_says_for_each_method_what_it_holds_and_how_large_it_is():
+    known = tt.fit_source(tiny(), labelled(2), methods=["cafa", "adanpc", "tent"], gate=True)
+    first, *lines = str(known).splitlines()
+    total = sum(t.nbytes for own in known.entries.values() for t in own.values())
+    assert first == f"of 27 source samples, {total / 1024:.1f} KB:"
+    assert lines[:3] == [
+        "  cafa: class_moments (count 5, mean 5 x 8, covariance 8 x 8; 872 bytes)",
+        "  adanpc: feature_memory (features 27 x 8, labels 27; 1.1 KB)",
+        "  tent: needs nothing",
+    ]
+    assert lines[3].startswith("  gate=True: signals (")

@@ -1,6 +1,5 @@
 """The table of what every method costs: its counts, seen from outside the library, and its page."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,9 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import testtime as tt
 from models import batches, tiny
-from testtime._core.errors import ScopeError
 from testtime._core.registry import entries, find
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

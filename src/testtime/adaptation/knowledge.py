@@ -56,16 +56,12 @@ class SourceKnowledge:
         return need in self.entries
 
     def __str__(self) -> str:
-        sizes = {
-            need: sum(t.numel() * t.element_size() for t in own.values()) / 2**20
-            for need, own in self.entries.items()
-        }
-        lines = [f"of {self.samples} source samples, {sum(sizes.values()):.2f} MB:"]
-        for method, needs in self.methods.items():
-            parts = [
-                f"{need} ({len(self.entries[need])} tensors, {sizes[need]:.2f} MB)"
-                for need in needs
-            ]
+        spoken_for = {need for needs in self.methods.values() for need in needs}
+        beside = tuple(need for need in self.entries if need not in spoken_for)
+        whole = sum(map(_bytes, self.entries.values()))
+        lines = [f"of {self.samples} source samples, {_size(whole)}:"]
+        for method, needs in {**self.methods, **({"gate=True": beside} if beside else {})}.items():
+            parts = [f"{need} ({_contents(self.entries[need])})" for need in needs]
             lines.append(f"  {method}: {', '.join(parts) or 'needs nothing'}")
         return "\n".join(lines)
 
@@ -105,6 +101,23 @@ class SourceKnowledge:
                 f"{path} cannot be read: {error}. Make it anew with fit_source."
             ) from error
         return SourceKnowledge(model, samples, entries, {k: tuple(v) for k, v in methods.items()})
+
+
+def _bytes(own: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in own.values())
+
+
+def _size(count: int) -> str:
+    for power, unit in ((2, "MB"), (1, "KB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _contents(own: Mapping[str, Tensor]) -> str:
+    """Tensors with their shapes, or how many where they are many; and their size."""
+    few = [f"{name} {' x '.join(map(str, t.shape)) or 'a number'}" for name, t in own.items()]
+    return f"{', '.join(few) if len(few) <= 4 else f'{len(few)} tensors'}; {_size(_bytes(own))}"
 
 
 class SourceBatch:
@@ -233,8 +246,8 @@ def fit_source(
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
         >>> known = fit_source(model, [torch.randn(8, 4)], methods=["eata"])
         >>> print(known)
-        of 8 source samples, 0.00 MB:
-          eata: fisher (2 tensors, 0.00 MB)
+        of 8 source samples, 24 bytes:
+          eata: fisher (1.weight 3, 1.bias 3; 24 bytes)
     """
     recipes = _recipes(methods)
     needs = _needs(recipes, gate=gate)
