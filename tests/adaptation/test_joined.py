@@ -10,30 +10,37 @@ from models import batches, tiny, tiny_vit
 from testtime.adaptation import engine as engines
 from testtime.adaptation.moments import InGroups
 
+OPTIONS = {"cotta": {"views": 5, "threshold": 1.0}, "vcotta": {"views": 5}, "stamp": {"views": 5}}
 
-def run(model: nn.Module, joined: int) -> tuple[list[Tensor], dict[str, Tensor], int]:
+
+def run(
+    model: nn.Module, joined: int, name: str
+) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor], int]:
     forwards = []
     hook = model.register_forward_hook(lambda *_: forwards.append(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "JOINED", joined)
-        adapter = tt.adapt(model, "cotta", views=5, threshold=1.0)
+        patch.setattr(engines, "JOINED", {"cpu": joined})
+        adapter = tt.adapt(model, name, **OPTIONS[name])
         answers = [adapter(x.double()) for x in batches(3)]
     hook.remove()
-    return answers, adapter.snapshot().teacher or {}, len(forwards)
+    state = adapter.snapshot()
+    return answers, state.tensors, state.teacher or {}, len(forwards)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("kind", ["batch", "sync", "group", "frozen", "vit"])
-def test_copies_are_answered_as_if_they_came_alone(kind):
+def test_copies_are_answered_as_if_they_came_alone(kind, name):
     model = (tiny_vit() if kind == "vit" else tiny(kind)).double()
     if kind != "vit":
         model.conv2.bias = None  # its gradient is rounding noise, of which Adam makes steps
     size = batches(1)[0].numel()
-    expected, teacher, forwards = run(model, 0)
+    expected, tensors, teacher, forwards = run(model, 0, name)
     for joined in (2 * size, 100 * size):
-        answers, own, fewer = run(model, joined)
+        answers, moved, own, fewer = run(model, joined, name)
         for mine, theirs in zip(answers, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
-        assert own.keys() == teacher.keys()
+        for now, then in ((moved, tensors), (own, teacher)):
+            torch.testing.assert_close(now, then, rtol=1e-6, atol=1e-8)
         assert (fewer < forwards) == (kind not in ("sync", "frozen"))
 
 

@@ -26,8 +26,9 @@ from testtime.measures.entropy import entropy
 
 WORTH = 1 << 17
 """Values of a batch from which a second forward of few samples pays."""
-JOINED = 1 << 20
-"""Values of changed copies that share a forward: what it saves in small calls, memory bounds."""
+JOINED = {"cpu": 1 << 16}
+"""Values of changed copies that share a forward, by device; a million on others. It saves small
+calls; on a CPU, what the forward holds should stay in the cache."""
 FEW = 0.5
 """Share of teaching samples below which their second forward and backward cost less than the
 backward of all."""
@@ -285,10 +286,10 @@ class Engine:
     def joinable(self, x: Tensor) -> int:
         """How many batches like this one may share a forward: each answered as if it came alone.
 
-        As many as keep below `JOINED` values; one where layers would mix them, as moving averages
+        As many as keep within `JOINED` values; one where layers would mix them, as moving averages
         or batches of one do.
         """
-        fits = max(JOINED // max(x.numel(), 1), 1)
+        fits = max(JOINED.get(x.device.type, 1 << 20) // max(x.numel(), 1), 1)
         alone = self.ranks.alone and len(x) > 1 and fits > 1
         if not alone or not self.loan.takes_groups(self.recipe.statistics):
             return 1

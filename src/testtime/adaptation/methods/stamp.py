@@ -25,11 +25,11 @@ from testtime._core.registry import register
 from testtime._core.seeds import generator
 from testtime.adaptation.engine import Engine, Step
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.outputs import with_logits
+from testtime.adaptation.outputs import read_logits, rows, with_logits
 from testtime.adaptation.parts.optimizer import SGD, CosineAnnealed, SharpnessAware
 from testtime.adaptation.parts.scope import Scope, norm_affine_below_top
 from testtime.adaptation.parts.statistics import BatchStatistics
-from testtime.adaptation.parts.views import Augment, crop_and_flip, needs_pixels
+from testtime.adaptation.parts.views import Augment, crop_and_flip, joined_copies, needs_pixels
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
 from testtime.measures.entropy import entropy
@@ -103,8 +103,11 @@ class StableMemory:
         if not self.count:
             return seen.output, seen.logits
         views = [log_probs(seen.logits)]
-        for _ in range(self.count):
-            views.append(log_probs(seen.forward(self.augment(seen.inputs, engine.generator))))
+        for copies, count in joined_copies(engine, seen.inputs, self.augment, self.count):
+            output, _ = engine.run(
+                copies, seen.tensors, averages=seen.state.averages, learn=seen.learn, groups=count
+            )
+            views += log_probs(rows(read_logits(output))).split(len(seen.inputs))
         logits = log_mean_prob(torch.stack(views)).to(seen.logits.dtype)
         return with_logits(seen.output, logits), logits
 

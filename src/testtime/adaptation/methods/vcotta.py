@@ -42,7 +42,7 @@ from testtime.adaptation.parts.prediction import from_teacher
 from testtime.adaptation.parts.scope import weights_and_biases
 from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.parts.teacher import MovingTeacher
-from testtime.adaptation.parts.views import Augment, cotta_view, needs_pixels
+from testtime.adaptation.parts.views import Augment, cotta_view, joined_copies, needs_pixels
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
 from testtime.measures.entropy import entropy
@@ -177,13 +177,14 @@ class VariationalTeacher:
         outputs: list[Any] = []
         seen: tuple[list[Tensor], list[Tensor]] = ([], [])
         with torch.no_grad():
-            for number in range(self.count + 1):
-                view = self.augment(x, engine.generator) if number else x
+            copies = joined_copies(engine, x, self.augment, self.count)
+            for joined, count in ((x, 1), *copies):
                 for own, posterior in zip(seen, (teacher, source), strict=True):
-                    # one at a time: batch statistics are those of one view
-                    output, _ = engine.run(view, posterior.means, averages=None, learn=True)
+                    output, _ = engine.run(
+                        joined, posterior.means, averages=None, learn=True, groups=count
+                    )
                     outputs = outputs or [output]
-                    own.append(at_least_single(rows(read_logits(output))))
+                    own.extend(at_least_single(rows(read_logits(output))).split(len(x)))
             views = [torch.stack(own) for own in seen]
             certain = torch.stack([engine.ranks.mean(certainty(logits)) for logits in views])
             trust = (certain / self.temperature).softmax(0)

@@ -1,7 +1,7 @@
 """Changed copies of a batch, each draw with a generator of one's own: weak ones and the papers'."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +15,7 @@ from testtime._core.errors import InputError
 from testtime.adaptation.outputs import map_tensors, read_logits, with_logits
 
 if TYPE_CHECKING:
+    from testtime.adaptation.engine import Engine
     from testtime.adaptation.evidence import Evidence
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -52,6 +53,16 @@ def plain(x: Tensor, generator: torch.Generator) -> Tensor:
     return x
 
 
+def joined_copies(
+    engine: "Engine", x: Tensor, augment: Augment, count: int
+) -> Iterator[tuple[Tensor, int]]:
+    """Changed copies of a batch, as many together as may share a forward; and how many these are."""
+    together = engine.joinable(x)
+    for first in range(0, count, together):
+        copies = [augment(x, engine.generator) for _ in range(min(together, count - first))]
+        yield torch.cat(copies) if len(copies) > 1 else copies[0], len(copies)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AveragedViews:
     """The teacher's logits, averaged over changed copies where the source model is not sure.
@@ -84,11 +95,10 @@ class AveragedViews:
     def average(self, evidence: "Evidence", teach: Callable[[Tensor, int], Any]) -> Any:
         """Output whose logits are the mean over the copies."""
         total, output, size = 0.0, None, len(evidence.inputs)
-        together = evidence.engine.joinable(evidence.inputs)
-        for first in range(0, self.count, together):
-            count = min(together, self.count - first)
-            copies = [self.augment(evidence.inputs, evidence.generator) for _ in range(count)]
-            output = teach(torch.cat(copies) if count > 1 else copies[0], count)
+        for copies, count in joined_copies(
+            evidence.engine, evidence.inputs, self.augment, self.count
+        ):
+            output = teach(copies, count)
             for logits in read_logits(output).split(size):
                 total = total + logits
         assert isinstance(total, Tensor)
