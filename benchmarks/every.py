@@ -13,6 +13,7 @@ that `--out` holds already, so that networks and methods can be measured one by 
 
 import argparse
 import json
+import math
 import statistics
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from cost import Confident, machine, peak_megabytes, seconds, told
 from testtime._core.errors import ScopeError, TesttimeWarning
 from testtime._core.registry import entries, find
 from testtime.bench.models import load_model
+from testtime.measures.entropy import entropy
 from testtime.streams.corruptions import corrupt
 from testtime.streams.data import load_data
 from textbook import plain
@@ -40,7 +42,9 @@ HEAVY = (
 )  # fmt: skip
 """Methods of many passes, which are timed in one round."""
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-Networks = dict[str, tuple[int, Callable[[int], tuple[nn.Module, Tensor]]]]
+Networks = dict[str, Callable[[int], tuple[nn.Module, Tensor]]]
+SIZE = 64
+"""Images in a batch, after as many of which RoTTA learns."""
 
 
 class Passes:
@@ -109,38 +113,47 @@ def embedded(name: str) -> Callable[[int], tuple[nn.Module, Tensor]]:
     return make
 
 
-def untrained(
-    build: Callable[[], nn.Module], side: int
-) -> Callable[[int], tuple[nn.Module, Tensor]]:
-    """A network of random weights whose predictions are neither sure nor not, on random images."""
+def untrained(build: Callable[[], nn.Module]) -> Callable[[int], tuple[nn.Module, Tensor]]:
+    """A network of random weights on random images of 32 x 32.
+
+    Its logits are so scaled that half of the predictions have less than a fifth of the largest
+    entropy, so that methods which choose who teaches find samples to learn from.
+    """
 
     def make(size: int) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(0)
         model = build().eval()
-        x = torch.rand(2 * size, 3, side, side)
+        x = torch.rand(2 * size, 3, 32, 32)
         x = x * torch.linspace(0.3, 1, 2 * size)[torch.randperm(2 * size)].view(-1, 1, 1, 1)
         with torch.no_grad():
-            spread = model(x).std(1).mean()
-        return Confident(model, float(4 / spread)).eval(), x
+            logits = tt.adapt(model, "tent", lr=0.0)(x)
+        scale = 1.0
+        while entropy(scale * logits).median() > 0.2 * math.log(logits.shape[1]):
+            scale *= 1.2
+        return Confident(model, scale).eval(), x
 
     return make
 
 
+def transformer() -> nn.Module:
+    """Four blocks of width 128 on 65 tokens."""
+    model = torchvision.models.VisionTransformer(32, 4, 4, 4, 128, 512, num_classes=10)
+    nn.init.normal_(model.heads[0].weight, std=0.1)  # zero at first in torchvision
+    return model
+
+
 NETWORKS: Networks = {
-    "embedded:batch": (32, embedded("embedded:batch")),
-    "embedded:group": (32, embedded("embedded:group")),
-    "resnet18": (16, untrained(lambda: torchvision.models.resnet18(num_classes=10), 64)),
-    "vit": (
-        16,
-        untrained(lambda: torchvision.models.VisionTransformer(32, 4, 6, 3, 192, 768, num_classes=10), 32),
-    ),
-}  # fmt: skip
-"""Network -> images in a batch, and what makes a model and two batches for it."""
+    "embedded:batch": embedded("embedded:batch"),
+    "embedded:group": embedded("embedded:group"),
+    "resnet18": untrained(lambda: torchvision.models.resnet18(num_classes=10)),
+    "vit": untrained(transformer),
+}
+"""Network -> what makes a model and two batches for it."""
 ABOUT = {
     "embedded:batch": "the embedded classifier with BatchNorm, 28 x 28",
     "embedded:group": "the embedded classifier with GroupNorm, 28 x 28",
-    "resnet18": "a ResNet-18 of random weights, 64 x 64",
-    "vit": "a transformer of random weights, 6 blocks of width 192, 65 tokens",
+    "resnet18": "a ResNet-18 of random weights, 32 x 32",
+    "vit": "a transformer of random weights, 32 x 32, 4 blocks of width 128, 65 tokens",
 }
 
 
@@ -168,8 +181,8 @@ def adapted(name: str, model: nn.Module, x: Tensor, size: int) -> tuple[nn.Modul
 
 def measure(network: str, names: list[str], rounds: int) -> list[dict[str, Any]]:
     """A row for each method that takes the network."""
-    size, make = NETWORKS[network]
-    model, x = make(size)
+    size = SIZE
+    model, x = NETWORKS[network](size)
     first, second = x.split(size)
     inference = plain(model)
     rows: list[dict[str, Any]] = []
@@ -186,7 +199,7 @@ def measure(network: str, names: list[str], rounds: int) -> list[dict[str, Any]]
             continue
         counts = adapter.counts
         with Passes(own, first) as passes:
-            adapter(second)
+            peak = peak_megabytes(adapter, second)
         steps[name] = adapter
         theory = find("method", name).build().passes
         rows.append({
@@ -196,7 +209,7 @@ def measure(network: str, names: list[str], rounds: int) -> list[dict[str, Any]]
                 (adapter.counts.forwards, adapter.counts.backwards),
                 (counts.forwards, counts.backwards), strict=True)],
             "theory": theory,
-            "megabytes_beyond": peak_megabytes(adapter, second) - base,
+            "megabytes_beyond": peak - base,
         })  # fmt: skip
     times: dict[str, list[float]] = {"inference": [], **{name: [] for name in steps}}
     random = torch.Generator().manual_seed(0)
@@ -211,34 +224,42 @@ def measure(network: str, names: list[str], rounds: int) -> list[dict[str, Any]]
     for row in rows:
         own = times[row["name"]]
         ratios = sorted(t / b for t, b in zip(own, times["inference"], strict=False))
-        row["milliseconds"] = 1000 * statistics.median(own)
         row["to_inference"] = [statistics.median(ratios), ratios[0], ratios[-1]]
     return rows
 
 
 def page(path: Path, found: dict[str, Any]) -> None:
     """Writes the tables between the marks of a page."""
-    about, lines = found["machine"], []
+    about, lines = found["machine"], list[str]()
     for network in dict.fromkeys(row["model"] for row in found["rows"]):
-        own = [row for row in found["rows"] if row["model"] == network]
+        own = {row["name"]: row for row in found["rows"] if row["model"] == network}
+        size = next(iter(own.values()))["batch"]
         lines += [
-            f"**{ABOUT[network][0].upper()}{ABOUT[network][1:]}, batches of {own[0]['batch']}**",
+            f"**{ABOUT[network][0].upper()}{ABOUT[network][1:]}, batches of {size}**",
             "",
-            "| method | forwards | backwards | ms | times inference | MB beyond inference |",
-            "|---|---:|---:|---:|---:|---:|",
+            "| method | forwards | backwards | times inference | MB beyond inference |",
+            "|---|---:|---:|---:|---:|",
         ]
-        for row in own:
-            low, high = row["to_inference"][1:]
-            spread = f" ({low:.1f} to {high:.1f})" if low < high else ""
-            lines.append(
-                f"| [`{row['name']}`](methods/{row['name']}.md) | {row['forwards']:g} "
-                f"| {row['backwards']:g} | {row['milliseconds']:.0f} "
-                f"| {row['to_inference'][0]:.1f}{spread} | {row['megabytes_beyond']:.1f} |"
-            )
-        lines.append("")
+        lines += [line(own[name]) for name in entries("method") if name in own]
+        away = [f"`{name}`" for name in entries("method") if name not in own]
+        lines += [
+            "",
+            f"Not for this network, or not measured: {', '.join(away)}." if away else "",
+            "",
+        ]
     lines.append(f"{about['cpu']}, one thread of {about['cores']} cores, torch {about['torch']}.")
     before, rest = path.read_text().split(BEGIN)
     path.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+
+
+def line(row: dict[str, Any]) -> str:
+    """One method in a table."""
+    middle, low, high = row["to_inference"]
+    spread = f" ({low:.1f} to {high:.1f})" if low < high else ""
+    return (
+        f"| [`{row['name']}`](methods/{row['name']}.md) | {row['forwards']:.3g} "
+        f"| {row['backwards']:.3g} | {middle:.1f}{spread} | {row['megabytes_beyond']:.1f} |"
+    )
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The table of what every method costs: its counts, seen from outside the library, and its page."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -62,3 +63,14 @@ def test_passes_seen_from_outside_are_those_that_are_told(name, every):
         assert all(own <= limit for own, limit in zip(seen, most, strict=True))
     elif theory is not None:
         assert seen == most
+
+
+def test_every_method_is_measured_and_the_page_is_that_of_the_numbers(every, tmp_path):
+    found = json.loads((BENCHMARKS / "every.json").read_text())
+    assert {row["name"] for row in found["rows"]} == set(entries("method"))
+    for row in found["rows"]:
+        assert [row["forwards"], row["backwards"]] == row["told"]
+    page, docs = tmp_path / "page.md", BENCHMARKS.parent / "docs" / "performance.md"
+    page.write_text(docs.read_text())
+    every.page(page, found)
+    assert page.read_text() == docs.read_text()
