@@ -1,8 +1,6 @@
 """The methods on the kinds of streams: the error matrix, and its page.
 
-    testtime bench --methods all --model embedded:batch,embedded:group --seeds 1 \\
-        --stream all,domains=gaussian_noise+motion_blur+fog+jpeg_compression,samples=128,batch_size=32 \\
-        --out runs/matrix
+    testtime bench ...                            see COMMAND
     python benchmarks/matrix.py runs/matrix       numbers of a run, and the page of them
     python benchmarks/matrix.py                   only the page, from the file of numbers
 
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from testtime._core.registry import entries
-from testtime.bench.metrics import summarise
+from testtime.bench.metrics import OPEN_SET, summarise
 from testtime.bench.store import read_run
 from testtime.streams.scenarios import Scenario
 
@@ -25,16 +23,28 @@ ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "benchmarks/matrix.json"
 PAGE = ROOT / "docs/matrix.md"
 
+COMMAND = r"""testtime bench --methods all --model embedded:batch,embedded:group --seeds 1 --out runs/matrix \
+    --stream all,domains=gaussian_noise+motion_blur+fog+jpeg_compression,samples=128,batch_size=32"""
+
 TOP = """# Methods by streams
 
 Error in percent of the answers given while adapting, with the paper's options, on Fashion-MNIST
-under corruption at severity 5: {domains}, {samples} images of each, in batches of {batch}; {seeds}. {machine} `python benchmarks/matrix.py` names the command and
-writes this page.
+under corruption at severity 5: {domains}, {samples} images of each, in batches of {batch}; {seeds}.
+`single` sends one image at a time; `open-set` puts as many images of no class (blobs) among the others,
+and its errors are those of the known ones. {machine}
+
+```bash
+{command}
+python benchmarks/matrix.py runs/matrix
+```
+
+The first command goes on where it was interrupted, and the second writes this page.
 
 <span class="gain">Green</span>: more than a point below the source model.
 <span class="harm">Red</span>: more than a point above it. **Bold**: the lowest of its column. Empty: not run. The
 streams are short ({images} images); methods whose step sizes are made for thousands of batches have
-little time to move here.
+little time to move here. `simatta` has nobody to ask for labels, and `sqrl` finds no rules in pixels:
+both answer as the source does.
 """
 
 
@@ -53,9 +63,9 @@ def main() -> None:
 def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One record for each model, stream and method."""
     machines = {row["cell"]: row["machine"] for row in rows}
-    kept = ("model", "method", "error", "error_std", "clean_error", "seeds", "scenario")
+    kept = ("model", "method", "error", "error_std", "clean_error", "seeds", "scenario", *OPEN_SET)
     return [
-        {name: record[name] for name in kept}
+        {name: record[name] for name in kept if name in record}
         | {"name": short(Scenario.from_toml(record["scenario"])), "machine": next(iter(machines.values()))}
         for record in summarise(rows)
     ]  # fmt: skip
@@ -83,15 +93,15 @@ def page(records: list[dict[str, Any]]) -> str:
         domains=", ".join(name.replace("_", " ") for name in widest.domains),
         samples=widest.samples, batch=widest.batch_size, images=len(widest.domains) * (widest.samples or 0),
         seeds="one seed" if seeds == 1 else f"means over {seeds} seeds",
-        machine=f"{records[0]['machine']}.",
+        machine=f"{records[0]['machine']}.", command=COMMAND,
     )  # fmt: skip
-    parts = [top.strip()]
+    parts, every = [top.strip()], dict.fromkeys(record["name"] for record in records)
     for model in dict.fromkeys(record["model"] for record in records):
         mine = [record for record in records if record["model"] == model]
         there = {record["method"] for record in mine}
         away = [name for name in entries("method") if name not in there]
         said = f"Not for this model: {', '.join(f'`{name}`' for name in away)}." if away else ""
-        parts += [f"## {model}", table(mine), said]
+        parts += [f"## {model}", table(mine), said, left_out(mine, list(every)), unknowns(mine)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -124,6 +134,43 @@ def table(records: list[dict[str, Any]]) -> str:
                 f"{clean[method]:.1f}" if method in clean else "",
             ])
             for method in methods
+        ),
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def left_out(records: list[dict[str, Any]], streams: list[str]) -> str:
+    """A sentence on what was not run."""
+    held = {(r["method"], r["name"]) for r in records}
+    missing: dict[str, list[str]] = {}
+    for method in sorted({method for method, _ in held}):
+        away = tuple(name for name in streams if (method, name) not in held)
+        if away:
+            missing.setdefault(", ".join(away), []).append(f"`{method}`")
+    said = "; ".join(f"{', '.join(names)} on {away}" for away, names in missing.items())
+    return f"Not run: {said}." if said else ""
+
+
+def unknowns(records: list[dict[str, Any]]) -> str:
+    """How well images of no class are told apart on the open-set stream, where it was run."""
+    own = sorted(
+        (r for r in records if r["name"] == "open-set" and "auroc" in r),
+        key=lambda r: (r["method"] != "source", -r["auroc"]),
+    )
+    if not own:
+        return ""
+    lines = [
+        "Images of no class on `open-set`, told apart by the method's own score where it has one "
+        "(`ostta`, `stamp`), else by the largest probability; in percent but for the first:",
+        "",
+        line(["method", "AUROC", "FPR95", "OSCR", "H-score"]),
+        line(["---", *["--:"] * 4]),
+        *(
+            line([
+                f"[`{r['method']}`](methods/{r['method']}.md)",
+                f"{r['auroc']:.3f}", *(f"{100 * r[name]:.1f}" for name in OPEN_SET[1:]),
+            ])
+            for r in own
         ),
     ]  # fmt: skip
     return "\n".join(lines)
