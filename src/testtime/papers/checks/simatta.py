@@ -1,9 +1,11 @@
 """SimATTA's claim: few labels, asked for where they tell most, adapt without forgetting the source.
 
 Random queries are as good on the shifted digits themselves; what is claimed is that fewer labels
-are asked for, and that less is forgotten. On one seed of five both are missed: the source is right on
-64 % of the rotated digits there, and fifteen steps at 5e-3 on few samples throw the network off.
-Random queries fail as badly on two other seeds: steps of this size are not safe for so small a network.
+are asked for, and that less is forgotten. Half of the method has nothing to work with here: no answer
+of these networks is as sure as the 0.02 nats of the claim, so that nothing is remembered of the source,
+and on one seed of five fifteen steps at 5e-3 on queried samples alone throw the network off. The numbers
+for 0.1 nats, of which nothing is claimed, show the method with both halves: it then forgets nearly nothing
+with any seed, and on the rotated digits gains more on four and less on one.
 """
 
 import warnings
@@ -29,6 +31,8 @@ CLAIM = (
     "than the 90 labels it may, and afterwards is better on clean digits than with random queries."
 )
 BUDGET, STEPS, SIZE, EACH = 90, 15, 100, 4
+SURE, LESS_SURE = 0.02, 0.1
+"""Entropy below which the source teaches: the claim's, and one that these networks reach."""
 
 
 @register("check", paper="simatta", name="simatta")
@@ -46,14 +50,21 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
     tent = tt.adapt(model, "tent", lr=5e-3)
     yield "source, rotated", accuracy(model, first)
     yield "tent, rotated", accuracy(tent, first)
-    for name, change in (("simatta", None), ("random queries", at_random)):
-        recipe = active(sent, change)
+    runs = {
+        "simatta": active(sent),
+        "simatta, sure at 0.1": active(sent, sure=LESS_SURE),
+        "random queries": active(sent, choose=at_random),
+    }
+    for name, recipe in runs.items():
         adapter = tt.adapt(model, recipe, seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TesttimeWarning)  # random queries spend the budget
             on_first, *_ = [accuracy(adapter, domain) for domain in sent]
         yield f"{name}, rotated", on_first
         yield f"{name}, labels", float(adapter.events[-1].measured["labels"] or 0)
+        memory = adapter.snapshot().memory
+        assert memory is not None
+        yield f"{name}, sure samples", float(len(memory["sure"]["labels"]))
         yield f"{name}, clean afterwards", accuracy(adapter.predict, [held])
 
 
@@ -69,7 +80,9 @@ def domains(held: Images, *, seed: int) -> list[list[Images]]:
     return [turned, clean, shot]
 
 
-def active(sent: list[list[Images]], choose: Callable[..., Wanted] | None) -> Recipe:
+def active(
+    sent: list[list[Images]], *, choose: Callable[..., Wanted] | None = None, sure: float = SURE
+) -> Recipe:
     """The method, which is told the labels of the places it asks about."""
     labels = torch.cat([batch.labels for domain in sent for batch in domain])
 
@@ -77,7 +90,7 @@ def active(sent: list[list[Images]], choose: Callable[..., Wanted] | None) -> Re
         return labels[indices]
 
     options: dict[str, Any] = {"budget": BUDGET, "steps": STEPS, "clusters": 4}
-    recipe = simatta(oracle=oracle, lr=5e-3, e_high=0.3, e_low=0.02, **options)
+    recipe = simatta(oracle=oracle, lr=5e-3, e_high=0.3, e_low=sure, **options)
     if choose is None:
         return recipe
     anything = replace(recipe.procedure, choose=choose, e_high=0.0)
