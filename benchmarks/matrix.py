@@ -17,7 +17,7 @@ from typing import Any
 from testtime._core.registry import entries
 from testtime.bench.metrics import OPEN_SET, summarise
 from testtime.bench.store import read_run
-from testtime.streams.scenarios import Scenario
+from testtime.streams.scenarios import PRESETS, Scenario
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "benchmarks/matrix.json"
@@ -53,22 +53,29 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?", help="folder of a run")
     given = parser.parse_args()
     if given.run is not None:
-        records = numbers(read_run(given.run, partial=True))
+        planned = json.loads((given.run / "run.json").read_text()).values()
+        records = numbers(read_run(given.run, partial=True), planned)
         NUMBERS.write_text(json.dumps(records, indent=1) + "\n")
     if not NUMBERS.exists():
         sys.exit("no numbers yet: give the folder of a run")
     PAGE.write_text(page(json.loads(NUMBERS.read_text())))
 
 
-def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record for each model, stream and method."""
+def numbers(rows: list[dict[str, Any]], planned: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record for each model, stream and method; without numbers where it was not run."""
     machines = {row["cell"]: row["machine"] for row in rows}
     kept = ("model", "method", "error", "error_std", "clean_error", "seeds", "scenario", *OPEN_SET)
-    return [
+    found = [
         {name: record[name] for name in kept if name in record}
         | {"name": short(Scenario.from_toml(record["scenario"])), "machine": next(iter(machines.values()))}
         for record in summarise(rows)
     ]  # fmt: skip
+    held = {(record["model"], record["method"], record["name"]) for record in found}
+    every = [(r["model"], r["method"], short(Scenario.from_toml(r["stream"]))) for r in planned]
+    missing = [
+        dict(zip(("model", "method", "name"), key, strict=True)) for key in every if key not in held
+    ]
+    return [*found, *missing]
 
 
 def short(scenario: Scenario) -> str:
@@ -86,29 +93,31 @@ def short(scenario: Scenario) -> str:
 
 def page(records: list[dict[str, Any]]) -> str:
     """The page: a table for each model, a line for each method, a column for each stream."""
-    scenarios = [Scenario.from_toml(record["scenario"]) for record in records]
+    run = [record for record in records if "error" in record]
+    scenarios = [Scenario.from_toml(record["scenario"]) for record in run]
     widest = max(scenarios, key=lambda each: len(each.domains))
-    seeds = max(record["seeds"] for record in records)
+    seeds = max(record["seeds"] for record in run)
     top = TOP.format(
         domains=", ".join(name.replace("_", " ") for name in widest.domains),
         samples=widest.samples, batch=widest.batch_size, images=len(widest.domains) * (widest.samples or 0),
         seeds="one seed" if seeds == 1 else f"means over {seeds} seeds",
         machine=f"{records[0]['machine']}.", command=COMMAND,
     )  # fmt: skip
-    parts, every = [top.strip()], dict.fromkeys(record["name"] for record in records)
+    parts = [top.strip()]
     for model in dict.fromkeys(record["model"] for record in records):
         mine = [record for record in records if record["model"] == model]
         there = {record["method"] for record in mine}
         away = [name for name in entries("method") if name not in there]
         said = f"Not for this model: {', '.join(f'`{name}`' for name in away)}." if away else ""
-        parts += [f"## {model}", table(mine), said, left_out(mine, list(every)), unknowns(mine)]
+        own = [record for record in mine if "error" in record]
+        parts += [f"## {model}", table(own), said, left_out(mine), unknowns(own)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Errors of one model, and the clean error after the continual stream."""
-    names = [record["name"] for record in records]
-    streams = [name for name in dict.fromkeys(names) if names.count(name) > 2]  # else just begun
+    names = {record["name"] for record in records}
+    streams = [name for name in PRESETS if name in names]
     error = {(r["method"], r["name"]): r["error"] for r in records}
     clean = {r["method"]: r["clean_error"] for r in records if r["name"] == "continual"}
     methods = ["source", *sorted({r["method"] for r in records} - {"source"})]
@@ -139,15 +148,17 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def left_out(records: list[dict[str, Any]], streams: list[str]) -> str:
+def left_out(records: list[dict[str, Any]]) -> str:
     """A sentence on what was not run."""
-    held = {(r["method"], r["name"]) for r in records}
     missing: dict[str, list[str]] = {}
-    for method in sorted({method for method, _ in held}):
-        away = tuple(name for name in streams if (method, name) not in held)
-        if away:
-            missing.setdefault(", ".join(away), []).append(f"`{method}`")
-    said = "; ".join(f"{', '.join(names)} on {away}" for away, names in missing.items())
+    for record in records:
+        if "error" not in record:
+            missing.setdefault(record["method"], []).append(record["name"])
+    alike: dict[str, list[str]] = {}
+    for method in sorted(missing):
+        names = [name for name in PRESETS if name in missing[method]]
+        alike.setdefault(", ".join(names), []).append(f"`{method}`")
+    said = "; ".join(f"{', '.join(methods)} on {names}" for names, methods in alike.items())
     return f"Not run: {said}." if said else ""
 
 
