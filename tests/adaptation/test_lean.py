@@ -13,7 +13,7 @@ import testtime as tt
 from models import batches, tiny, tiny_vit
 from testtime._core.errors import OptionError
 from testtime.adaptation import lean
-from testtime.adaptation.lean import Lean, Shape, in_pieces, masked, pack, unpack
+from testtime.adaptation.lean import Lean, Shape, masked, pack, unpack
 from testtime.adaptation.loan import is_compiled
 from testtime.adaptation.methods.tent import tent
 from testtime.adaptation.parts.optimizer import SGD
@@ -126,24 +126,17 @@ def test_bits_come_back(shape):
         assert torch.equal(unpack(pack(y), Shape.of(y)), y != 0)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_pieces_cover_all_once(threads, monkeypatch):
-    monkeypatch.setattr(lean, "CHUNK", 16)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    for count in (1, 16, 31, 100):
-        pieces = []
-        in_pieces(lambda start, end: pieces.append((start, end)), count)  # noqa: B023
-        assert [i for start, end in sorted(pieces) for i in range(start, end)] == list(range(count))
-        y = torch.randn(count).relu()
-        grad = torch.randn(count)
-        assert torch.equal(masked(grad, pack(y), Shape.of(y)), torch.where(y > 0, grad, 0.0))
-
-
-def test_a_thread_that_fails_is_heard(monkeypatch):
-    monkeypatch.setattr(lean, "CHUNK", 8)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with pytest.raises(ZeroDivisionError):
-        in_pieces(lambda start, end: 1 // (8 - start), 32)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 23, 24, 47, 48, 49, 96, 100])
+def test_pieces_cover_all(count, dtype, monkeypatch):
+    monkeypatch.setattr(lean, "CHUNK", 2 * lean.PLANES)
+    y, grad = torch.randn(2, count).to(dtype)
+    y = y.relu()
+    assert torch.equal(unpack(pack(y), Shape.of(y)), y != 0)
+    assert torch.equal(masked(grad, pack(y), Shape.of(y)), torch.where(y > 0, grad, 0.0))
+    given = grad.clone()
+    assert masked(given, pack(y), Shape.of(y), into=True) is given
+    assert torch.equal(given, torch.where(y > 0, grad, 0.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -194,6 +187,18 @@ def test_only_a_gradient_that_nobody_else_holds_is_written_to():
     written_to(retained)
     assert held[1].grad.tolist() == [3.0] * 6
     assert not all(written_to(lambda x: (torch.relu(x) + torch.relu(-x)) * 3))
+
+
+def test_second_derivatives_are_torchs():
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 3, 3, 3, dtype=torch.float64)
+    found = []
+    for context in (nullcontext(), Lean(least=1)):
+        with context:
+            y = torch.relu(torch.nn.functional.conv2d(x * x, weight))
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_sums_of_branches_get_their_gradients():

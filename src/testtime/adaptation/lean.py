@@ -6,21 +6,19 @@ maximum pooling, of which it needs the shape. Of a convolution, its normalisatio
 normalisation's input remains here, and a bit for each value.
 
 A gradient that nobody else holds is masked where it lies: to make another tensor of its size costs
-more than the mask. Bits are packed and read in pieces that stay in the cache, by as many threads as
-torch has.
+more than the mask. Bits are packed and read in pieces that stay in the cache, by torch's own kernels:
+threads of one's own wait for a core on which torch's still spin.
 
 Answers and gradients are torch's to the last bit: the same kernels compute them.
 """
 
-import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,22 +43,6 @@ class Shape(NamedTuple):
         return torch.empty_strided(self.sizes, self.strides, dtype=self.dtype, device=self.device)
 
 
-class _FrozenConv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.how, ctx.shape = how, Shape.of(x)
-        return torch.convolution(x, weight, bias, *how)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        to_x, *_ = torch.ops.aten.convolution_backward(
-            grads[0], ctx.shape.empty(), weight, None, *ctx.how, [True, False, False]
-        )
-        return (to_x, *[None] * (2 + len(ctx.how)))
-
-
 class _BitReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
@@ -78,57 +60,46 @@ class _BitReLU(torch.autograd.Function):
         return masked(grad, ctx.bits, ctx.shape, into=into), None
 
 
-class _ShapedMaxPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *how: Any) -> Tensor:
-        y, places = torch.ops.aten.max_pool2d_with_indices(x, *how)
-        ctx.how, ctx.shape, ctx.places = how, Shape.of(x), places.to(torch.int32)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        to_x = torch.ops.aten.max_pool2d_with_indices_backward(
-            grads[0], ctx.shape.empty(), *ctx.how, ctx.places.long()
-        )
-        return (to_x, *[None] * len(ctx.how))
-
-
 def pack(y: Tensor) -> Tensor:
-    """Which values are not zero, a bit each, in the order in which they lie in memory.
+    """Which values are not zero, `PLANES` of them in one number.
+
+    Of the values of a piece, in the order in which they lie in memory, every number has one from
+    each of `PLANES` equal runs.
 
     Args:
         y: of any shape, without gaps in memory.
 
     Example:
         >>> pack(torch.tensor([0.0, 3.0, 0.0, 1.0]))
-        tensor([80], dtype=torch.uint8)
+        tensor([10.])
     """
-    flat = y.detach().as_strided((y.numel(),), (1,))
-    if flat.device.type != "cpu":
-        eights = F.pad(flat.bool().to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
-        return (eights << _places(flat.device)).sum(1, dtype=torch.uint8)
-    values = (flat if flat.dtype in (torch.float32, torch.float64) else flat.bool()).numpy()
-    bits = np.empty((len(flat) + 7) // 8, np.uint8)
-
-    def part(start: int, end: int) -> None:
-        bits[start // 8 : (end + 7) // 8] = np.packbits(values[start:end] != 0)
-
-    in_pieces(part, len(values))
-    return torch.from_numpy(bits)
+    flat = _in_memory(y.detach())
+    words = flat.new_empty(-(-len(flat) // PLANES), dtype=torch.float32)
+    room = Room.of(y.device)
+    for values, own, ones in room.pieces(flat, words, room.ones):
+        count = len(values)
+        if flat.dtype == torch.float32:
+            torch.ne(values, 0, out=ones if count == len(ones) else ones[:count])
+        else:
+            ones[:count] = values != 0
+        if count < len(ones):
+            ones[count:] = 0
+        # sums of powers of two are exact
+        torch.mv(ones.view(PLANES, -1).t(), room.powers, out=own)
+    return words
 
 
 def unpack(bits: Tensor, shape: Shape) -> Tensor:
     """Which values were not zero, laid out as they were.
 
     Example:
-        >>> unpack(torch.tensor([80], dtype=torch.uint8), Shape.of(torch.zeros(2, 2))).tolist()
-        [[False, True], [False, True]]
+        >>> unpack(torch.tensor([2.0]), Shape.of(torch.zeros(2, 2))).tolist()
+        [[False, True], [False, False]]
     """
-    count = shape.sizes.numel()
-    if bits.device.type == "cpu":
-        flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).view(torch.bool)
-    else:
-        flat = ((bits[:, None] >> _places(bits.device)) & 1).bool().view(-1)[:count]
+    flat = torch.empty(shape.sizes.numel(), dtype=torch.bool, device=shape.device)
+    room = Room.of(shape.device)
+    for values, own, spread in room.pieces(flat, bits.int(), room.numbers):
+        values[:] = room.spread(own, spread)[: len(values)] != 0
     return flat.as_strided(shape.sizes, shape.strides)
 
 
@@ -142,60 +113,69 @@ def masked(grad: Tensor, bits: Tensor, shape: Shape, *, into: bool = False) -> T
         into: whether the gradient may be written to.
 
     Example:
-        >>> masked(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([64], dtype=torch.uint8),
-        ...        Shape.of(torch.zeros(3)))
+        >>> masked(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0]), Shape.of(torch.zeros(3)))
         tensor([0., 2., 0.])
     """
-    alike = grad.shape == shape.sizes and grad.stride() == shape.strides
-    if grad.device.type != "cpu" or not alike:
-        return torch.ops.aten.threshold_backward(grad, unpack(bits, shape).to(grad.dtype), 0)
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[grad.element_size()]
+    threshold = torch.ops.aten.threshold_backward
+    again = torch.is_grad_enabled() and grad.requires_grad  # it is differentiated once more
+    if again or grad.shape != shape.sizes or grad.stride() != shape.strides:
+        return threshold(grad, unpack(bits, shape).to(grad.dtype), 0)
     out = grad if into else shape.empty()
-    count = grad.numel()
-    given, found = (t.as_strided((count,), (1,)).view(whole).numpy() for t in (grad, out))
-    packed = bits.numpy()
-
-    def part(start: int, end: int) -> None:
-        passed = np.unpackbits(packed[start // 8 : (end + 7) // 8], count=end - start)
-        passed = passed.view(np.int8)
-        np.negative(passed, out=passed)  # 0, or all bits
-        np.bitwise_and(given[start:end], passed, out=found[start:end])
-
-    in_pieces(part, count)
+    # as whole numbers, of which none is the one that torch lets pass or flushes to zero
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[grad.element_size()]
+    given, found = (_in_memory(t).view(whole) for t in (grad, out))
+    room = Room.of(grad.device)
+    pieces = room.pieces(found, bits.int(), room.numbers)
+    for values, (result, own, spread) in zip(given.split(room.size), pieces, strict=True):
+        passed = room.spread(own, spread)[: len(values)]
+        if whole != torch.int32:
+            passed = (passed != 0).to(whole)
+        threshold.grad_input(values, passed, 0, grad_input=result)
     return out
 
 
-def in_pieces(part: Callable[[int, int], None], count: int) -> None:
-    """Calls part(start, end) for pieces of 0 to count, by as many threads as torch has.
+def _in_memory(x: Tensor) -> Tensor:
+    return x.as_strided((x.numel(),), (1,))
 
-    Example:
-        >>> in_pieces(lambda start, end: print(start, end), 3)
-        0 3
+
+class Room:
+    """Memory for what is made in between, kept, since to take it anew each time costs more.
+
+    Args:
+        device: that it lies on.
+        size: values that are worked on together.
     """
-    pieces = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    threads = min(torch.get_num_threads(), len(pieces))
 
-    def some(first: int) -> None:
-        for start, end in pieces[first::threads]:
-            part(start, end)
+    _held = threading.local()
 
-    others = [_pool().submit(some, first) for first in range(1, threads)]
-    try:
-        some(0)
-    finally:
-        for other in others:
-            other.result()
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.size = size
+        self.ones = torch.empty(size, dtype=torch.float32, device=device)
+        self.numbers = self.ones.view(torch.int32)
+        self.places = (1 << torch.arange(PLANES, dtype=torch.int32, device=device))[:, None]
+        self.powers = self.places[:, 0].float()
 
+    @classmethod
+    def of(cls, device: torch.device) -> "Room":
+        """This thread's."""
+        held: dict[str, Room] = cls._held.__dict__
+        name, size = str(device), CHUNK if device.type == "cpu" else MANY * CHUNK
+        if name not in held or held[name].size != size:
+            held[name] = cls(device, size)
+        return held[name]
 
-_pools: list[ThreadPoolExecutor] = []
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pools.clear)  # threads do not survive a fork
+    def pieces(
+        self, flat: Tensor, words: Tensor, room: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Values that are worked on together, the numbers with their bits, and room for each."""
+        pairs = zip(flat.split(self.size), words.split(self.size // PLANES), strict=True)
+        for values, own in pairs:
+            yield values, own, room if len(values) == self.size else room[: len(own) * PLANES]
 
-
-def _pool() -> ThreadPoolExecutor:
-    if not _pools:
-        _pools.append(ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="testtime-lean"))
-    return _pools[0]
+    def spread(self, words: Tensor, room: Tensor) -> Tensor:
+        """One number for each bit, zero where it is not set, written to `room`."""
+        torch.bitwise_and(words, self.places, out=room.view(PLANES, -1))
+        return room
 
 
 def holders(grad: Tensor) -> tuple[int, ...]:
@@ -237,12 +217,12 @@ def _held_by_nobody() -> tuple[int, ...] | None:
     return alone[0] if told else None
 
 
-def _places(device: torch.device) -> Tensor:
-    return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
-
-
-CHUNK = 1 << 16
-"""Values that are packed or unpacked at once: what is made in between stays in the cache."""
+PLANES = 24
+"""Bits in a number: as many as a float32 counts exactly."""
+CHUNK = PLANES * 11008
+"""Values that are packed or unpacked at once: what is made in between stays in a CPU's cache."""
+MANY = 16
+"""Such pieces that other devices work on at once."""
 LEAST = 1 << 17
 """Values of a tensor below which keeping less costs more time than the memory is worth."""
 
@@ -320,20 +300,13 @@ class Lean(TorchFunctionMode):
 
 def _conv(
     func: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None,
-    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    stride: Any = 1, padding: Any = 0, *more: Any, **named: Any,
 ) -> Tensor:  # fmt: skip
-    sides = weight.dim() - 2
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if learns or isinstance(padding, str) or x.dim() != weight.dim():
-        return func(x, weight, bias, stride, padding, dilation, groups)
-    stride, padding, dilation = (_each(side, sides) for side in (stride, padding, dilation))
-    how = (stride, padding, dilation, False, [0] * sides, groups)
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        lower = torch.get_autocast_dtype(kind)
-        x, weight = x.to(lower), weight.to(lower)
-        bias = None if bias is None else bias.to(lower)
-    return _FrozenConv.apply(x, weight, bias, *how)  # type: ignore[no-any-return]
+    if learns or isinstance(padding, str) or x.dim() != weight.dim() or x.shape == weight.shape:
+        return func(x, weight, bias, stride, padding, *more, **named)
+    with _shape_of(x):
+        return func(x, weight, bias, stride, padding, *more, **named)
 
 
 def _relu(func: Callable[..., Tensor], x: Tensor, inplace: bool = False) -> Tensor:
@@ -343,20 +316,27 @@ def _relu(func: Callable[..., Tensor], x: Tensor, inplace: bool = False) -> Tens
     return _BitReLU.apply(x, inplace)  # type: ignore[no-any-return]
 
 
-def _max_pool(
-    func: Callable[..., Tensor], x: Tensor, kernel_size: Any, stride: Any = None,
-    padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False, return_indices: bool = False,
-) -> Tensor:  # fmt: skip
-    if return_indices or x.dim() != 4:
-        more = {"return_indices": return_indices} if return_indices else {}
-        return func(x, kernel_size, stride, padding, dilation, ceil_mode, **more)
-    kernel_size, padding, dilation = (_each(v, 2) for v in (kernel_size, padding, dilation))
-    stride = _each(kernel_size if stride is None else stride, 2)
-    return _ShapedMaxPool.apply(x, kernel_size, stride, padding, dilation, ceil_mode)  # type: ignore[no-any-return]
+def _max_pool(func: Callable[..., Tensor], x: Tensor, *more: Any, **named: Any) -> Tensor:
+    with _shape_of(x):
+        return func(x, *more, **named)
 
 
-def _each(value: Any, sides: int) -> list[int]:
-    return list(value) if isinstance(value, tuple | list) else [value] * sides
+def _shape_of(x: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
+    """While it lasts, the shape of x is kept in place of x, and whole numbers in half their size."""
+    sizes = x.shape  # the graph holds the function below, which must not hold x
+
+    def shorten(kept: Tensor) -> Tensor | Shape:
+        if kept.dtype == torch.int64:
+            return kept.to(torch.int32)
+        return Shape.of(kept) if kept.shape == sizes else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(shorten, _lengthen)
+
+
+def _lengthen(kept: Tensor | Shape) -> Tensor:
+    if isinstance(kept, Shape):
+        return kept.empty()
+    return kept.long() if kept.dtype == torch.int32 else kept
 
 
 def _dense(x: Tensor) -> bool:
