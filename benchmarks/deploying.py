@@ -7,7 +7,10 @@
 `latency`: in rounds, plain inference and each way of adapting with Tent answer the same batch, one
 after another; ratios are formed within a round, and median, smallest and largest are shown. The next
 answer is asked for when the update behind the last one is over, as where batches come with time
-between. `gate`: errors on the 15 corruptions one after another and on clean data, with and without.
+between; under "no pause" it is asked for at once, and waits for that update. The parts of a deferred
+answer stand beside it: a forward on batch statistics, and one that keeps what a backward needs, both
+as one writes them with torch alone. `gate`: errors on the 15 corruptions one after another and on
+clean data, with and without.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from testtime.bench.metrics import Score
 from testtime.bench.models import load_model
 from testtime.streams.data import load_data, stack
 from testtime.streams.scenarios import Scenario
+from textbook import configured
 
 
 def make(name: str, batch: int) -> tuple[nn.Module, Tensor]:
@@ -48,11 +52,15 @@ def latency(name: str, batch: int, rounds: int) -> None:
     ways: dict[str, Any] = {
         "tent": tt.adapt(model, "tent"),
         "tent, deferred": tt.adapt(model, "tent", deferred=True),
+        "tent, deferred, no pause": tt.adapt(model, "tent", deferred=True),
         "tent, every=1000": tt.adapt(model, "tent", every=1000),
         "tent, budget=0.5": tt.adapt(model, "tent", budget=0.5),
     }
     with suppress(ScopeError):  # it takes batch statistics, and does nothing else
         ways["bn-adapt"] = tt.adapt(model, "bn-adapt")
+    bare, _ = configured(model)
+    ways["torch, batch statistics"] = torch.no_grad()(bare)
+    ways["torch, batch statistics and a graph"] = bare
     with suppress(NeedsSource):  # a bound that nothing exceeds: the cost of a gate that stays shut
         ways["tent, gate shut"] = tt.adapt(model, "tent", gate=SourceLike(effect=1e9))
     ratios: dict[str, list[float]] = {way: [] for way in ways}
@@ -60,7 +68,10 @@ def latency(name: str, batch: int, rounds: int) -> None:
         plain = (seconds(lambda: infer(model, x)) + seconds(lambda: infer(model, x))) / 2
         for way, adapter in ways.items():
             taken = seconds(lambda adapter=adapter: adapter(x)) / plain
-            adapter.flush()
+            pending = getattr(adapter, "flush", bool)
+            if "no pause" in way:  # the one above found nothing pending
+                taken = seconds(lambda adapter=adapter: adapter(x)) / plain
+            pending()
             if number > 2:
                 ratios[way].append(taken)
     for way, own in ratios.items():

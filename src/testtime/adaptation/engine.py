@@ -1,6 +1,7 @@
 """The one loop: forward, answer, loss, gradient, step. Every method of the library runs in it."""
 
 from collections.abc import Callable, Generator, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import RunningStatistics, SourceStatistics
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe, reads
+from testtime.adaptation.replay import Recorded
 from testtime.adaptation.state import State
 from testtime.measures.entropy import entropy
 
@@ -32,6 +34,10 @@ calls; on a CPU, what the forward holds should stay in the cache."""
 FEW = 0.5
 """Share of teaching samples below which their second forward and backward cost less than the
 backward of all."""
+
+
+SOME = 0.15
+"""Share of teaching samples from which on it pays to keep what their second forward can take."""
 
 
 class Step(NamedTuple):
@@ -273,8 +279,10 @@ class Engine:
         evidence = Evidence(self, state, self.leaves(state), x)
         self._look_first(evidence)
         few = state.teaching is not None and state.teaching < FEW and self.may_part(x)
-        with torch.set_grad_enabled(not few):
+        known = Recorded(len(x)) if few and (state.teaching or 0) >= SOME else None
+        with torch.set_grad_enabled(not few), known or nullcontext():
             _ = evidence.logits
+        evidence.recorded = known
         output, logits = self.answer(evidence)
         yield output
         state, outcome, measured = self.learn(evidence)

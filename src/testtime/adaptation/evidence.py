@@ -1,6 +1,7 @@
 """What parts may see of a batch; the costly pieces are made when somebody asks, once."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from testtime.adaptation.loan import no_features
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.recipe import reads
+from testtime.adaptation.replay import Recorded, Replayed
 from testtime.measures.entropy import entropy
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class Evidence:
 
     Attributes:
         differentiated: samples that a backward goes through, changed copies included.
+        recorded: what its forward kept for one of some of its samples.
+        replayed: what its forward takes from another.
     """
 
     def __init__(
@@ -56,19 +60,22 @@ class Evidence:
         self.beside = {n: t.detach().requires_grad_() for n, t in state.beside.items()}
         self.weights: Tensor | None = None
         self.differentiated = len(self.student_inputs)
+        self.recorded: Recorded | None = None
+        self.replayed: Replayed | None = None
         self._features: list[Tensor] = []
         self._augmented_features: list[Tensor] = []
 
     @cached_property
     def output(self) -> Any:
         """The adapted model's output, as the model returns it."""
-        output, self.averages = self.engine.run(
-            self.student_inputs,
-            self.tensors,
-            averages=self.state.averages,
-            learn=self.learn,
-            tap=self._tap(self._features),
-        )
+        with self.replayed or nullcontext():
+            output, self.averages = self.engine.run(
+                self.student_inputs,
+                self.tensors,
+                averages=self.state.averages,
+                learn=self.learn,
+                tap=self._tap(self._features),
+            )
         return output
 
     @cached_property
@@ -181,11 +188,16 @@ class Evidence:
         return self.logits.shape[-1]
 
     def only(self, chosen: Tensor) -> "Evidence":
-        """What the chosen samples alone show (mask, one a sample), run anew and with a graph."""
+        """What the chosen samples alone show (mask, one a sample), run anew and with a graph.
+
+        What the forward of all samples has kept for it is not computed again.
+        """
         few = Evidence(
             self.engine, self.state, self.tensors, self.inputs[chosen], learn=False, tapped=False
         )
         few.beside = self.beside
+        if self.recorded is not None:
+            few.replayed, self.recorded = Replayed(self.recorded, chosen), None
         return few
 
     def _tap(self, into: list[Tensor]) -> Any:

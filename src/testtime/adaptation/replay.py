@@ -1,0 +1,177 @@
+"""A second forward, of some samples of a first one, that does not compute anew what that one knows.
+
+Where samples do not mix, what a convolution or linear layer that does not learn gave for a sample in one forward
+is what it gives for it in the next. The few samples that teach go through the network a second time,
+now with a graph; they take these outputs from the first forward, and compute what lies between.
+
+Kept is what is dear and small: outputs that took many multiplications for each value.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from testtime.adaptation.lean import Shape
+
+DEAR = 256
+"""Multiplications for a value of an output from which on it is kept."""
+LEAST = 1 << 13
+"""Values of a sample's output below which looking it up costs as much as computing it."""
+
+
+class Kept(NamedTuple):
+    """What one call gave: for all samples, and at which of its versions."""
+
+    func: Callable[..., Tensor]
+    weight: Tensor
+    sample: torch.Size
+    output: Tensor
+    version: int
+
+    def fits(self, func: Callable[..., Tensor], x: Tensor, weight: Tensor) -> bool:
+        """Whether a later call asks for the same, and nobody has written to it."""
+        same = func is self.func and weight is self.weight and x.shape[1:] == self.sample
+        return same and self.output._version == self.version
+
+
+class _Known(torch.autograd.Function):
+    """An output that is known, with the gradient of the call that would have computed it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, output: Tensor, back: Callable[[Tensor, Shape], Tensor]
+    ) -> Tensor:
+        ctx.back, ctx.shape = back, Shape.of(x)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grads[0], ctx.shape), None, None
+
+
+class Recorded(TorchFunctionMode):
+    """While it lasts, outputs of dear calls on a whole batch are kept.
+
+    Args:
+        samples: of the batch.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 3).requires_grad_(False)
+        >>> x = torch.randn(8, 4)
+        >>> with Recorded(8, dear=1, least=1) as recorded:
+        ...     whole = layer(x)
+        >>> chosen = torch.arange(8) < 2
+        >>> with Replayed(recorded, chosen) as replayed:
+        ...     few = layer(x[chosen])
+        >>> torch.equal(few, whole[:2]), replayed.taken
+        (True, 1)
+    """
+
+    def __init__(self, samples: int, *, dear: int = DEAR, least: int = LEAST) -> None:
+        super().__init__()
+        self.samples, self.dear, self.least = samples, dear, least
+        self.kept: list[Kept] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **kwargs or {})
+        call = _call(func, args, kwargs or {}, self)
+        if call is not None and len(call.x) == len(result) == self.samples:
+            sample = call.x.shape[1:]
+            self.kept.append(Kept(func, call.weight, sample, result.detach(), result._version))
+        return result
+
+
+class Replayed(TorchFunctionMode):
+    """While it lasts, such calls on the chosen samples take what was kept, once each and in order.
+
+    A call that does not ask for what comes next ends it: from there on all is computed.
+
+    Args:
+        recorded: by the forward of all samples.
+        chosen: mask of those that go through once more.
+    """
+
+    def __init__(self, recorded: Recorded, chosen: Tensor) -> None:
+        super().__init__()
+        self.recorded, self.chosen = recorded, chosen
+        self.samples = int(chosen.sum())
+        self.left = recorded.kept[::-1]
+        self.taken = 0
+        recorded.kept = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        call = _call(func, args, kwargs or {}, self.recorded) if self.left else None
+        if call is None or len(call.x) != self.samples:
+            return func(*args, **kwargs or {})
+        kept = self.left.pop()
+        fits = kept.fits(func, call.x, call.weight)
+        if not fits:
+            self.left = []
+        if not fits or call.learns:
+            return func(*args, **kwargs or {})
+        self.taken += 1
+        output = kept.output[self.chosen]
+        if not (torch.is_grad_enabled() and call.x.requires_grad):
+            return output
+        return _Known.apply(call.x, output, call.back)  # type: ignore[no-untyped-call]
+
+
+class _Call(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    learns: bool
+    back: Callable[[Tensor, Shape], Tensor]
+
+
+def _call(
+    func: Callable[..., Any], args: Any, kwargs: dict[str, Any], recorded: Recorded
+) -> _Call | None:
+    """What a call computes, where it is a dear one."""
+    read = _READ.get(func)
+    if read is None or not args or args[0].dim() < 2 or not len(args[0]):
+        return None
+    x, weight, bias, back = read(*args, **kwargs)
+    small = x.numel() < recorded.least * len(x) or weight.numel() < recorded.dear * len(weight)
+    if back is None or small or torch.is_autocast_enabled(x.device.type):
+        return None
+    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return _Call(x, weight, learns, back)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
+    return input, weight, bias, lambda grad, _: torch.matmul(grad, weight)
+
+
+def _conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None,  # noqa: A002
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> Any:  # fmt: skip
+    if isinstance(padding, str) or input.dim() != weight.dim():
+        return input, weight, bias, None
+    sides = weight.dim() - 2
+    each = [
+        list(value) if isinstance(value, tuple | list) else [value] * sides
+        for value in (stride, padding, dilation)
+    ]
+
+    def back(grad: Tensor, shape: Shape) -> Tensor:
+        to_x, *_ = torch.ops.aten.convolution_backward(
+            grad, shape.empty(), weight, None, *each, False, [0] * sides, groups,
+            [True, False, False],
+        )  # fmt: skip
+        return to_x
+
+    return input, weight, bias, back
+
+
+_READ: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear, **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv)
+}  # fmt: skip

@@ -1,0 +1,139 @@
+"""The second forward of the few that teach takes what the first one knows; numbers stay."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import testtime as tt
+from models import batches, tiny, tiny_vit
+from testtime.adaptation import engine as engines
+from testtime.adaptation.methods.deyo import deyo
+from testtime.adaptation.methods.eta import eta
+from testtime.adaptation.methods.sar import sar
+from testtime.adaptation.parts.scope import all_parameters, norm_affine
+from testtime.adaptation.replay import Recorded, Replayed
+
+MARGINS = {"group": 0.65, "layer": 0.62, "vit": 0.43}
+CHOSEN = torch.arange(6) % 3 == 1
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Everything is kept, however small; how often it was taken."""
+    monkeypatch.setattr(Recorded.__init__, "__kwdefaults__", {"dear": 1, "least": 1})
+    monkeypatch.setattr(engines, "WORTH", 1)
+    told = []
+    out = Replayed.__exit__
+
+    def leave(self, *error):
+        told.append(self.taken)
+        return out(self, *error)
+
+    monkeypatch.setattr(Replayed, "__exit__", leave)
+    return told
+
+
+@pytest.mark.parametrize("kind", MARGINS)
+@pytest.mark.parametrize("name", ["eta", "sar", "deyo", "everything"])
+def test_steps_are_those_of_one_graph(name, kind, taken, monkeypatch):
+    margin = MARGINS[kind]
+    own = {
+        "eta": eta(lr=0.01, margin=margin, redundancy=1.0),
+        "sar": sar(lr=0.01, margin=margin, recover_below=0.0, scope=norm_affine),
+        "deyo": deyo(
+            lr=0.01, entropy_margin=margin, drop_margin=-0.05, patches=2, scope=norm_affine
+        ),
+        "everything": replace(eta(lr=0.01, margin=margin, redundancy=1.0), scope=all_parameters),
+    }[name]
+    model = (tiny_vit() if kind == "vit" else tiny(kind)).double()
+    whole, few = tt.adapt(model, own), tt.adapt(model, own)
+    xs = [x.double() for x in batches(5)]
+    monkeypatch.setattr(engines, "FEW", 0)
+    expected = [whole(x) for x in xs]
+    assert not taken
+    monkeypatch.setattr(engines, "FEW", 2)
+    for x, answer in zip(xs, expected, strict=True):
+        torch.testing.assert_close(few(x), answer, rtol=1e-9, atol=1e-9)
+    for key, value in whole.snapshot().tensors.items():
+        torch.testing.assert_close(few.snapshot().tensors[key], value, rtol=1e-9, atol=1e-9)
+    assert taken
+    assert all(taken) != (name == "everything")  # what learns is computed
+
+
+def both(model, second=None, *, least=1):
+    """What a model gives for the chosen: alone, and with the help of a forward of all."""
+    torch.manual_seed(0)
+    model.requires_grad_(False)
+    x = torch.randn(6, 4, 8, 8, dtype=torch.float64)
+    with torch.no_grad(), Recorded(6, dear=1, least=least) as recorded:
+        model(x)
+    x = x[CHOSEN].requires_grad_()
+    with Replayed(recorded, CHOSEN) as replayed:
+        found = (second or model)(x)
+    expected = (second or model)(x)
+    torch.testing.assert_close(found, expected)
+    for mine, theirs in zip(
+        torch.autograd.grad(found.square().sum(), x),
+        torch.autograd.grad(expected.square().sum(), x),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, theirs)
+    return replayed.taken
+
+
+class Calls(nn.Module):
+    """Some calls, one after another."""
+
+    def __init__(self, *calls):
+        super().__init__()
+        self.calls, self.weight = calls, nn.Parameter(torch.randn(4, 4, 3, 3).double())
+        self.square = nn.Parameter(torch.randn(8, 8).double())
+
+    def forward(self, x):
+        for call in self.calls:
+            x = call(self, x)
+        return x
+
+
+def conv(self, x):
+    return F.conv2d(x, self.weight, stride=1, padding=1)
+
+
+def linear(self, x):
+    return F.linear(x, self.square)
+
+
+def test_convolutions_and_linear_layers_are_taken():
+    assert both(Calls(conv, linear, conv)) == 3
+    assert both(Calls(conv, linear, conv), least=1000) == 0
+
+
+def test_an_output_that_was_written_to_is_computed():
+    assert both(Calls(conv, lambda _, x: x.relu_() if x.grad_fn is None else x.relu(), conv)) == 0
+    assert both(Calls(conv, lambda _, x: x.relu(), conv)) == 2
+
+
+def test_another_order_or_shape_is_computed():
+    first = Calls(conv, linear, conv)
+    other = Calls(linear, conv)
+    other.weight, other.square = first.weight, first.square
+    assert both(first, other) == 0
+    halved = Calls(conv, lambda _, x: x[:, :, ::2], linear)
+    halved.weight, halved.square = first.weight, first.square
+    assert both(first, halved) == 1
+
+
+def test_a_batch_that_is_folded_into_more_rows_is_computed():
+    fold = Calls(lambda _, x: x.view(-1, 8), linear, lambda _, x: x.view(-1, 4, 8, 8), conv)
+    assert both(fold) == 1
+
+
+def test_padding_by_name_and_autocast_are_computed():
+    assert both(Calls(lambda m, x: F.conv2d(x, m.weight, padding="same"))) == 0
+    model = Calls(conv).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16), Recorded(6, dear=1, least=1) as recorded:
+        model(torch.randn(6, 4, 8, 8).double())
+    assert not recorded.kept
