@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from testtime.adaptation.lean import Shape
 
 DEAR = 256
-"""Multiplications for a value of an output from which on it is kept."""
+"""Multiplications for a value of an output from which on it is kept, where it is also no larger than
+what it was computed from: these took most of the time and take the least of memory."""
 LEAST = 1 << 13
 """Values of a sample's output below which looking it up costs as much as computing it."""
 
@@ -139,8 +140,9 @@ def _call(
     if read is None or not args or args[0].dim() < 2 or not len(args[0]):
         return None
     x, weight, bias, back = read(*args, **kwargs)
-    small = x.numel() < recorded.least * len(x) or weight.numel() < recorded.dear * len(weight)
-    if back is None or small or torch.is_autocast_enabled(x.device.type):
+    inputs, outputs = weight.numel() // len(weight), len(weight)
+    cheap = x.numel() < recorded.least * len(x) or inputs < max(recorded.dear, outputs)
+    if back is None or cheap or torch.is_autocast_enabled(x.device.type):
         return None
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     return _Call(x, weight, learns, back)
