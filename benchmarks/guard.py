@@ -47,12 +47,9 @@ STREAMS = {
     "garbage": f"continual,{DOMAINS},samples=100,unknown=noise,unknown_share=0.9",
 }
 METHODS = {
-    "embedded:batch": (
-        "bn-adapt", "tent", "tent 10x", "eata", "sar", "deyo", "roid", "rotta", "lame",
-        "domainadaptor", "rmt",
-    ),
-    "embedded:group": ("tent", "tent 10x", "eata", "sar", "deyo", "lame"),
-}  # fmt: skip
+    "embedded:batch": ("bn-adapt", "tent", "tent 10x", "sar", "deyo", "rotta", "lame"),
+    "embedded:group": ("tent", "tent 10x", "sar", "deyo", "lame"),
+}
 OPTIONS: dict[str, dict[str, Any]] = {"tent 10x": {"lr": 1e-2}}
 
 
