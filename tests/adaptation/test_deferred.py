@@ -19,6 +19,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.registry import find
 from testtime.adaptation.deferred import Behind, answers_last
 from testtime.adaptation.engine import Engine
+from testtime.adaptation.events import Counts
 
 SMALL = {"memo": {"views": 2}, "cotta": {"views": 2}, "petal": {"views": 2}, "psmt": {"views": 2}}
 SMALL |= {"vcotta": {"views": 2}, "tesla": {"views": 2}}
@@ -144,7 +145,7 @@ def test_whoever_comes_next_hears_of_an_error_once(call, monkeypatch, tmp_path):
     with pytest.raises(ZeroDivisionError):
         WAITING[call](adapter, xs[2], tmp_path / "state")
     assert adapter.snapshot() is mark
-    assert adapter.counts == counts == (1, 16, 16, 16, 1, 0, 0, 0)
+    assert adapter.counts == counts == Counts(1, 16, 16, 16, 1)
     expected = tt.adapt(tiny(), "tent")
     expected(xs[0])
     assert torch.equal(adapter(xs[2]), expected(xs[2]))
@@ -259,6 +260,7 @@ import os, sys, time, torch
 import testtime as tt
 from models import batches, tiny
 from testtime.adaptation.engine import Engine
+from testtime.adaptation.events import Counts
 learn = Engine.learn
 def slowly(engine, evidence):
     time.sleep(0.3)
