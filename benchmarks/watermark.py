@@ -4,7 +4,8 @@
     python benchmarks/watermark.py --model gemma:270m --seconds 240    a real model, in pieces
 
 Every piece that is done is kept in a folder (`--work`), so that a call with `--seconds` begins no
-further piece after that time, and the next call goes on; the last one writes the numbers.
+further piece after that time, and the next call goes on. The numbers are those of all lines that
+are done.
 
 200 texts are generated, 50 for each setting; human text is 100 others. The n-gram (order 5, bytes,
 Witten-Bell) has read 300 kB of Python's help topics and goes on from ten bytes of it; human text is
@@ -22,7 +23,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import fmean
@@ -33,6 +34,7 @@ import torch
 from testtime._core.files import atomic
 from testtime._core.seeds import derive, generator
 from testtime.bench.machine import describe_machine
+from testtime.decode import watermark as library
 from testtime.decode.drawing import Drawer
 from testtime.decode.models import load_language_model
 from testtime.decode.watermark import Watermark, detect, token_entropies
@@ -67,38 +69,28 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "testtime-watermark"
     )
+    parser.add_argument("--keys", type=int, default=len(KEYS), help="for false alarms")
     args = parser.parse_args()
+    # the lists after all tokens that occur, and not of the last few alone
+    library._green = lru_cache(maxsize=8192)(library._green.__wrapped__)
     writer: Writer = (
         NGram() if args.model == "ngram" else Causal(args.model, getattr(torch, args.dtype))
     )
     short = args.model.partition(":")[0]
     pieces = Pieces(args.work / short, time.monotonic() + args.seconds)
     try:
-        human = [
-            text
-            for start in range(0, 2 * TEXTS, PIECE)
-            for text in pieces.get(
-                f"human {start}", partial(writer.human, range(start, start + PIECE))
-            )
-        ]
-        marked = {
-            name: [
-                text
-                for start in range(0, TEXTS, PIECE)
-                for text in pieces.get(
-                    f"{name} {start}",
-                    partial(
-                        writer.marked,
-                        Watermark(vocabulary=writer.vocabulary, tau=tau),
-                        range(start, start + PIECE),
-                    ),
-                )
-            ]
-            for name, tau in TAUS.items()
-        }
+        human = pieces.all("human", 2 * TEXTS, writer.human)
     except TimeoutError:
         print("not done yet: call again to go on")
         return
+    marked: dict[str, list[Text]] = {}
+    for name, tau in TAUS.items():
+        mark = Watermark(vocabulary=writer.vocabulary, tau=tau)
+        try:
+            marked[name] = pieces.all(name, TEXTS, partial(writer.marked, mark))
+        except TimeoutError:
+            print(f"{name} is not done yet: call again to go on")
+            break
     found: dict[str, Any] = {
         "model": args.model,
         "dtype": "float64" if args.model == "ngram" else args.dtype,
@@ -106,13 +98,14 @@ def main() -> None:
         "lengths": list(writer.lengths),
         "machine": describe_machine(torch.device("cpu")),
         "seconds": pieces.seconds(),
-        "false alarms": false_alarms(writer, human),
+        "keys": args.keys,
+        "false alarms": false_alarms(writer, human, KEYS[: args.keys]),
         "power": {},
         "power without the prompt": {},
     }
-    for name, tau in TAUS.items():
+    for name, texts in marked.items():
+        tau = TAUS[name]
         mark = Watermark(vocabulary=writer.vocabulary, tau=tau)
-        texts = marked[name]
         found["power"][name] = power(texts, mark, writer.lengths)
         found["power without the prompt"][name] = power(texts, mark, writer.lengths, "alone")
         if tau is not None:
@@ -129,20 +122,26 @@ class Pieces:
         self._folder, self._end = folder, end
         folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, name: str, make: Callable[[], list[Text]]) -> list[Text]:
-        """The texts of a piece, made if they are not there."""
-        place = self._folder / f"{name}.json"
-        if not place.exists():
-            if time.monotonic() > self._end:
-                raise TimeoutError
-            began = time.process_time()
-            texts = make()
-            with atomic(place) as part:
-                part.write_text(
-                    json.dumps({"seconds": time.process_time() - began, "texts": texts})
-                )
-            print(f"{name}: {time.process_time() - began:.0f} s", file=sys.stderr)
-        return json.loads(place.read_text())["texts"]
+    def all(self, name: str, count: int, make: Callable[[range], list[Text]]) -> list[Text]:
+        """All texts of a kind, those made that are not there.
+
+        Raises:
+            TimeoutError: the time is over before all are there.
+        """
+        texts: list[Text] = []
+        for start in range(0, count, PIECE):
+            place = self._folder / f"{name} {start}.json"
+            if not place.exists():
+                if time.monotonic() > self._end:
+                    raise TimeoutError
+                began = time.process_time()
+                row = {"texts": make(range(start, start + PIECE))}
+                row["seconds"] = time.process_time() - began
+                with atomic(place) as part:
+                    part.write_text(json.dumps(row))
+                print(f"{name} {start}: {row['seconds']:.0f} s", file=sys.stderr)
+            texts += json.loads(place.read_text())["texts"]
+        return texts
 
     def seconds(self) -> float:
         """Processor seconds of all pieces."""
@@ -274,19 +273,21 @@ def p_value(text: Text, mark: Watermark, entropies: str, *, length: int, repeats
     return found.p_value
 
 
-def false_alarms(writer: Writer, texts: list[Text]) -> dict[str, Any]:
-    """Share of human texts called watermarked, over five keys, at each level."""
-    found: dict[str, Any] = {}
-    for name, tau in TAUS.items():
-        for repeats in (True, False):
-            p = [
-                p_value(text, Watermark(vocabulary=writer.vocabulary, tau=tau, key=key), "alone",
-                        length=writer.lengths[-1], repeats=repeats)
-                for key in KEYS for text in texts
-            ]  # fmt: skip
-            rates = {str(level): fmean(value < level for value in p) for level in LEVELS}
-            found[f"{name}, {'each time' if repeats else 'once'}"] = rates
-    return found
+def false_alarms(writer: Writer, texts: list[Text], keys: Sequence[int]) -> dict[str, Any]:
+    """Share of human texts called watermarked, over some keys, at each level."""
+    p: dict[str, list[float]] = {}
+    for key in keys:  # one after another, so that their green lists are kept
+        for name, tau in TAUS.items():
+            mark = Watermark(vocabulary=writer.vocabulary, tau=tau, key=key)
+            for repeats in (True, False):
+                p.setdefault(f"{name}, {'each time' if repeats else 'once'}", []).extend(
+                    p_value(text, mark, "alone", length=writer.lengths[-1], repeats=repeats)
+                    for text in texts
+                )
+    return {
+        name: {str(level): fmean(value < level for value in values) for level in LEVELS}
+        for name, values in p.items()
+    }
 
 
 def power(
@@ -328,14 +329,14 @@ def plot(found: dict[str, Any]) -> str:
         f'<text x="{left + wide / 2}" y="{top + high + 44}" text-anchor="middle">'
         "tokens of text</text>"
     )
-    ends = sorted(TAUS, key=lambda name: found["power"][name][str(lengths[-1])])
+    ends = sorted(found["power"], key=lambda name: found["power"][name][str(lengths[-1])])
     place = {name: min(1.0, max(found["power"][name][str(lengths[-1])], 0.0)) for name in ends}
     lowest = -1.0
     for name in ends:  # names stand at the ends of their lines, apart from each other
         lowest = max(place[name], lowest + 0.075)
         place[name] = lowest
     shift = max(0.0, lowest - 1.05)
-    for name in TAUS:
+    for name in found["power"]:
         points = " ".join(at(n, found["power"][name][str(n)]) for n in lengths)
         y = float(at(lengths[-1], place[name] - shift).split(",")[1]) + 4
         parts.append(
