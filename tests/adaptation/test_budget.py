@@ -166,3 +166,28 @@ def test_budgets_that_are_none_are_refused():
         with pytest.raises(OptionError, match="budget is"):
             tt.adapt(tiny(), "tent", budget=wrong)
     assert tt.adapt(tiny(), "tent").plan().spending is None
+
+
+def test_what_a_guard_takes_between_answer_and_update_is_no_cost_of_the_update(costs):
+    class Slow:
+        def update(self, adapted, source):
+            costs["time"] += 1000.0
+            return False
+
+        def reset(self):
+            pass
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    plain = tt.adapt(tiny("group"), "tent", budget=0.5)
+    guarded = tt.adapt(tiny("group"), "tent", budget=0.5, guard=Slow())
+    for adapter in (plain, guarded):
+        costs["step"] = 2.0
+        for x in batches(12):
+            adapter(x)
+    assert guarded.plan().spending == plain.plan().spending
+    assert guarded.counts.updates == plain.counts.updates
