@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import testtime as tt
 from models import Experts, batches, tiny
-from testtime._core.errors import OptionError
+from testtime._core.errors import OptionError, StateError
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.guarding import (
     APART,
@@ -135,6 +135,13 @@ def test_it_goes_on_where_its_state_was_taken(sizes, seed):
         got.append(other.update(*pair))
         half = other
     assert got == want
+
+
+def test_a_class_that_is_left_out_is_no_answer_missing():
+    labels = drawn(64)
+    x = logits(labels).masked_fill(torch.arange(10) == 9, -math.inf)
+    assert not NeverWorse().update(x, x)
+    assert NeverWorse().update(torch.full_like(x, -math.inf), x)
 
 
 @pytest.mark.parametrize(
@@ -335,6 +342,108 @@ def test_a_guard_works_beside_a_gate_and_thinning():
     assert len(set(got)) > 1
 
 
+def test_a_state_goes_to_an_adapter_without_a_guard_and_back(tmp_path):
+    xs = batches(8)
+    one = tt.adapt(tiny(), "tent", lr=1e-2, guard=Says(*[False] * 4, True))
+    outcomes(one, xs[:5])
+    one.save(tmp_path / "state")
+    plain, loaded = (tt.adapt(tiny(), "tent", lr=1e-2) for _ in range(2))
+    plain.restore(one.snapshot())
+    loaded.load(tmp_path / "state")
+    for each in (plain, loaded):  # nobody distrusts it there
+        x = xs[5]
+        assert torch.equal(each.predict(x), each(x))
+        assert each.snapshot().guard is None
+    outcomes(plain, xs)
+    two = tt.adapt(tiny(), "tent", lr=1e-2, guard=True)
+    two.restore(plain.snapshot())
+    assert outcomes(two, xs[:2]) == [Outcome.GUARDED] * 2  # too few to judge by, and none is lost
+    assert same_state(two, plain)
+
+
+def test_a_state_of_another_guard_is_refused_before_anything_changes(tmp_path):
+    one = tt.adapt(tiny(), "tent", guard=Says(False))
+    outcomes(one, batches(2))
+    one.save(tmp_path / "state")
+    two = tt.adapt(tiny(), "tent", guard=True)
+    for take in (lambda: two.restore(one.snapshot()), lambda: two.load(tmp_path / "state")):
+        with pytest.raises(StateError, match="another guard"):
+            take()
+    assert two.snapshot().steps == 0
+    two(batches(1)[0])
+
+
+class Spoilt(nn.Module):
+    """Answers NaN once anything was learnt, or while nothing was."""
+
+    def __init__(self, learnt: bool) -> None:
+        super().__init__()
+        self.net, self.learnt = tiny(), learnt
+        self.source = self.net.norm2.bias.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed = not torch.equal(self.net.norm2.bias, self.source)
+        return self.net(x) * (math.nan if changed == self.learnt else 1.0)
+
+
+@pytest.mark.parametrize(
+    "guard", [lambda: True, lambda: Monitor(Collapse(classes=5)), lambda: Says(False)]
+)
+def test_answers_that_are_no_numbers_are_not_given_whatever_the_guard(guard):
+    adapter = tt.adapt(Spoilt(learnt=True), "tent", guard=guard())
+    for x in batches(6, size=64):
+        assert adapter(x).isfinite().all()
+    assert adapter.counts.distrusted > 1
+    model = tiny()
+    model.norm1.running_var.fill_(math.nan)
+    adapter = tt.adapt(model, "bn-adapt", guard=guard())
+    for x in batches(6, size=64):  # the source's are no numbers
+        assert adapter(x).isfinite().all()
+    assert adapter.counts.distrusted == 0
+
+
+def test_what_is_restored_had_been_looked_at_also_in_large_batches():
+    adapter = tt.adapt(tiny(), "tent", lr=1e-2, guard=Says(False, False, True))
+    xs, states, looked = batches(9, size=MARK), [], []
+    for x in xs:
+        before = adapter.counts.forwards
+        adapter(x)
+        looked.append(adapter.counts.forwards - before > MARK)
+        states.append(adapter.snapshot().tensors["norm1.weight"])
+    assert adapter.events[-1].outcome is Outcome.ROLLED_BACK
+    at = next(i for i, state in enumerate(states) if torch.equal(state, states[-1]))
+    assert any(looked[at + 1 : -1])
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_an_error_of_a_guard_changes_nothing_and_is_got_over(deferred):
+    class Fails(Says):
+        bad = False
+
+        def update(self, adapted: Tensor, source: Tensor) -> bool:
+            said = super().update(adapted, source)
+            if self.bad:
+                raise RuntimeError("no guard today")
+            return said
+
+    guard, xs = Fails(False), batches(6)
+    adapter, plain = (
+        tt.adapt(tiny(), "tent", guard=guard, deferred=deferred),
+        tt.adapt(tiny(), "tent"),
+    )
+    outcomes(adapter, xs[:3])
+    guard.bad = True
+    with pytest.raises(RuntimeError, match="no guard today"):
+        adapter(xs[3])
+    guard.bad = False
+    outcomes(plain, xs[:3])
+    assert same_state(adapter, plain)
+    assert torch.equal(adapter(xs[3]), plain(xs[3]))
+    assert adapter.snapshot().guard["memory"] == {"asked": 4}
+
+
 def test_what_is_no_guard_is_refused():
+    with pytest.raises(OptionError, match="the class NeverWorse; expected an instance"):
+        tt.adapt(tiny(), "tent", guard=NeverWorse)
     with pytest.raises(OptionError, match="has no update"):
         tt.adapt(tiny(), "tent", guard=lambda a, b: True)

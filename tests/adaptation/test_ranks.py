@@ -1,5 +1,7 @@
 """Two processes with half a batch each adapt as one process does with the whole."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +10,7 @@ import torch.multiprocessing as mp
 import testtime as tt
 from models import Experts, batches, tiny, tiny_vit
 from testtime._core.errors import InputError, OptionError
+from testtime._core.outcomes import Outcome
 from testtime.adaptation.parts.views import plain
 
 
@@ -146,3 +149,65 @@ def test_two_ranks_are_one(tmp_path):
                 own = adapter(x[:10] if rank == 0 else x[10:])
                 torch.testing.assert_close(half[name, "apart"][0][step], own)
     assert all("one process" in half["asked"] for half in halves)
+
+
+class Picky:
+    """A guard of one rank's own mind; its third word is an error."""
+
+    def __init__(self, words):
+        self.words, self.at = words, 0
+
+    def update(self, adapted, source):
+        said = self.words[min(self.at, len(self.words) - 1)]
+        self.at += 1
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+    def reset(self):
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def watch(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    place, soon = f"file://{folder}/meeting", timedelta(seconds=20)
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2, timeout=soon)
+    own = (lambda x: x[:30]) if rank == 0 else (lambda x: x[30:])
+    words = [False] * 24 + [rank == 1] * 3 + [False]
+    answers = {}
+    for name, guard in (("own", Picky(words)), ("default", True)):
+        adapter = tt.adapt(tiny(), "tent", guard=guard, process_group=dist.group.WORLD)
+        for x in batches(80, size=40):
+            adapter(own(x))
+        answers[name] = adapter.snapshot().tensors, [e.outcome for e in adapter.events]
+    words = [False, RuntimeError("no word") if rank == 0 else False]
+    adapter = tt.adapt(tiny(), "tent", guard=Picky(words), process_group=dist.group.WORLD)
+    x = batches(1, size=40)[0]
+    adapter(own(x))
+    try:
+        adapter(own(x))
+    except (RuntimeError, InputError) as error:
+        answers["error"] = str(error)
+    answers["steps"] = adapter.snapshot().steps
+    torch.save(answers, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_with_unequal_batches_look_roll_back_and_fail_together(tmp_path):
+    mp.spawn(watch, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    for name in ("own", "default"):
+        assert one[name][1] == two[name][1]
+        assert all(torch.equal(one[name][0][n], two[name][0][n]) for n in one[name][0])
+    assert Outcome.ROLLED_BACK in one["own"][1]
+    assert Outcome.TRUSTED in one["own"][1]
+    assert one["error"] == "no word"
+    assert two["error"] == "the guard of another rank raised an error"
+    assert one["steps"] == two["steps"] == 1

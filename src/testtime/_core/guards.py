@@ -10,7 +10,7 @@ class Guard(Protocol):
 
     `testtime.guard.monitor.Monitor(Collapse(classes=...))` is a guard, and whatever else has these
     four methods. A guard belongs to one adapter, which keeps its state in its own, so that it is
-    saved and restored.
+    saved and restored. It is shown the samples for which both models' answers are numbers.
     """
 
     def update(self, adapted: Tensor, source: Tensor, /) -> Any:

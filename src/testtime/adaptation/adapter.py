@@ -33,7 +33,7 @@ from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.export import exported
 from testtime.adaptation.gating import Signals, SourceLike, check_gate, judge
-from testtime.adaptation.guarding import check_guard, distrusted, guarded
+from testtime.adaptation.guarding import check_guard, check_memory, distrusted, guarded
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
 from testtime.adaptation.layers import NormLayer, norm_layers
 from testtime.adaptation.loan import lock_of
@@ -478,6 +478,9 @@ class Adapter:
             return replace(engine.fresh(), generator=state.generator)
         if self._seen and set(state.tensors) != set(engine.names):
             raise StateError(f"{what} belongs to another model: it adapts other tensors.")
+        if self._watch is None:  # nobody is left to distrust it
+            return replace(state, guard=None)
+        check_memory(self._watch, state, what)
         return state
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testtime._core.errors import OptionError
+from testtime._core.errors import InputError, OptionError, StateError
 from testtime._core.guards import Guard
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
@@ -101,7 +101,7 @@ class NeverWorse:
 
     def update(self, adapted: Tensor, source: Tensor, /) -> bool:
         """Whether the adapted model is not to be trusted: never before a block of samples was seen."""
-        if not bool(adapted.isfinite().all()):
+        if not bool(answered(adapted).all()):
             return True
         classes = source.shape[1]
         pair = torch.stack([adapted.argmax(1), source.argmax(1)]).cpu()
@@ -184,12 +184,24 @@ def excess(answers: Tensor) -> float:
     return equal - float((counts * (counts - 1)).sum()) / (n * (n - 1))
 
 
+def answered(logits: Tensor) -> Tensor:
+    """Which rows have an answer: their largest is a number. Classes that are left out may be -inf.
+
+    Example:
+        >>> answered(torch.tensor([[0.0, -math.inf], [1.0, math.nan], [0.0, math.inf]]))
+        tensor([ True, False, False])
+    """
+    return logits.amax(1).isfinite()
+
+
 def check_guard(guard: Any) -> Guard | None:
     """The guard that is meant: `True` is `NeverWorse()`."""
     if guard is None or guard is False:
         return None
     if guard is True:
         return NeverWorse()
+    if isinstance(guard, type):
+        raise OptionError(f"guard is the class {guard.__name__}; expected an instance of it.")
     for name in ("update", "reset", "state_dict", "load_state_dict"):
         if not callable(getattr(guard, name, None)):
             raise OptionError(
@@ -197,6 +209,25 @@ def check_guard(guard: Any) -> Guard | None:
                 "guard: update(adapted, source) -> alarm, reset, state_dict and load_state_dict."
             )
     return guard
+
+
+def check_memory(guard: Guard, state: State, what: str) -> None:
+    """Refuses a state whose guard was of another kind.
+
+    Args:
+        guard: that would go on.
+        state: to go on from.
+        what: the state, in words.
+    """
+    memory = state.guard and state.guard["memory"]
+    try:
+        if memory is not None:
+            guard.load_state_dict(memory)
+    except Exception as error:
+        raise StateError(
+            f"{what} was made with another guard: {type(guard).__name__} does not take its memory "
+            f"({type(error).__name__}: {error}). Give tt.adapt the guard that made it."
+        ) from error
 
 
 def distrusted(state: State) -> bool:
@@ -218,69 +249,106 @@ def guarded(
     """
     seen = state.guard or {
         "memory": None, "worse": False, "run": 0, "batches": 0, "left": 0, "since": 0, "marks": [],
+        "looked": False,
     }  # fmt: skip
+    size, before = _sizes(engine, x, state)
     if seen["left"]:
         seen = {**seen, "left": seen["left"] - 1}
         if seen["worse"]:
             output, logits = engine.frozen(x)
+            seen = {**seen, "since": seen["since"] + size}
             return _given_back(engine, x, state, seen, (output, logits), Outcome.GUARDED)
-        return _watched(seen, (yield from inner(x, state)), len(x))
+        return _watched(seen, (yield from inner(x, state)), size)
     # the answer that is on trial, and the source's; nothing is learnt while there is no trust
     steps = None if seen["worse"] else inner(x, state)
     output, done = (engine.predict(x, state)[0], None) if steps is None else begun(steps)
     adapted = read_logits(output)
     theirs = engine.frozen(x)
-    worse = _asked(guard, engine, seen, _answers(adapted, state), _answers(theirs[1], state))
-    first = worse and not seen["worse"]
-    seen = _looked({**seen, "memory": guard.state_dict(), "worse": worse}, state, len(x))
+    worse, memory = _asked(
+        guard, engine, seen, _answers(adapted, state), _answers(theirs[1], state)
+    )
+    # what was learnt before there was a guard is on trial, since this is the first it sees of it
+    first = worse and not seen["worse"] and bool(state.guard)
+    seen = _looked({**seen, "memory": memory, "worse": worse}, before + size, size)
     if worse:
         if steps is not None:
             steps.close()
-        if first and state.samples:
+        if first:
             state, seen = _rolled_back(engine, state, seen), {**seen, "marks": [], "since": 0}
         elif seen["since"] >= PATIENCE:
             state, seen = _taken(engine.fresh(), state), {**seen, "since": 0}
-        outcome = Outcome.ROLLED_BACK if first and state.samples else Outcome.GUARDED
+        seen = {**seen, "since": seen["since"] + size}
+        outcome = Outcome.ROLLED_BACK if first else Outcome.GUARDED
         return _given_back(engine, x, state, seen, theirs, outcome)
     if steps is None:
         measured: dict[str, Any] = {"entropy": entropy(rows(adapted)).mean(), "used": 0}
         step = Step(output, rows(adapted), state, Outcome.TRUSTED, measured)
-        return _watched(seen, engine.settled(step, x, state), len(x))
+        return _watched(seen, engine.settled(step, x, state), size)
     if done is None:
         yield output
         done = ended(steps)
-    return _watched(seen, done, len(x))
+    return _watched(seen, done, size)
+
+
+def _sizes(engine: Engine, x: Tensor, state: State) -> tuple[float, float]:
+    """Samples in the batch and before it; on ranks their means, so that all look when one does."""
+    if engine.ranks.alone:
+        return len(x), state.samples
+    own = torch.tensor([1.0, len(x), state.samples], dtype=torch.float64).to(engine.device)
+    ranks, size, before = engine.ranks.sum(own).tolist()
+    return size / ranks, before / ranks
 
 
 def _asked(
     guard: Guard, engine: Engine, seen: dict[str, Any], adapted: Tensor, source: Tensor
-) -> bool:
-    """The guard's word, the same on all ranks: one that distrusts is enough."""
-    if seen["memory"] is None:
-        guard.reset()
-    else:
-        guard.load_state_dict(seen["memory"])
-    worse = bool(guard.update(adapted, source))
+) -> tuple[bool, Any]:
+    """The guard's word, the same on all ranks, where one that distrusts is enough; and its memory.
+
+    It is asked of samples that both models answer. A model that gives no number where its source
+    does is not trusted, whatever the guard.
+    """
+    ours, theirs = answered(adapted), answered(source)
+    both, worse, memory = ours & theirs, bool((theirs & ~ours).any()), seen["memory"]
+    complaint: Exception | None = None
+    if not worse and bool(both.any()):
+        whole = bool(both.all())
+        pair = (adapted, source) if whole else (adapted[both], source[both])
+        try:
+            if memory is None:
+                guard.reset()
+            else:
+                guard.load_state_dict(memory)
+            worse, memory = bool(guard.update(*pair)), guard.state_dict()
+        except Exception as error:
+            complaint = error
+    elif not worse:
+        worse = seen["worse"]
+    if not engine.ranks.agree(complaint, engine.device):
+        raise complaint or InputError("the guard of another rank raised an error")
     if not engine.ranks.alone:
-        worse = float(engine.ranks.sum(adapted.new_tensor(float(worse)))) > 0
-    return worse
+        worse = float(engine.ranks.sum(torch.tensor(float(worse), device=engine.device))) > 0
+    return worse, memory
 
 
-def _looked(seen: dict[str, Any], state: State, samples: int) -> dict[str, Any]:
+def _looked(seen: dict[str, Any], samples: float, size: float) -> dict[str, Any]:
     """Counts a run of samples that was looked at; after it, as many batches go by `APART` - 1 times."""
-    run, batches = seen["run"] + samples, seen["batches"] + 1
+    run, batches = seen["run"] + size, seen["batches"] + 1
+    seen = {**seen, "looked": True}
     if run < RUN:
         return {**seen, "run": run, "batches": batches}
-    left = 0 if state.samples + samples < BEGINNING else (APART - 1) * batches
+    left = 0 if samples < BEGINNING else (APART - 1) * batches
     return {**seen, "run": 0, "batches": 0, "left": left}
 
 
-def _watched(seen: dict[str, Any], done: Step, samples: int) -> Step:
-    """The step of a model that is trusted; now and then its state is marked."""
-    since = seen["since"] + samples
-    if since >= MARK or not seen["marks"]:
+def _watched(seen: dict[str, Any], done: Step, size: float) -> Step:
+    """The step of a model that is trusted; now and then its state is marked.
+
+    Between two marks there is a look, so that the older of them has been found to be trusted.
+    """
+    since = seen["since"] + size
+    if not seen["marks"] or (since >= MARK and seen["looked"]):
         kept = {f.name: getattr(done.state, f.name) for f in fields(State) if f.name not in STREAM}
-        seen, since = {**seen, "marks": [*seen["marks"][-1:], kept]}, 0
+        seen, since = {**seen, "marks": [*seen["marks"][-1:], kept], "looked": False}, 0
     return done._replace(state=replace(done.state, guard={**seen, "since": since}))
 
 
@@ -297,7 +365,7 @@ def _given_back(
     measured: dict[str, Any] = {"entropy": entropy(rows(logits)).mean(), "used": 0}
     if state.generator is not None:
         engine.generator.set_state(state.generator)
-    state = replace(state, guard={**seen, "since": seen["since"] + len(x)})
+    state = replace(state, guard=seen)
     return engine.settled(Step(output, rows(logits), state, outcome, measured), x, state)
 
 
