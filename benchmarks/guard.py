@@ -78,7 +78,9 @@ seen.
 confidence: whether the adapted answers still tell what the source's tell; where labels come in an
 order, which model follows it more closely; where they do not, whose answers are more even. Any object
 with `update(adapted_logits, source_logits)` is a guard, so
-[`Monitor(Collapse(classes=10))`][testtime.guard.collapse.Collapse] is one.
+[`Monitor(Collapse(classes=10))`][testtime.guard.collapse.Collapse] is one, whose alarm stays until
+`adapter.reset()`. Whatever the guard, an answer that is NaN or infinite where the source's is not is
+not given, and what gave it is taken back.
 
 ## What is guaranteed
 
@@ -86,7 +88,8 @@ with `update(adapted_logits, source_logits)` is a guard, so
 - A rollback restores a state that was trusted, or the source. The model itself is never written to.
 - The guarded error exceeds the frozen model's by at most the share of samples that the adapted model
   answered otherwise, whatever the stream.
-- With `Monitor(Collapse(...))`: if the mean of each of its statistics stays within its limit, the
+- With `Monitor(Collapse(...))`: if the mean of each of its statistics stays within its limit and the answers
+  are numbers, the
   probability that what was learnt is ever taken back is at most alpha.
 
 No assumption is needed for the first three. That `NeverWorse` tells harm from help is heuristic: without

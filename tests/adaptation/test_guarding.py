@@ -2,7 +2,9 @@
 
 import math
 import random
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
 import pytest
@@ -400,6 +402,43 @@ def test_answers_that_are_no_numbers_are_not_given_whatever_the_guard(guard):
     for x in batches(6, size=64):  # the source's are no numbers
         assert adapter(x).isfinite().all()
     assert adapter.counts.distrusted == 0
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_they_are_not_given_either_where_nobody_looks(deferred):
+    class Later(Spoilt):
+        bad = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.bad else self.net(x)
+
+    model = Later(learnt=True)
+    adapter = tt.adapt(model, "tent", guard=Says(False), deferred=deferred)
+    outcomes(adapter, batches(9, size=64))
+    assert adapter.snapshot().guard["left"] > 1
+    model.bad = True
+    x = batches(1, size=64)[0]
+    assert adapter(x).isfinite().all()
+    assert adapter.events[-1].outcome is Outcome.ROLLED_BACK
+
+
+def test_two_streams_may_share_a_guard():
+    def end(guard: NeverWorse, seed: int, model: nn.Module) -> Tensor:
+        adapter = tt.adapt(model, "tent", guard=guard)
+        for x in batches(60, size=32, seed=seed):
+            adapter(x)
+        return adapter.snapshot().guard["memory"]["answers"]
+
+    class Slow(NeverWorse):
+        def update(self, adapted: Tensor, source: Tensor) -> bool:
+            time.sleep(1e-3)  # so that the other comes in between
+            return super().update(adapted, source)
+
+    shared = Slow(block=16)
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(end, [shared, shared], [1, 2], [tiny(), tiny()]))
+    for seed, answers in zip((1, 2), got, strict=True):
+        assert torch.equal(answers, end(NeverWorse(block=16), seed, tiny()))
 
 
 def test_what_is_restored_had_been_looked_at_also_in_large_batches():

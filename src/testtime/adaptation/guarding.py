@@ -8,6 +8,7 @@ after `PATIENCE` samples without trust, go back to the source
 """
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -39,6 +40,8 @@ SHUFFLES = 4
 """Random orders that give what two sequences of answers share by chance."""
 STREAM = ("guard", "gate", "account", "generator", "steps", "samples", "method")
 """What belongs to the stream and not to what was learnt."""
+_asking = threading.RLock()
+"""One asks at a time: two streams that share a guard must not mix its memories."""
 
 
 class NeverWorse:
@@ -185,7 +188,7 @@ def excess(answers: Tensor) -> float:
 
 
 def answered(logits: Tensor) -> Tensor:
-    """Which rows have an answer: their largest is a number. Classes that are left out may be -inf.
+    """Where there is an answer: the largest logit is a number. Classes left out may be -inf.
 
     Example:
         >>> answered(torch.tensor([[0.0, -math.inf], [1.0, math.nan], [0.0, math.inf]]))
@@ -222,7 +225,8 @@ def check_memory(guard: Guard, state: State, what: str) -> None:
     memory = state.guard and state.guard["memory"]
     try:
         if memory is not None:
-            guard.load_state_dict(memory)
+            with _asking:
+                guard.load_state_dict(memory)
     except Exception as error:
         raise StateError(
             f"{what} was made with another guard: {type(guard).__name__} does not take its memory "
@@ -252,21 +256,24 @@ def guarded(
         "looked": False,
     }  # fmt: skip
     size, before = _sizes(engine, x, state)
-    if seen["left"]:
+    passes = seen["left"] > 0
+    if passes:
         seen = {**seen, "left": seen["left"] - 1}
         if seen["worse"]:
             output, logits = engine.frozen(x)
             seen = {**seen, "since": seen["since"] + size}
             return _given_back(engine, x, state, seen, (output, logits), Outcome.GUARDED)
-        return _watched(seen, (yield from inner(x, state)), size)
     # the answer that is on trial, and the source's; nothing is learnt while there is no trust
     steps = None if seen["worse"] else inner(x, state)
     output, done = (engine.predict(x, state)[0], None) if steps is None else begun(steps)
     adapted = read_logits(output)
+    if steps is not None and passes and _numbers(engine, adapted):
+        if done is None:
+            yield output
+            done = ended(steps)
+        return _watched(seen, done, size)
     theirs = engine.frozen(x)
-    worse, memory = _asked(
-        guard, engine, seen, _answers(adapted, state), _answers(theirs[1], state)
-    )
+    worse, memory = _asked(guard, engine, seen, adapted, theirs[1], state)
     # what was learnt before there was a guard is on trial, since this is the first it sees of it
     first = worse and not seen["worse"] and bool(state.guard)
     seen = _looked({**seen, "memory": memory, "worse": worse}, before + size, size)
@@ -299,26 +306,38 @@ def _sizes(engine: Engine, x: Tensor, state: State) -> tuple[float, float]:
     return size / ranks, before / ranks
 
 
+def _numbers(engine: Engine, logits: Tensor) -> bool:
+    """Whether there is an answer to all samples, of all ranks; else one looks at the source's."""
+    missing = (~answered(logits)).any().float()
+    return float(missing if engine.ranks.alone else engine.ranks.sum(missing)) == 0
+
+
 def _asked(
-    guard: Guard, engine: Engine, seen: dict[str, Any], adapted: Tensor, source: Tensor
+    guard: Guard,
+    engine: Engine,
+    seen: dict[str, Any],
+    adapted: Tensor,
+    source: Tensor,
+    state: State,
 ) -> tuple[bool, Any]:
     """The guard's word, the same on all ranks, where one that distrusts is enough; and its memory.
 
     It is asked of samples that both models answer. A model that gives no number where its source
     does is not trusted, whatever the guard.
     """
-    ours, theirs = answered(adapted), answered(source)
-    both, worse, memory = ours & theirs, bool((theirs & ~ours).any()), seen["memory"]
+    worse, memory = bool((answered(source) & ~answered(adapted)).any()), seen["memory"]
+    pair = _answers(adapted, state), _answers(source, state)
+    both = answered(pair[0]) & answered(pair[1])
     complaint: Exception | None = None
     if not worse and bool(both.any()):
-        whole = bool(both.all())
-        pair = (adapted, source) if whole else (adapted[both], source[both])
+        pair = pair if bool(both.all()) else (pair[0][both], pair[1][both])
         try:
-            if memory is None:
-                guard.reset()
-            else:
-                guard.load_state_dict(memory)
-            worse, memory = bool(guard.update(*pair)), guard.state_dict()
+            with _asking:
+                if memory is None:
+                    guard.reset()
+                else:
+                    guard.load_state_dict(memory)
+                worse, memory = bool(guard.update(*pair)), guard.state_dict()
         except Exception as error:
             complaint = error
     elif not worse:
