@@ -479,7 +479,7 @@ class Adapter:
         if self._seen and set(state.tensors) != set(engine.names):
             raise StateError(f"{what} belongs to another model: it adapts other tensors.")
         if self._watch is None:  # nobody is left to distrust it
-            return replace(state, guard=None)
+            return state if state.guard is None else replace(state, guard=None)
         check_memory(self._watch, state, what)
         return state
 
