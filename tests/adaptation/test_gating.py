@@ -236,6 +236,8 @@ def test_an_error_leaves_the_gate_where_it_was(monkeypatch):
 
 
 def test_no_gate_is_refused():
+    with pytest.raises(OptionError, match="instance"):
+        tt.adapt(tiny(), "tent", gate=SourceLike)
     for wrong in (3, "yes", object()):
         with pytest.raises(OptionError, match="update"):
             tt.adapt(tiny(), "tent", gate=wrong)

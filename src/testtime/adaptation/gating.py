@@ -268,6 +268,8 @@ def check_gate(gate: Any) -> Gate | None:
         return None
     if gate is True:
         return SourceLike()
+    if isinstance(gate, type):
+        raise OptionError(f"gate is the class {gate.__name__}; expected an instance of it.")
     for name in ("update", "reset", "state_dict", "load_state_dict"):
         if not callable(getattr(gate, name, None)):
             raise OptionError(
