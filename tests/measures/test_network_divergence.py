@@ -106,16 +106,16 @@ def test_the_gradient_passes_through_the_penalty():
 
 
 @settings(max_examples=4, deadline=None)
-@given(st.floats(0.1, 3), st.integers(0, 9))
+@given(st.floats(0.5, 3), st.integers(0, 9))
 def test_two_points_are_their_distance_apart(distance, seed):
-    """The best slope is 1 + d / 20, and the value d + d^2 / 40."""
+    """The best slope is 1 + d / 20, and the value d + d^2 / 40; small distances take long to learn."""
     direction = normal(seed, 3)
     point = distance * direction / direction.norm()
     found = network_divergence(
-        torch.zeros(40, 3), point[None], steps=80, lr=1e-2, batch_size=8, decay=0.8, seed=seed
+        torch.zeros(40, 3), point[None], steps=150, lr=1e-2, batch_size=8, decay=0.8, seed=seed
     )
     best, error = distance + distance**2 / 40, 4 * found.standard_error + 1e-4
-    assert 0.9 * best - 0.05 - error <= found.value <= best + error
+    assert 0.9 * best - error <= found.value <= best + error
 
 
 def test_a_law_that_was_moved_is_farther_away():
