@@ -59,14 +59,10 @@ An adapted model can end far below the model it came from. With `guard=True` an 
 beside its frozen source and takes back what does harm:
 
 ```python
-import torch
-from torch import nn
-
 import testtime as tt
 
-model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
 adapter = tt.adapt(model, "tent", guard=True)
-logits = adapter(torch.randn(64, 4))
+logits = adapter(x)
 adapter.counts.distrusted  # batches that the source model answered
 adapter.events[-1].outcome  # "adapted", or why the source answered
 ```
