@@ -76,7 +76,7 @@ def latency(name: str, batch: int, rounds: int) -> None:
                 ratios[way].append(taken)
     for way, own in ratios.items():
         mean = statistics.fmean(own) if "budget" in way else statistics.median(own)
-        print(f"| {way} | {mean:.2f} | {min(own):.2f}–{max(own):.2f} |")  # noqa: RUF001
+        print(f"| {way} | {mean:.2f} | {min(own):.2f} to {max(own):.2f} |")
     print(ways["tent, budget=0.5"].plan().spending)
 
 

@@ -76,7 +76,7 @@ source model does and learns nothing; a trial on every fourth run of samples say
 1,024 samples without it the source is restored. A batch is answered by the source before the first 48 samples were
 seen.
 
-[`NeverWorse`][testtime.adaptation.guarding.NeverWorse], which `True` stands for, reads answers alone, no
+[`NeverWorse`][testtime.adaptation.never_worse.NeverWorse], which `True` stands for, reads answers alone, no
 confidence: whether the adapted answers still tell what the source's tell; where labels come in an
 order, which model follows it more closely; where they do not, whose answers are more even. Any object
 with `update(adapted_logits, source_logits)` is a guard, so

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import testtime as tt
 from models import batches, tiny, tiny_vit
-from testtime._core.errors import NeedsSource, OptionError
+from testtime._core.errors import NeedsSource, OptionError, StateError
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.gating import AGAIN, SourceLike, effect, pooled, summaries
 from testtime.adaptation.layers import norm_layers
@@ -233,6 +233,15 @@ def test_an_error_leaves_the_gate_where_it_was(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         adapter(shifted(count=1)[0])
     assert adapter.snapshot() is mark
+
+
+def test_a_state_of_another_gate_is_refused():
+    one, other = gated(), tt.adapt(tiny(), "tent", gate=Bound())
+    other(clean(1)[0][:16])
+    before = one(clean(1)[0])
+    with pytest.raises(StateError, match="another gate"):
+        one.restore(other.snapshot())
+    assert torch.equal(one(clean(1)[0]), before)
 
 
 def test_no_gate_is_refused():

@@ -18,15 +18,8 @@ import testtime as tt
 from models import Experts, batches, tiny
 from testtime._core.errors import OptionError, StateError
 from testtime._core.outcomes import Outcome
-from testtime.adaptation.guarding import (
-    APART,
-    BEGINNING,
-    MARK,
-    PATIENCE,
-    NeverWorse,
-    excess,
-    information,
-)
+from testtime.adaptation.guarding import APART, BEGINNING, MARK, PATIENCE
+from testtime.adaptation.never_worse import NeverWorse, excess, information
 from testtime.guard.collapse import Collapse
 from testtime.guard.monitor import Monitor
 
@@ -289,7 +282,10 @@ def test_every_method_takes_a_guard(name, tmp_path):
     if "label" in entry.options or name == "simatta":
         more["oracle"] = lambda places, x: torch.zeros(len(x), dtype=torch.long)
     more = {key: value for key, value in more.items() if key in entry.options}
-    make = lambda: tt.adapt(model, name, source=known, guard=NeverWorse(block=16), **more)  # noqa: E731
+
+    def make() -> tt.Adapter:
+        return tt.adapt(model, name, source=known, guard=NeverWorse(block=16), **more)
+
     adapter, other = make(), make()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -96,7 +96,10 @@ def test_beams_and_looks_ahead_are_token_for_token_those_without_a_cache(model):
 
 
 def test_revisions_whose_prompts_part_early_are_the_same_too(model):
-    prompt = lambda tries: "do:" + "".join(f" no {each[:4]}" for each in tries)  # noqa: E731
+
+    def prompt(tries):
+        return "do:" + "".join(f" no {each[:4]}" for each in tries)
+
     kept, anew = (
         revise(s, worth, samples=6, sequential=3)
         for s in kept_and_forgetful(model, prompt, stop=None)

@@ -33,11 +33,12 @@ from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.export import exported
 from testtime.adaptation.gating import Signals, SourceLike, check_gate, judge
-from testtime.adaptation.guarding import check_guard, check_memory, distrusted, guarded
+from testtime.adaptation.guarding import check_guard, distrusted, guarded
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
 from testtime.adaptation.layers import NormLayer, norm_layers
 from testtime.adaptation.loan import lock_of
 from testtime.adaptation.look import look, named_layer
+from testtime.adaptation.monitors import check_memory
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.statistics import (
@@ -297,12 +298,9 @@ class Adapter:
                 self._admit(x)
             spending = self._ration and self._ration.told(self._state.account)
             plan = planned(self.model, self.recipe, self._state, spending)
-            looks = self._watch is not None and plan.forwards is not None
-            return replace(
-                plan,
-                ordered=self._seen is not None,
-                forwards=plan.forwards + 1 if looks and plan.forwards else plan.forwards,
-            )
+            if self._watch is not None and plan.forwards is not None:
+                plan = replace(plan, forwards=plan.forwards + 1)
+            return replace(plan, ordered=self._seen is not None)
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -478,9 +476,13 @@ class Adapter:
             return replace(engine.fresh(), generator=state.generator)
         if self._seen and set(state.tensors) != set(engine.names):
             raise StateError(f"{what} belongs to another model: it adapts other tensors.")
+        if self._gate is not None and state.gate is not None:
+            check_memory("gate", self._gate, state.gate["memory"], what)
+        if state.guard is None:
+            return state
         if self._watch is None:  # nobody is left to distrust it
-            return state if state.guard is None else replace(state, guard=None)
-        check_memory(self._watch, state, what)
+            return replace(state, guard=None)
+        check_memory("guard", self._watch, state.guard["memory"], what)
         return state
 
 

@@ -34,8 +34,6 @@ calls; on a CPU, what the forward holds should stay in the cache."""
 FEW = 0.5
 """Share of teaching samples below which their second forward and backward cost less than the
 backward of all."""
-
-
 SOME = 0.15
 """Share of teaching samples from which on it pays to keep what their second forward can take."""
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from testtime._core.arrays import at_least_single
-from testtime._core.errors import NeedsSource, OptionError
+from testtime._core.errors import NeedsSource
 from testtime._core.gates import Gate
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.engine import Engine, Step
 from testtime.adaptation.layers import NormLayer, norm_layers
+from testtime.adaptation.monitors import asked, check_monitor
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.statistics import SourceStatistics
 from testtime.adaptation.state import State
@@ -268,14 +269,7 @@ def check_gate(gate: Any) -> Gate | None:
         return None
     if gate is True:
         return SourceLike()
-    if isinstance(gate, type):
-        raise OptionError(f"gate is the class {gate.__name__}; expected an instance of it.")
-    for name in ("update", "reset", "state_dict", "load_state_dict"):
-        if not callable(getattr(gate, name, None)):
-            raise OptionError(
-                f"gate is of type {type(gate).__name__}, which has no {name}; expected True, or a "
-                "gate: update(values) -> alarm, reset, state_dict and load_state_dict."
-            )
+    check_monitor("gate", gate, "update(values) -> alarm")
     return gate
 
 
@@ -292,14 +286,10 @@ def judge(gate: Gate, engine: Engine, x: Tensor, state: State) -> tuple[State, S
     with torch.no_grad():
         output, logits = engine.frozen(x, tap=watching)
         logits = rows(logits)
-        if seen["memory"] is None:
-            gate.reset()
-        else:
-            gate.load_state_dict(seen["memory"])
-        alarm = bool(gate.update(relative(logits)))
+        alarm, memory = asked(gate, seen["memory"], relative(logits))
         if not engine.ranks.alone:  # all learn, or none
             alarm = float(engine.ranks.sum(x.new_tensor(float(alarm)))) > 0
-    state = replace(state, gate={"left": alarm * (AGAIN - 1), "memory": gate.state_dict()})
+    state = replace(state, gate={"left": alarm * (AGAIN - 1), "memory": memory})
     if alarm:
         return state, None
     measured: dict[str, Any] = {"entropy": entropy(logits).mean(), "used": 0}

@@ -1,0 +1,71 @@
+"""What gates and guards have in common: verbs, and a memory that lies in the state of a stream."""
+
+import threading
+from typing import Any
+
+from torch import Tensor
+
+from testtime._core.errors import OptionError, StateError
+
+VERBS = ("update", "reset", "state_dict", "load_state_dict")
+_asking = threading.RLock()
+"""One asks at a time: two streams that share a monitor must not mix its memories."""
+
+
+def check_monitor(what: str, given: Any, update: str) -> None:
+    """Refuses what cannot be one.
+
+    Args:
+        what: "gate" or "guard".
+        given: by the caller.
+        update: its first verb with arguments, in words.
+
+    Example:
+        >>> check_monitor("gate", 3, "update(values) -> alarm")
+        Traceback (most recent call last):
+        testtime._core.errors.OptionError: gate is of type int, which has no update; expected True...
+    """
+    if isinstance(given, type):
+        raise OptionError(f"{what} is the class {given.__name__}; expected an instance of it.")
+    for name in VERBS:
+        if not callable(getattr(given, name, None)):
+            raise OptionError(
+                f"{what} is of type {type(given).__name__}, which has no {name}; expected True, or a "
+                f"{what}: {update}, reset, state_dict and load_state_dict."
+            )
+
+
+def check_memory(what: str, monitor: Any, memory: Any, state: str) -> None:
+    """Refuses the memory of another kind of monitor.
+
+    Args:
+        what: "gate" or "guard".
+        monitor: that would go on.
+        memory: to go on from; None where nothing was seen.
+        state: whose it is, in words.
+    """
+    try:
+        if memory is not None:
+            with _asking:
+                monitor.load_state_dict(memory)
+    except Exception as error:
+        raise StateError(
+            f"{state} was made with another {what}: {type(monitor).__name__} does not take its memory "
+            f"({type(error).__name__}: {error}). Give tt.adapt the {what} that made it."
+        ) from error
+
+
+def asked(monitor: Any, memory: Any, *values: Tensor) -> tuple[bool, Any]:
+    """What a monitor says of a batch, and what it remembers then.
+
+    Args:
+        monitor: asked from `memory` on; from the beginning where that is None.
+        memory: of the stream.
+        values: of the batch.
+    """
+    with _asking:
+        if memory is None:
+            monitor.reset()
+        else:
+            monitor.load_state_dict(memory)
+        return bool(monitor.update(*values)), monitor.state_dict()

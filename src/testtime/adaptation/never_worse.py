@@ -1,0 +1,169 @@
+"""The guard that `True` stands for: does harm show in the answers of two models alone?"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from testtime._core.options import in_range, whole
+from testtime._core.seeds import generator
+
+RUN = 48
+"""Samples in a row that are looked at before others are let go."""
+SHUFFLES = 4
+"""Random orders that give what two sequences of answers share by chance."""
+
+
+class NeverWorse:
+    """A guard that reads answers alone: no labels, no confidence, no threshold of the model's.
+
+        of the last `memory` samples, with the answers a of the adapted and s of the source model:
+            kept    = ( I(a; s) - chance ) / ( H(s) - chance )    # chance: I with a in random order
+            spread  = H(a) - H(s)                                 # of the last `recent` samples
+            runs_x  = share of neighbours in time with equal x, less what the counts of the classes
+                      among `block` samples make one expect
+        trusted if kept >= `kept`, and  runs_a >= runs_s where runs_s > `runs`, else spread >= 0
+
+    What each says. An adapted model is worth nothing once its answers have nothing to do with the
+    source's (`kept`): single samples on batch statistics, garbage, collapse. Where labels come in
+    an order, so do a good model's answers, and the better follows it more closely (`runs`). Where
+    they do not, a model in a shift it was not made for confuses classes and crowds its answers into
+    few, so that more even ones are better (`spread`).
+
+    This is heuristic. It fails where the source model gives one and the same answer for hundreds of
+    samples, which it does not trust anybody to mend; it holds back gains that narrow the answers
+    rightly, as on long-tailed streams; and it trusts answers that follow an order of labels as
+    closely as the source's do, and are less right.
+
+    Args:
+        kept: share of what the source's answers tell that the adapted ones must tell as well.
+        runs: excess of equal neighbours from which labels count as ordered.
+        memory: samples that are judged together.
+        recent: samples whose spread is judged; it changes with the conditions.
+        block: samples in a row within which neighbours are counted.
+
+    Raises:
+        OptionError: an option is out of its range.
+
+    Example:
+        >>> guard = NeverWorse()
+        >>> source = 5.0 * torch.eye(10).repeat(64, 1)
+        >>> guard.update(source, source), guard.update(source.roll(7, 0), source)
+        (False, False)
+        >>> chance = torch.Generator().manual_seed(0)
+        >>> [guard.update(torch.randn(640, 10, generator=chance), source) for _ in range(2)]
+        [True, True]
+
+    Reference: Vinh, Epps, Bailey, Information Theoretic Measures for Clusterings Comparison, JMLR
+    2010, for the adjustment for chance.
+    """
+
+    def __init__(
+        self,
+        *,
+        kept: float = 0.3,
+        runs: float = 0.1,
+        memory: int = 1024,
+        recent: int = 128,
+        block: int = RUN,
+    ) -> None:
+        in_range(0, 1, kept=kept, runs=runs)
+        whole(2, memory=memory, recent=recent, block=block)
+        self.kept, self.runs, self.block = kept, runs, block
+        self.memory, self.recent = memory, recent
+        self.reset()
+
+    def update(self, adapted: Tensor, source: Tensor, /) -> bool:
+        """Whether the adapted model is not to be trusted: never before a block of samples was seen."""
+        if not bool(answered(adapted).all()):
+            return True
+        classes = source.shape[1]
+        pair = torch.stack([adapted.argmax(1), source.argmax(1)]).cpu()
+        self._block = torch.cat([self._block, pair], 1)
+        if self._block.shape[1] < self.block:
+            return self._worse
+        block, self._block = self._block, self._block[:, :0]
+        most = max(self.memory, block.shape[1])
+        self._answers = torch.cat([self._answers, block], 1)[:, -most:]
+        row = torch.tensor([[block.shape[1], *(excess(answers) for answers in block)]])
+        rows = torch.cat([self._order, row.double()])
+        newest = rows[:, 0].flip(0).cumsum(0).flip(0) - rows[:, 0]  # samples that came later
+        self._order = rows[newest < self.memory]
+        self._seen += block.shape[1]
+        self._worse = self._judge(classes)
+        return self._worse
+
+    def _judge(self, classes: int) -> bool:
+        ours, theirs = self._answers
+        if torch.equal(ours, theirs):
+            return False
+        shared, _, known = information(ours, theirs, classes)
+        random = generator(self._seen, "guard")
+        orders = [torch.randperm(len(ours), generator=random) for _ in range(SHUFFLES)]
+        chance = sum(information(ours[o], theirs, classes)[0] for o in orders) / SHUFFLES
+        if known - chance <= 1e-6 or (shared - chance) / (known - chance) < self.kept:
+            return True
+        runs = (self._order[:, :1] * self._order[:, 1:]).sum(0) / self._order[:, 0].sum()
+        if runs[1] > self.runs:
+            return bool(runs[0] < runs[1])
+        return _entropy_of(ours[-self.recent :]) < _entropy_of(theirs[-self.recent :])
+
+    def reset(self) -> None:
+        """Forgets the stream."""
+        self._block = self._answers = torch.zeros(2, 0, dtype=torch.long)
+        self._order = torch.zeros(0, 3, dtype=torch.float64)
+        self._seen, self._worse = 0, True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The answers that are judged together, and the order of those of each block."""
+        return {
+            "block": self._block, "answers": self._answers, "order": self._order,
+            "seen": self._seen, "worse": self._worse,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Goes on where `state_dict` was taken."""
+        self._block, self._answers = state["block"].cpu(), state["answers"].cpu()
+        self._order, self._seen = state["order"].cpu(), state["seen"]
+        self._worse = state["worse"]
+
+
+def information(a: Tensor, b: Tensor, classes: int) -> tuple[float, float, float]:
+    """Mutual information of two sequences of classes and their entropies, in nats, from counts.
+
+    Example:
+        >>> a = torch.tensor([0, 1, 0, 1])
+        >>> [round(value, 4) for value in information(a, a, 2)]
+        [0.6931, 0.6931, 0.6931]
+    """
+    both, one, other = (_entropy_of(each) for each in (a * classes + b, a, b))
+    return one + other - both, one, other
+
+
+def _entropy_of(values: Tensor) -> float:
+    counts = values.unique(return_counts=True)[1].double()
+    return math.log(len(values)) - float((counts * counts.log()).sum()) / len(values)
+
+
+def excess(answers: Tensor) -> float:
+    """Share of neighbours that are equal, less what random order makes one expect.
+
+    Example:
+        >>> excess(torch.tensor([0, 0, 0, 1, 1, 1])), excess(torch.tensor([0, 1, 0, 1, 0, 1]))
+        (0.4, -0.4)
+    """
+    n = len(answers)
+    counts = answers.unique(return_counts=True)[1].double()
+    equal = float((answers[1:] == answers[:-1]).double().mean())
+    return equal - float((counts * (counts - 1)).sum()) / (n * (n - 1))
+
+
+def answered(logits: Tensor) -> Tensor:
+    """Where there is an answer: the largest logit is a number. Classes left out may be -inf.
+
+    Example:
+        >>> answered(torch.tensor([[0.0, -math.inf], [1.0, math.nan], [0.0, math.inf]]))
+        tensor([ True, False, False])
+    """
+    return logits.amax(1).isfinite()
