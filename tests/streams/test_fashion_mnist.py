@@ -148,9 +148,9 @@ def test_files_are_looked_for_in_order(tmp_path, monkeypatch):
         b"",
         b"no gzip",
         CONTENT["t10k-images-idx3-ubyte.gz"][:-20],
-        gzip.compress(b""),
-        gzip.compress(b"\0\0\x08\x01\0\0\0\x09abc"),
-        gzip.compress(b"\0\0\x0d\x01\0\0\0\x01a"),
+        gzip.compress(b"", mtime=0),
+        gzip.compress(b"\0\0\x08\x01\0\0\0\x09abc", mtime=0),
+        gzip.compress(b"\0\0\x0d\x01\0\0\0\x01a", mtime=0),
         idx(LABELS),
     ],
 )
