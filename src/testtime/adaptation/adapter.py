@@ -15,19 +15,15 @@ from torch import Tensor, nn
 
 from testtime._core.errors import (
     InputError,
-    NeedsSource,
     OptionError,
-    ScopeError,
     StateError,
-    TesttimeError,
     TesttimeWarning,
 )
 from testtime._core.gates import Gate
 from testtime._core.guards import Guard
 from testtime._core.options import whole
-from testtime._core.outcomes import Outcome
 from testtime.adaptation.budget import Ration
-from testtime.adaptation.checks import check_input, check_model, check_output, expected_rank
+from testtime.adaptation.checks import check_input, check_model, check_output, expected_rank, taking
 from testtime.adaptation.deferred import Behind, Give, Job, Lane, autocasting, check_deferred
 from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
 from testtime.adaptation.events import Counts, Event
@@ -35,15 +31,20 @@ from testtime.adaptation.export import exported
 from testtime.adaptation.gating import Signals, SourceLike, check_gate, judge
 from testtime.adaptation.guarding import check_guard, distrusted, guarded
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
-from testtime.adaptation.layers import NormLayer, norm_layers
+from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import lock_of
 from testtime.adaptation.look import look, named_layer
 from testtime.adaptation.monitors import check_memory
-from testtime.adaptation.outputs import read_logits
-from testtime.adaptation.parts.prediction import student
+from testtime.adaptation.needs import (
+    check_covered,
+    check_kind,
+    check_layers,
+    check_source,
+    known_of,
+)
+from testtime.adaptation.outputs import detached, read_logits
 from testtime.adaptation.parts.statistics import (
     BatchStatistics,
-    SourceStatistics,
 )
 from testtime.adaptation.plan import Plan, planned
 from testtime.adaptation.ranks import Ranks
@@ -81,11 +82,7 @@ class Adapter:
         named_layer(model, features)
         if on_event is not None and not callable(on_event):
             raise OptionError(f"on_event is {on_event!r}; expected a function of one event")
-        if source is not None and not isinstance(source, SourceKnowledge):
-            raise OptionError(
-                f"source is of type {type(source).__name__}; expected what tt.fit_source(model, "
-                "loader) gives, or tt.SourceKnowledge.load(path) reads."
-            )
+        check_kind(source)
         check_deferred(deferred, recipe)
         whole(1, every=every)
         self.model, self.recipe = model, recipe
@@ -100,7 +97,7 @@ class Adapter:
         self._ranks = Ranks(None if alone else process_group)
         self._lock = threading.RLock()
         with lock_of(model):
-            self._check_source()
+            check_source(source, recipe, model)
             self._engine = self._build(order=[])
             self._state = self._engine.fresh()
         self._lane = Lane(self._engine.device)
@@ -141,7 +138,11 @@ class Adapter:
 
             def settle(step: Step) -> Event:
                 self._state = step.state
-                self._count(len(x), before, step.outcome, restored=state is not was)
+                engine, (forwards, backwards) = self._engine, before
+                self._counts = self._counts.after(
+                    step.outcome, samples=len(x), forwards=engine.forwards - forwards,
+                    backwards=engine.backwards - backwards, restored=state is not was,
+                )  # fmt: skip
                 event = Event(self._counts.steps, step.outcome, len(x), step.measured)
                 self._events.append(event)
                 return event
@@ -150,8 +151,8 @@ class Adapter:
                 job = self._deferring(x, steps, settle)
                 answer = self._lane.leave(*self._behind.ask(job))
             else:
-                step = self._guard(x, lambda: ended(steps))
-                event, answer = settle(step), _detached(step.output)
+                step = self._taking(x, lambda: ended(steps))
+                event, answer = settle(step), detached(step.output)
         if event is not None:
             self._tell(event)
         return answer
@@ -179,11 +180,11 @@ class Adapter:
 
         def job(give: Give) -> None:
             with _computing(), casting(), self._lane.computing():
-                output, step = self._guard(x, lambda: begun(steps))
+                output, step = self._taking(x, lambda: begun(steps))
                 if not give(self._lane.give(output)):
                     steps.close()
                     return
-                event = settle(step or self._guard(x, lambda: ended(steps)))
+                event = settle(step or self._taking(x, lambda: ended(steps)))
             self._tell(event)
 
         return job
@@ -202,8 +203,8 @@ class Adapter:
             x = self._admit(x)
             engine, state = self._engine, self._state
             asked = engine.frozen if distrusted(state) else lambda x: engine.predict(x, state)
-            output, _ = self._guard(x, lambda: asked(x))
-            return _detached(output)
+            output, _ = self._taking(x, lambda: asked(x))
+            return detached(output)
 
     # --- what was done ------------------------------------------------------------------------
 
@@ -315,46 +316,10 @@ class Adapter:
                     yield
                     return
 
-    def _check_source(self) -> None:
-        needs = self.recipe.needs
-        if needs and self._source is None:
-            raise NeedsSource(
-                f"this method needs {', '.join(n.name for n in needs)} of the source data. Give "
-                "source=tt.fit_source(model, loader), with a loader of about 2000 source samples."
-            )
-        if self._source is not None and self._source.model != fingerprint(self.model):
-            raise StateError(
-                "source= was computed for another model. Call tt.fit_source(model, loader) with "
-                "this one."
-            )
-
-    def _check_layers(self, engine: Engine, norms: list[NormLayer]) -> None:
-        """Refuses a method that only changes stored statistics for a model that stores none."""
-        recipe, loan = self.recipe, engine.loan
-        acts = recipe.learns or recipe.procedure is not None or recipe.prediction is not student
-        if acts or isinstance(recipe.statistics, SourceStatistics) or loan.norms or loan.tracked:
-            return
-        kinds = ", ".join(sorted({layer.kind for layer in norms})) or "none"
-        raise ScopeError(
-            "this method only changes the statistics that normalisation layers stored in training, "
-            f"and {type(self.model).__name__} stores none (its normalisation layers: {kinds}). It "
-            "would answer as the source model. Take tent or sar, which adapt scales and shifts of "
-            "any normalisation layer, or lame, which changes no model."
-        )
-
     def _build(self, order: list[str], feature_layer: nn.Module | None = None) -> Engine:
         norms = norm_layers(self.model, order)
         device = next(iter(self.model.parameters()), torch.zeros(())).device
-        known: dict[str, dict[str, Tensor]] = {}
-        for need in self.recipe.needs:
-            assert self._source is not None
-            if need.name not in self._source:
-                raise NeedsSource(
-                    f"source= holds no {need.name}, only {', '.join(self._source.entries) or 'nothing'}. "
-                    "Call tt.fit_source with the methods that you use."
-                )
-            own = self._source[need.name]
-            known[need.name] = {name: value.to(device) for name, value in own.items()}
+        known = known_of(self._source, self.recipe, device)
         if isinstance(self._gate, SourceLike):
             signals = None if self._source is None else self._source.entries.get(Signals.name)
             self._gate.begin(norms, signals and {k: v.to(device) for k, v in signals.items()})
@@ -362,18 +327,10 @@ class Adapter:
             self.model, self.recipe, norms, known=known, seed=self._seed, ranks=self._ranks,
             feature_layer=feature_layer,
         )  # fmt: skip
-        self._check_layers(engine, norms)
+        check_layers(self.recipe, engine.loan, norms)
         if self._ration is not None:
             self._ration.engage(engine, norms)
-        for need in self.recipe.needs:
-            if getattr(need, "of_tensors", False):
-                held = {key.rpartition(" ")[2] for key in known[need.name]}
-                missing = set(engine.names) - held
-                if missing:
-                    raise NeedsSource(
-                        f"source= holds no {need.name} of {min(missing)}. Call tt.fit_source with "
-                        "the methods that you use."
-                    )
+        check_covered(known, self.recipe, engine.names)
         return engine
 
     def _admit(self, x: Tensor) -> Tensor:
@@ -387,7 +344,7 @@ class Adapter:
             # with other ranks, a batch that the model refuses must not fail in mid-step on one
             if self._seen is None or (self._seen != kind and not self._ranks.alone):
                 with self._engine.loan.lock:
-                    self._guard(x, lambda: self._look(x))
+                    self._taking(x, lambda: self._look(x))
                 self._seen = kind
         except Exception as error:
             complaint = error
@@ -418,20 +375,8 @@ class Adapter:
             self._state = replace(engine.fresh(), generator=self._state.generator)
         self._engine = engine
 
-    def _guard(self, x: Tensor, run: Callable[[], Any]) -> Any:
-        """Runs it; what a model says of a batch of a new shape becomes an `InputError`."""
-        try:
-            return run()
-        except TesttimeError:
-            raise
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            if self._seen == (x.shape[1:], x.dtype):
-                raise
-            raise InputError(
-                f"the model could not take a batch of shape {tuple(x.shape)} and type {x.dtype}: {error}"
-            ) from error
+    def _taking(self, x: Tensor, run: Callable[[], Any]) -> Any:
+        return run() if self._seen == (x.shape[1:], x.dtype) else taking(x, run)
 
     def _due(self, state: State) -> State:
         """The state a step begins with: the source's where the recipe says so."""
@@ -444,22 +389,6 @@ class Adapter:
                 gate=state.gate, account=state.account, guard=state.guard,
             )  # fmt: skip
         return state
-
-    def _count(
-        self, samples: int, before: tuple[int, int], outcome: Outcome, *, restored: bool
-    ) -> None:
-        old, engine = self._counts, self._engine
-        self._counts = Counts(
-            steps=old.steps + 1,
-            samples=old.samples + samples,
-            forwards=old.forwards + engine.forwards - before[0],
-            backwards=old.backwards + engine.backwards - before[1],
-            updates=old.updates + (outcome in (Outcome.ADAPTED, Outcome.RECOVERED)),
-            skipped=old.skipped + (outcome in (Outcome.NOTHING_RELIABLE, Outcome.NON_FINITE)),
-            resets=old.resets + (restored or outcome is Outcome.RECOVERED),
-            spared=old.spared + (outcome in (Outcome.NOT_DUE, Outcome.LIKE_SOURCE)),
-            distrusted=old.distrusted + (outcome in (Outcome.GUARDED, Outcome.ROLLED_BACK)),
-        )
 
     def _owner(self) -> dict[str, str]:
         return {"model": fingerprint(self.model), "method": describe(self.recipe)}
@@ -500,9 +429,3 @@ def _computing() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
-
-
-def _detached(output: Any) -> Any:
-    from testtime.adaptation.outputs import with_logits  # noqa: PLC0415
-
-    return with_logits(output, read_logits(output))

@@ -1,13 +1,14 @@
 """Bad input is refused before anything changes."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from testtime._core.errors import InputError, OptionError, ScopeError
+from testtime._core.errors import InputError, OptionError, ScopeError, TesttimeError
 from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.views import needs_pixels
 from testtime.adaptation.recipe import Recipe
@@ -123,3 +124,15 @@ def check_output(logits: Tensor, recipe: Recipe, *, samples: int) -> None:
             f"the model returns dense logits {tuple(logits.shape)}; this method needs one "
             "prediction for each sample. Use tent, eta, eata, sar, ostta or bn-adapt."
         )
+
+
+def taking(x: Tensor, run: Callable[[], Any]) -> Any:
+    """Runs a model on a kind of batch that it has not met; what it says of it is an `InputError`."""
+    try:
+        return run()
+    except (TesttimeError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise InputError(
+            f"the model could not take a batch of shape {tuple(x.shape)} and type {x.dtype}: {error}"
+        ) from error

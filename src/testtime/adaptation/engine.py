@@ -1,4 +1,4 @@
-"""The one loop: forward, answer, loss, gradient, step. Every method of the library runs in it."""
+"""The one loop: forward, answer, learn. Every method of the library runs in it."""
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import nullcontext
@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.arrays import at_least_single
-from testtime._core.errors import ScopeError
 from testtime._core.outcomes import Outcome
 from testtime._core.seeds import generator
+from testtime.adaptation import learning
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.loan import Averages, Loan
 from testtime.adaptation.look import answers_alone
 from testtime.adaptation.outputs import read_logits, with_logits
-from testtime.adaptation.parts.optimizer import SharpnessAware
 from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import RunningStatistics, SourceStatistics
 from testtime.adaptation.ranks import Ranks
@@ -335,181 +334,17 @@ class Engine:
 
     def leaves(self, state: State) -> dict[str, Tensor]:
         """The adapted tensors as leaves of a new graph."""
-        return _leaves(state.tensors)
+        return learning.leaves(state.tensors)
 
-    def learn(self, evidence: Evidence) -> tuple[State, Outcome, dict[str, Any]]:
-        """One step on what the evidence shows: loss, gradient, optimizer, teacher, restoration."""
-        recipe, state = self.recipe, evidence.state
-        optimizer = recipe.optimizer
-        assert optimizer is not None
-        with torch.enable_grad():
-            weights, selection = self._select(evidence, state.selection)
-        kept = replace(state, selection=selection)
-        taught = some = evidence, weights
-        if weights is not None and self.may_part(evidence.inputs):
-            of_samples = weights.view(len(evidence.inputs), -1)  # dense logits have many of each
-            chosen = (of_samples != 0).any(1)
-            share = float(chosen.sum()) / len(chosen)
-            kept = replace(kept, teaching=_followed(state.teaching, share))
-            if share:
-                some = evidence.only(chosen), of_samples[chosen].flatten()
-            if not evidence.logits.requires_grad:
-                taught = some
-        with torch.enable_grad():
-            loss, used = self._loss(*taught)
-        measured: dict[str, Any] = {"used": used, "loss": None if loss is None else loss.detach()}
-        if loss is None:
-            return kept, Outcome.NOTHING_RELIABLE, measured
-        grads = self._gradient(loss, taught[0])
-        if isinstance(optimizer, SharpnessAware) and finite(loss, grads):
-            with torch.no_grad():
-                worst = optimizer.worst(list(evidence.learning.values()), grads)
-            there = dict(zip(evidence.learning, worst, strict=True))
-            beside = {name: there.pop(name) for name in state.beside}
-            few, weights = some
-            evidence = Evidence(self, replace(state, beside=beside), _leaves(there), few.inputs)
-            with torch.enable_grad():
-                again, _ = self._select(evidence, state.selection)
-                both = again if weights is None else (weights * (again != 0))
-                loss, measured["used"] = self._loss(evidence, both)
-            if loss is None:
-                return kept, Outcome.NOTHING_RELIABLE, measured
-            measured["loss"] = loss.detach()
-            grads = self._gradient(loss, evidence)
-        if not finite(loss, grads):
-            return state, Outcome.NON_FINITE, measured
-        return self._move(
-            kept, evidence, grads, float(loss.detach()) if recipe.recovery else None, measured
-        )
-
-    def _move(
-        self,
-        state: State,
-        evidence: Evidence,
-        grads: list[Tensor],
-        loss: float | None,
-        measured: dict[str, Any],
-    ) -> tuple[State, Outcome, dict[str, Any]]:
-        recipe = self.recipe
-        assert recipe.optimizer is not None
-        with torch.no_grad():
-            now = [*state.tensors.values(), *state.beside.values()]
-            stepped, optimizer = recipe.optimizer.step(state.optimizer, now, grads)
-            moved, beside = stepped[: len(state.tensors)], stepped[len(state.tensors) :]
-            teacher = state.teacher
-            followed = [] if teacher is None else list(teacher.values())
-            if teacher is not None:
-                followed = recipe.teacher.follow(followed, moved)
-            if recipe.restoration is not None:
-                offered = {
-                    "tensors": moved,
-                    "source": [self.loan.source(name) for name in state.tensors],
-                    "grads": grads[: len(moved)],
-                    "teacher": followed,
-                    "generator": self._common_generator(state),
-                }
-                asked = reads(recipe.restoration)
-                restored = recipe.restoration(**{name: offered[name] for name in asked})
-                moved, followed = restored if "teacher" in asked else (restored, followed)
-        state = replace(
-            state,
-            tensors=dict(zip(state.tensors, moved, strict=True)),
-            beside=dict(zip(state.beside, beside, strict=True)),
-            optimizer=optimizer,
-            teacher=None if teacher is None else dict(zip(teacher, followed, strict=True)),
-            averages=evidence.averages,
-            teacher_averages=evidence.teacher_averages,
-        )
-        if loss is not None:
-            average, recovered = recipe.recovery(state.loss_average, loss)
-            if recovered:
-                return replace(self.fresh(), loss_average=None), Outcome.RECOVERED, measured
-            state = replace(state, loss_average=average)
-        return state, Outcome.ADAPTED, measured
-
-    def _common_generator(self, state: State) -> torch.Generator:
-        """Chance that all ranks share: their own has moved on by the size of their batch."""
-        if self.ranks.alone:
-            return self.generator
-        return generator(self.seed, "ranks", state.steps, device=self.device)
-
-    # --- losses -------------------------------------------------------------------------------
-
-    def _select(self, evidence: Evidence, state: Any) -> tuple[Tensor | None, Any]:
-        weights: Tensor | None = None
-        states: list[Any] = []
-        for part, old in zip(self.recipe.selections, state, strict=True):
-            if hasattr(part, "init"):
-                own, new = evidence.ask(part, state=old)
-            else:
-                own, new = evidence.ask(part), None
-            states.append(new)
-            weights = own if weights is None else weights * own
-        return weights, states
-
-    def _loss(self, evidence: Evidence, weights: Tensor | None) -> tuple[Tensor | None, Any]:
-        """The loss, or None when no sample may teach; and how many do."""
-        recipe = self.recipe
-        evidence.weights = weights
-        terms: list[Tensor] = []
-        used: Any = len(evidence.logits)
-        if recipe.objective is not None:
-            values = evidence.ask(recipe.objective)
-            if weights is None:
-                terms.append(self.ranks.mean(values))
-            else:
-                teaching = weights != 0
-                used = self.ranks.sum(teaching.sum().to(values.dtype))
-                if float(used):
-                    terms.append(
-                        self.ranks.sum(torch.where(teaching, weights * values, 0.0).sum()) / used
-                    )
-        terms.extend(evidence.ask(part) for part in recipe.batch_objectives)
-        if not terms:
-            return None, used
-        if recipe.penalty is not None:
-            terms.append(evidence.ask(recipe.penalty))
-        return sum(terms[1:], start=terms[0]), used
-
-    def _gradient(self, loss: Tensor, evidence: Evidence) -> list[Tensor]:
-        return self.gradient(loss, evidence.learning, samples=evidence.differentiated)
+    def learn(self, evidence: Evidence) -> learning.Learned:
+        """One step on what the evidence shows: the state after it, and what became of it."""
+        return learning.learn(evidence)
 
     def gradient(self, loss: Tensor, tensors: dict[str, Tensor], *, samples: int) -> list[Tensor]:
         """Gradients of these leaves, and of nothing else; zero for those the loss never meets."""
         self.backwards += samples
-        grads = gradients(loss, tensors)
+        grads = learning.gradients(loss, tensors)
         if self.ranks.alone:
             return grads
         share = 1.0 / torch.distributed.get_world_size(self.ranks.group)
         return [self.ranks.sum(grad) * share for grad in grads]
-
-
-def _followed(average: float | None, share: float) -> float:
-    return share if average is None else 0.75 * average + 0.25 * share
-
-
-def _leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-
-
-def gradients(loss: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
-    """Gradients of a loss; zero for tensors that it never meets.
-
-    Raises:
-        ScopeError: when it meets none because the model carries no gradient.
-    """
-    if not loss.requires_grad:
-        raise ScopeError(
-            "nothing can be learnt: the model's output carries no gradient of what adapts. Its "
-            "forward runs under torch.no_grad(), detaches its output, or uses none of "
-            f"{', '.join(list(tensors)[:3])}. Mend the model, or take a method that learns "
-            "nothing: bn-adapt, lame, source."
-        )
-    leaves = list(tensors.values())
-    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
-
-
-def finite(loss: Tensor, grads: list[Tensor]) -> bool:
-    """Whether a loss and its gradients are numbers."""
-    norms = torch.stack([loss.detach(), *torch._foreach_norm(grads)])
-    return bool(norms.isfinite().all())

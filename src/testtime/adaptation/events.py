@@ -27,6 +27,22 @@ class Counts(NamedTuple):
     spared: int = 0
     distrusted: int = 0
 
+    def after(
+        self, outcome: Outcome, *, samples: int, forwards: int, backwards: int, restored: bool
+    ) -> "Counts":
+        """The counts after one more step."""
+        return Counts(
+            steps=self.steps + 1,
+            samples=self.samples + samples,
+            forwards=self.forwards + forwards,
+            backwards=self.backwards + backwards,
+            updates=self.updates + (outcome in (Outcome.ADAPTED, Outcome.RECOVERED)),
+            skipped=self.skipped + (outcome in (Outcome.NOTHING_RELIABLE, Outcome.NON_FINITE)),
+            resets=self.resets + (restored or outcome is Outcome.RECOVERED),
+            spared=self.spared + (outcome in (Outcome.NOT_DUE, Outcome.LIKE_SOURCE)),
+            distrusted=self.distrusted + (outcome in (Outcome.GUARDED, Outcome.ROLLED_BACK)),
+        )
+
 
 @dataclass(frozen=True)
 class Event:

@@ -16,9 +16,10 @@ from testtime._core.errors import InputError, OptionError, StateError
 from testtime._core.files import atomic, digest
 from testtime._core.registry import find
 from testtime.adaptation.checks import check_input, check_output, expected_rank
-from testtime.adaptation.engine import Engine, gradients
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
+from testtime.adaptation.learning import gradients
 from testtime.adaptation.look import look
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.knowledge import Need

@@ -52,6 +52,11 @@ def with_logits(output: Any, logits: Tensor) -> Any:
     return map_tensors(lambda part: (logits if part is old else part).detach(), output)
 
 
+def detached(output: Any) -> Any:
+    """The same output without its graph."""
+    return with_logits(output, read_logits(output))
+
+
 def join(outputs: list[Any]) -> Any:
     """One output for a batch from those for its parts: tensors are joined, single numbers averaged.
 

@@ -26,8 +26,9 @@ from testtime._core.errors import OptionError
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step, finite
+from testtime.adaptation.engine import Engine, Step
 from testtime.adaptation.evidence import Evidence
+from testtime.adaptation.learning import finite
 from testtime.adaptation.outputs import with_logits
 from testtime.adaptation.parts.knowledge import FeatureMemory
 from testtime.adaptation.parts.optimizer import Adam

@@ -24,7 +24,7 @@ from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.registry import register
-from testtime.adaptation.engine import gradients
+from testtime.adaptation.learning import gradients
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.knowledge import named, part_of
 from testtime.adaptation.parts.objective import symmetric_with_teacher, teacher_cross_entropy

@@ -25,7 +25,7 @@ from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.registry import register
 from testtime._core.seeds import generator as seeded
-from testtime.adaptation.engine import gradients
+from testtime.adaptation.learning import gradients
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.knowledge import LabelledSamples, Prototypes, named, part_of
 from testtime.adaptation.parts.objective import agreement_with_teacher, symmetric_cross_entropy

@@ -31,8 +31,9 @@ from testtime._core.errors import InputError, MissingExtra, OptionError, Testtim
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step, gradients
+from testtime.adaptation.engine import Engine, Step
 from testtime.adaptation.evidence import Evidence
+from testtime.adaptation.learning import gradients
 from testtime.adaptation.parts.optimizer import SGD
 from testtime.adaptation.parts.scope import all_parameters
 from testtime.adaptation.recipe import Recipe

@@ -30,9 +30,10 @@ from testtime._core.errors import OptionError
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step, finite
+from testtime.adaptation.engine import Engine, Step
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
+from testtime.adaptation.learning import finite
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.levels import shift, watched
 from testtime.adaptation.parts.objective import Diversity

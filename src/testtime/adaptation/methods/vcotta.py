@@ -24,7 +24,8 @@ from testtime._core.arrays import at_least_single
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step, finite
+from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.learning import finite
 from testtime.adaptation.outputs import read_logits, rows, with_logits
 from testtime.adaptation.parts.gaussians import (
     Posterior,

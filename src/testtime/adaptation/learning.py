@@ -1,0 +1,186 @@
+"""One step on what a batch shows: select, loss, gradient, optimizer, teacher, restoration."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from testtime._core.errors import ScopeError
+from testtime._core.outcomes import Outcome
+from testtime._core.seeds import generator
+from testtime.adaptation.evidence import Evidence
+from testtime.adaptation.parts.optimizer import SharpnessAware
+from testtime.adaptation.recipe import reads
+from testtime.adaptation.state import State
+
+Learned = tuple[State, Outcome, dict[str, Any]]
+"""The state after a step, what became of it, and what it measured by name."""
+
+
+def learn(evidence: Evidence) -> Learned:
+    """One step of a recipe's parts on what the evidence shows."""
+    engine, state = evidence.engine, evidence.state
+    optimizer = engine.recipe.optimizer
+    assert optimizer is not None
+    with torch.enable_grad():
+        weights, selection = _select(evidence, state.selection)
+    kept = replace(state, selection=selection)
+    taught = some = evidence, weights
+    if weights is not None and engine.may_part(evidence.inputs):
+        of_samples = weights.view(len(evidence.inputs), -1)  # dense logits have many of each
+        chosen = (of_samples != 0).any(1)
+        share = float(chosen.sum()) / len(chosen)
+        kept = replace(kept, teaching=_followed(state.teaching, share))
+        if share:
+            some = evidence.only(chosen), of_samples[chosen].flatten()
+        if not evidence.logits.requires_grad:
+            taught = some
+    with torch.enable_grad():
+        loss, used = _loss(*taught)
+    measured: dict[str, Any] = {"used": used, "loss": None if loss is None else loss.detach()}
+    if loss is None:
+        return kept, Outcome.NOTHING_RELIABLE, measured
+    grads = _gradient(loss, taught[0])
+    if isinstance(optimizer, SharpnessAware) and finite(loss, grads):
+        with torch.no_grad():
+            worst = optimizer.worst(list(evidence.learning.values()), grads)
+        there = dict(zip(evidence.learning, worst, strict=True))
+        beside = {name: there.pop(name) for name in state.beside}
+        few, weights = some
+        evidence = Evidence(engine, replace(state, beside=beside), leaves(there), few.inputs)
+        with torch.enable_grad():
+            again, _ = _select(evidence, state.selection)
+            both = again if weights is None else (weights * (again != 0))
+            loss, measured["used"] = _loss(evidence, both)
+        if loss is None:
+            return kept, Outcome.NOTHING_RELIABLE, measured
+        measured["loss"] = loss.detach()
+        grads = _gradient(loss, evidence)
+    if not finite(loss, grads):
+        return state, Outcome.NON_FINITE, measured
+    return _move(kept, evidence, loss, grads, measured)
+
+
+def _select(evidence: Evidence, state: Any) -> tuple[Tensor | None, Any]:
+    """The weight of each sample, None where all teach alike; and the selections' states."""
+    weights: Tensor | None = None
+    states: list[Any] = []
+    for part, old in zip(evidence.engine.recipe.selections, state, strict=True):
+        if hasattr(part, "init"):
+            own, new = evidence.ask(part, state=old)
+        else:
+            own, new = evidence.ask(part), None
+        states.append(new)
+        weights = own if weights is None else weights * own
+    return weights, states
+
+
+def _loss(evidence: Evidence, weights: Tensor | None) -> tuple[Tensor | None, Any]:
+    """The loss, or None when no sample may teach; and how many do."""
+    recipe, ranks = evidence.engine.recipe, evidence.ranks
+    evidence.weights = weights
+    terms: list[Tensor] = []
+    used: Any = len(evidence.logits)
+    if recipe.objective is not None:
+        values = evidence.ask(recipe.objective)
+        if weights is None:
+            terms.append(ranks.mean(values))
+        else:
+            teaching = weights != 0
+            used = ranks.sum(teaching.sum().to(values.dtype))
+            if float(used):
+                terms.append(ranks.sum(torch.where(teaching, weights * values, 0.0).sum()) / used)
+    terms.extend(evidence.ask(part) for part in recipe.batch_objectives)
+    if not terms:
+        return None, used
+    if recipe.penalty is not None:
+        terms.append(evidence.ask(recipe.penalty))
+    return sum(terms[1:], start=terms[0]), used
+
+
+def _gradient(loss: Tensor, evidence: Evidence) -> list[Tensor]:
+    engine = evidence.engine
+    return engine.gradient(loss, evidence.learning, samples=evidence.differentiated)
+
+
+def _move(
+    state: State, evidence: Evidence, loss: Tensor, grads: list[Tensor], measured: dict[str, Any]
+) -> Learned:
+    """Steps along the gradient; then teacher, restoration and recovery, where there are such."""
+    engine, recipe = evidence.engine, evidence.engine.recipe
+    assert recipe.optimizer is not None
+    with torch.no_grad():
+        now = [*state.tensors.values(), *state.beside.values()]
+        stepped, optimizer = recipe.optimizer.step(state.optimizer, now, grads)
+        moved, beside = stepped[: len(state.tensors)], stepped[len(state.tensors) :]
+        teacher = state.teacher
+        followed = [] if teacher is None else list(teacher.values())
+        if teacher is not None:
+            followed = recipe.teacher.follow(followed, moved)
+        if recipe.restoration is not None:
+            offered = {
+                "tensors": moved,
+                "source": [engine.loan.source(name) for name in state.tensors],
+                "grads": grads[: len(moved)],
+                "teacher": followed,
+                "generator": _common_generator(evidence),
+            }
+            asked = reads(recipe.restoration)
+            restored = recipe.restoration(**{name: offered[name] for name in asked})
+            moved, followed = restored if "teacher" in asked else (restored, followed)
+    state = replace(
+        state,
+        tensors=dict(zip(state.tensors, moved, strict=True)),
+        beside=dict(zip(state.beside, beside, strict=True)),
+        optimizer=optimizer,
+        teacher=None if teacher is None else dict(zip(teacher, followed, strict=True)),
+        averages=evidence.averages,
+        teacher_averages=evidence.teacher_averages,
+    )
+    if recipe.recovery is not None:
+        average, recovered = recipe.recovery(state.loss_average, float(loss.detach()))
+        if recovered:
+            return replace(engine.fresh(), loss_average=None), Outcome.RECOVERED, measured
+        state = replace(state, loss_average=average)
+    return state, Outcome.ADAPTED, measured
+
+
+def _common_generator(evidence: Evidence) -> torch.Generator:
+    """Chance that all ranks share: their own has moved on by the size of their batch."""
+    if evidence.ranks.alone:
+        return evidence.generator
+    engine = evidence.engine
+    return generator(engine.seed, "ranks", evidence.state.steps, device=engine.device)
+
+
+def _followed(average: float | None, share: float) -> float:
+    return share if average is None else 0.75 * average + 0.25 * share
+
+
+def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values as leaves of a new graph."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+
+
+def gradients(loss: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """Gradients of a loss; zero for tensors that it never meets.
+
+    Raises:
+        ScopeError: when it meets none because the model carries no gradient.
+    """
+    if not loss.requires_grad:
+        raise ScopeError(
+            "nothing can be learnt: the model's output carries no gradient of what adapts. Its "
+            "forward runs under torch.no_grad(), detaches its output, or uses none of "
+            f"{', '.join(list(tensors)[:3])}. Mend the model, or take a method that learns "
+            "nothing: bn-adapt, lame, source."
+        )
+    of = list(tensors.values())
+    return list(torch.autograd.grad(loss, of, allow_unused=True, materialize_grads=True))
+
+
+def finite(loss: Tensor, grads: list[Tensor]) -> bool:
+    """Whether a loss and its gradients are numbers."""
+    norms = torch.stack([loss.detach(), *torch._foreach_norm(grads)])
+    return bool(norms.isfinite().all())
