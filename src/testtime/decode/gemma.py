@@ -12,22 +12,23 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from testtime._core.errors import InputError, MissingExtra
 
-if TYPE_CHECKING:
-    from testtime.decode.models import Told
-
 FOLDER = "gemma-3-270m-float32-1"
 """Name in the cache; its number rises when the conversion changes."""
 SUMS = "SHA256SUMS"
 LEFT = 3600
 """Seconds after which an unfinished folder belongs to nobody: a conversion takes some minutes."""
+
+Told = Callable[[int, int], None]
+"""Called with the tensors converted so far, and their number."""
 
 
 def cache() -> Path:
@@ -36,7 +37,7 @@ def cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "testtime"
 
 
-def converted(on_progress: "Told | None" = None) -> Path:
+def converted(on_progress: Told | None = None) -> Path:
     """The folder with the converted model; made when it is missing or fails its checksums.
 
     Args:
@@ -87,7 +88,7 @@ def _sum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _convert(folder: Path, on_progress: "Told | None") -> None:
+def _convert(folder: Path, on_progress: Told | None) -> None:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
     except ImportError as error:
@@ -118,7 +119,7 @@ def _convert(folder: Path, on_progress: "Told | None") -> None:
 
 
 def _tensors(
-    gguf: Any, path: Path, names: list[str], layers: int, on_progress: "Told | None"
+    gguf: Any, path: Path, names: list[str], layers: int, on_progress: Told | None
 ) -> dict[str, torch.Tensor]:
     """All tensors of the file, in float32 and under the names of transformers."""
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, layers)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from testtime._core.errors import InputError, MissingExtra, unknown
 from testtime._core.files import digest
+from testtime.decode.gemma import Told, converted
 
 SPECS = ("gemma:270m", "hf:NAME_OR_PATH")
 PASSING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version",
@@ -17,9 +17,6 @@ PASSING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transforme
 """Entries of a configuration that say where and how a model was saved, not what it computes."""
 ROOM = 1024
 """Rows that an output layer may have beyond its tokenizer, as padding; and a tenth of the rows."""
-
-Told = Callable[[int, int], None]
-"""Called with the tensors converted so far, and their number."""
 
 
 def load_language_model(spec: str, *, on_progress: Told | None = None) -> tuple[Any, Any]:
@@ -46,8 +43,6 @@ def load_language_model(spec: str, *, on_progress: Told | None = None) -> tuple[
     """
     source, _, name = spec.partition(":")
     if spec == "gemma:270m":
-        from testtime.decode.gemma import converted  # noqa: PLC0415
-
         name = str(converted(on_progress))
     elif source != "hf" or not name:
         raise unknown("language model", spec, SPECS)
