@@ -35,23 +35,23 @@ def lines(series: Series, *, x: str, y: str) -> str:
         at, _ = place((value, 10 ** spans[1][0]))
         parts.append(f'<path class="grid" d="M{at:.1f} {TOP}V{HIGH - BOTTOM}"/>')
         turn = f' transform="rotate(-30 {at:.1f} {HIGH - BOTTOM + 16})"' if value > 1e5 else ""
-        parts.append(_text(at, HIGH - BOTTOM + 16, short(value), "middle", turn))
+        parts.append(text(at, HIGH - BOTTOM + 16, short(value), "middle", turn))
     low, high = spans[1]
     for power in range(math.floor(low), math.floor(high) + 1):
         for value in (v * 10.0**power for v in ((1, 3) if high - low > 1.5 else (1, 2, 5))):
             if low <= math.log10(value) <= high:
                 _, at = place((10 ** spans[0][0], value))
                 parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDE - RIGHT}"/>')
-                parts.append(_text(LEFT - 6, at + 4, short(value), "end"))
+                parts.append(text(LEFT - 6, at + 4, short(value), "end"))
     for colour, (name, own) in zip(COLOURS, series.items(), strict=False):
         placed = [place(point) for point in own]
         path = "L".join(f"{across:.1f} {up:.1f}" for across, up in placed)
         parts.append(f'<path d="M{path}" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{a:.1f}" cy="{u:.1f}" r="3.5" fill="{colour}"/>' for a, u in placed]
-        parts.append(_text(placed[-1][0] + 9, placed[-1][1] + 4, name, "start"))
+        parts.append(text(placed[-1][0] + 9, placed[-1][1] + 4, name, "start"))
     middle = HIGH - BOTTOM - (HIGH - BOTTOM - TOP) / 2
-    parts.append(_text((LEFT + WIDE - RIGHT) / 2, HIGH - 8, x, "middle"))
-    parts.append(_text(14, middle, y, "middle", f' transform="rotate(-90 14 {middle:.0f})"'))
+    parts.append(text((LEFT + WIDE - RIGHT) / 2, HIGH - 8, x, "middle"))
+    parts.append(text(14, middle, y, "middle", f' transform="rotate(-90 14 {middle:.0f})"'))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -69,5 +69,6 @@ def _span(values: list[float]) -> tuple[float, float]:
     return low - edge, high + edge
 
 
-def _text(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
+def text(x: float, y: float, words: str, anchor: str, more: str = "") -> str:
+    """A piece of writing at a place of the picture."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(words)}</text>'
