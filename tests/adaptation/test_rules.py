@@ -12,7 +12,7 @@ from torch import nn
 
 import testtime as tt
 from reference import rules as reference
-from testtime._core.errors import InputError, NeedsSource
+from testtime._core.errors import InputError, NeedsSource, TesttimeWarning
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.methods.sqrl import rule_losses, sqrl
 from testtime.adaptation.parts import rules as parts
@@ -235,3 +235,12 @@ def test_rules_are_saved_with_what_is_known_and_needed(tmp_path):
     assert all(torch.equal(again["rules"][name], own) for name, own in source["rules"].items())
     with pytest.raises(NeedsSource, match="rules"):
         tt.adapt(model, "sqrl")
+
+
+def test_data_that_no_rule_describes_are_told_of_before_the_model_adapts():
+    values, labels = torch.rand(60, 4), torch.arange(60) % 3
+    model = nn.Linear(4, 3)
+    with pytest.warns(TesttimeWarning, match="no rule and sqrl will answer as the source"):
+        source = tt.fit_source(model, [(values, labels)], methods=["sqrl"])
+    adapter = tt.adapt(model, "sqrl", source=source)
+    assert torch.equal(adapter(values), model(values))

@@ -10,6 +10,7 @@ for each batch x:  z = f_theta(x),  p = softmax(z)
     return z
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from testtime._core.arrays import at_least_single
+from testtime._core.errors import TesttimeWarning
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
@@ -63,11 +65,11 @@ class ClassRules:
         }
 
     def finish(self, total: dict[str, Tensor], *, samples: int, batches: int) -> Rules:
-        """The rules."""
+        """The rules; warns where there are none."""
         parts = [total[f"labels {number}"] for number in range(batches)]
         sizes = torch.tensor([len(part) for part in parts], device=parts[0].device)
         place = torch.arange(samples, device=parts[0].device)
-        return class_rules(
+        rules = class_rules(
             torch.cat([total[f"values {number}"] for number in range(batches)]),
             torch.cat(parts),
             torch.arange(batches, device=place.device).repeat_interleave(sizes),
@@ -76,6 +78,15 @@ class ClassRules:
             validated=self.validated,
             limit=self.limit,
         )
+        if not len(rules["label"]):
+            warnings.warn(
+                f"no single value of the input tells a class apart in {samples} samples, so there "
+                "is no rule and sqrl will answer as the source model. It is made for tables; take "
+                "more samples, or lower purity= and validated=.",
+                TesttimeWarning,
+                stacklevel=2,
+            )
+        return rules
 
 
 def rule_losses(logits: Tensor, values: Tensor, rules: Rules, *, ranks: Ranks) -> Tensor:
