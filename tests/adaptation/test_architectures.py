@@ -79,12 +79,14 @@ TIMM = {
 
 
 def of_timm(name: str) -> nn.Module:
-    timm = pytest.importorskip("timm")
+    import timm
+
     return timm.create_model(name, num_classes=CLASSES, **TIMM[name])
 
 
 def of_transformers(name: str) -> nn.Module:
-    hf = pytest.importorskip("transformers")
+    import transformers as hf
+
     config = {
         "ViT": {
             "image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 4,

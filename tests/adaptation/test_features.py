@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import mahalanobis as scipy_mahalanobis
 from scipy.special import softmax
+from sklearn import neighbors
 from torch import Tensor
 
 import testtime as tt
@@ -238,7 +239,6 @@ def test_a_vote_that_is_no_number_teaches_nothing():
 
 
 def test_adanpc_that_remembers_nothing_is_scikit_learns_classifier():
-    neighbors = pytest.importorskip("sklearn.neighbors")
     model, loader = tiny(), labelled(4)
     known = tt.fit_source(model, loader, methods="adanpc")
     judge = neighbors.KNeighborsClassifier(
@@ -287,7 +287,6 @@ ACTIVE = {"lr": 1e-3, "e_high": 0.1, "e_low": 1.25, "clusters": 3}
 
 @pytest.mark.parametrize(("cold_start", "steps"), [(0, 12), (40, None)])
 def test_simatta(cold_start, steps):
-    pytest.importorskip("sklearn")
     model = tiny().double()
     places: list[int] = []
 
@@ -333,7 +332,6 @@ def test_simatta_without_labels_learns_from_its_sure_answers(options):
 
 
 def test_simatta_with_a_budget_of_none_is_simatta_without_an_oracle():
-    pytest.importorskip("sklearn")
     options = {"e_low": 1.3, "steps": 5}
     asking, alone = (
         tt.adapt(tiny(), "simatta", **options, **more)
@@ -345,7 +343,6 @@ def test_simatta_with_a_budget_of_none_is_simatta_without_an_oracle():
 
 
 def test_simatta_goes_on_from_a_file_with_another_oracle(tmp_path):
-    pytest.importorskip("sklearn")
     first = tt.adapt(tiny(), "simatta", oracle=answers, steps=3, **ACTIVE)
     second = tt.adapt(tiny(), "simatta", oracle=other_answers, steps=3, **ACTIVE)
     xs = batches(6)
@@ -363,7 +360,6 @@ def test_simatta_goes_on_from_a_file_with_another_oracle(tmp_path):
     [lambda i, x: [0], lambda i, x: i * 0 + 5, lambda i, x: i * 0.5, lambda i, x: i * 0 - 1],
 )
 def test_what_is_no_label_is_refused_and_changes_nothing(wrong):
-    pytest.importorskip("sklearn")
     adapter = tt.adapt(tiny(), "simatta", oracle=wrong, e_high=0.1)
     mark = adapter.snapshot()
     with pytest.raises(InputError, match="from 0 to 4, in the order asked"):

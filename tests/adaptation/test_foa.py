@@ -190,7 +190,8 @@ def test_other_models_are_refused(model):
 
 
 def without_class_token() -> nn.Module:
-    timm = pytest.importorskip("timm")
+    import timm
+
     return timm.create_model(
         "vit_base_patch16_siglip_224", img_size=32, depth=2, num_classes=5
     ).eval()
@@ -203,12 +204,14 @@ def test_a_transformer_without_a_class_token_is_refused():
 
 
 def of_timm(name: str, **options) -> nn.Module:
-    timm = pytest.importorskip("timm")
+    import timm
+
     return timm.create_model(name, img_size=32, depth=3, num_classes=5, **options)
 
 
 def of_transformers() -> nn.Module:
-    hf = pytest.importorskip("transformers")
+    import transformers as hf
+
     config = hf.ViTConfig(
         image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=3,
         num_attention_heads=2, intermediate_size=32, num_labels=5,

@@ -105,7 +105,6 @@ def test_the_heat_map_has_the_mean_of_each_method_in_each_domain(page):
 
 
 def test_nothing_is_fetched(tmp_path):
-    pytest.importorskip("plotly")
     text = write_report(make(), tmp_path / "deep" / "r.html").read_text("utf-8")
     found = Page(text)
     loads = [

@@ -9,7 +9,6 @@ from testtime.cli.main import app
 from testtime.decode import models
 from toys import ToyModel, ToyTokenizer
 
-pytest.importorskip("constriction")
 run = CliRunner().invoke
 
 

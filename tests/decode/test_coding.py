@@ -18,8 +18,6 @@ from testtime.decode.coding import (
     ranks,
 )
 
-pytest.importorskip("constriction")
-
 
 class Mixer:
     """Probabilities that depend on all symbols read in a lane."""

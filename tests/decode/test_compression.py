@@ -14,7 +14,6 @@ from testtime.decode.lossless_tokens import BREAK, from_tokens, to_tokens
 from testtime.decode.windows import WindowedModel
 from toys import ToyModel, ToyTokenizer
 
-pytest.importorskip("constriction")
 TOKENIZER = ToyTokenizer()
 TEXT = b"the thin text, Then ~ and \xff\x00 more of that \xe2\x82\xac \xed\xa0\x80 text"
 contents = st.one_of(st.binary(max_size=60), st.text(max_size=40).map(str.encode))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -158,7 +159,6 @@ def test_a_larger_budget_of_keys_costs_more_up_to_full_attention(a, b):
 @settings(deadline=None)
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
 def test_coverage_equals_the_hypergeometric_form(a, b, c):
-    stats = pytest.importorskip("scipy.stats")
     right, samples, trials = sorted((a, b, c))[0], max(1, sorted((a, b, c))[1]), max(1, a, b, c)
     for k in {right, trials - right}:
         expected = 1 - stats.hypergeom(trials, k, samples).pmf(0)

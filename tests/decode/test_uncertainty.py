@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import metrics
 
 from testtime._core.errors import InputError, OptionError
 from testtime.decode.uncertainty import (
@@ -53,7 +54,6 @@ def test_limits_of_the_entropy():
 @settings(deadline=None)
 @given(st.integers(0, 999))
 def test_auc_equals_scikit_learn_also_on_ties(seed):
-    metrics = pytest.importorskip("sklearn.metrics")
     chance = torch.Generator().manual_seed(seed)
     score = torch.rand(60, generator=chance, dtype=torch.float64).mul(6).round() / 6
     wrong = torch.rand(60, generator=chance) < 0.4

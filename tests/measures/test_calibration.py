@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import metrics
 
 from reference import measures as reference
 from testtime._core.errors import InputError, OptionError
@@ -56,7 +57,6 @@ def test_errors_equal_the_references(dtype, bins):
 
 
 def test_brier_and_likelihood_equal_scikit_learn_and_their_definitions():
-    metrics = pytest.importorskip("sklearn.metrics")
     logits, labels = draws(2)
     probs = logits.softmax(-1)
     expected = metrics.log_loss(labels.numpy(), probs.numpy(), labels=range(5))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn import metrics
 
 from reference import measures as reference
 from testtime._core.errors import InputError
@@ -31,7 +32,6 @@ def test_auroc_and_fpr_equal_their_definitions_with_ties(pair):
 
 @pytest.mark.parametrize("distinct", [3, 10, 10**6])
 def test_all_equal_scikit_learn(distinct):
-    metrics = pytest.importorskip("sklearn.metrics")
     draw = torch.Generator().manual_seed(distinct)
     positive = torch.rand(500, generator=draw) < 0.2
     noise = torch.randn(500, generator=draw, dtype=torch.float64)

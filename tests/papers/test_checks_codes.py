@@ -61,7 +61,6 @@ def test_watermark(monkeypatch):
 
 
 def test_text(monkeypatch):
-    pytest.importorskip("constriction")
     found = small(llmzip, monkeypatch, KNOWN=6000, HELD=400)
     assert found["decoded"] == 1
     assert found["order 5"] == pytest.approx(found["bound"], rel=0.01, abs=64 / 400)
@@ -69,7 +68,6 @@ def test_text(monkeypatch):
 
 
 def test_code(monkeypatch):
-    pytest.importorskip("sklearn")
     code = [
         "def f{0}(a):\n    return tell{0}(a, {0})",
         "def g{0}(b):\n    for x in b: {1}.append(x)",

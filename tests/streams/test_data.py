@@ -77,7 +77,6 @@ def test_the_embedded_sample_is_a_part_of_the_full_set():
 
 @pytest.mark.parametrize("size", [8, 16])
 def test_digits_split_by_seed(size):
-    pytest.importorskip("sklearn")
     spec = "digits" if size == 8 else "digits:16"
     test, train = load_data(spec), load_data(spec, split="train")
     assert (len(train), len(test)) == (1000, 797)

@@ -123,7 +123,6 @@ def test_what_is_made_has_the_shape_of_the_images(kind, channels, size):
 
 
 def test_digits_come_at_the_size_of_the_images():
-    pytest.importorskip("sklearn")
     scenario = Scenario(domains=("clean",), unknown=("digits",), batch_size=200, samples=100)
     batch = next(iter(scenario.stream(load_data("fashion-mnist:sample"))))
     strange = batch.labels == UNKNOWN
