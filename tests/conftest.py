@@ -1,5 +1,25 @@
-"""Tests run side by side, so each computes on one thread: more would only wait for each other."""
+"""Every run is the same: one thread, and examples that depend on nothing but the test they are for."""
 
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture.providers import HypothesisProvider
+from hypothesis.internal.constants_ast import Constants
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # tests run side by side: more threads would only wait for each other
+
+clockless = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True, database=None
+)
+settings.register_profile("same", clockless, derandomize=True)
+settings.register_profile("search", clockless, derandomize=False)  # for --hypothesis-seed=N
+settings.load_profile("same")
+
+
+def pytest_sessionstart() -> None:
+    """Keeps constants of loaded modules out of the examples, unless a search is on.
+
+    Which modules are loaded depends on the tests that came before, and no setting leaves their
+    constants out. `test_examples.py` tells when this is no longer the way.
+    """
+    if settings.default.derandomize:
+        HypothesisProvider._local_constants = Constants()
