@@ -16,7 +16,6 @@ Neither assumes a law or bounds anything, and both are differentiable: nothing i
 # torch leaves some types open
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import math
 from typing import Literal
 
 import torch
@@ -104,7 +103,7 @@ def quadratic_information(x: Samples, z: Samples, *, width: float = 1.0) -> Floa
     Reference: Yu et al., ICLR 2024; Principe, Information Theoretic Learning, 2010.
     """
     _check(x=x, z=z)
-    return _information(gram(x, x, width=width), gram(z, z, width=width))
+    return _information(log_gram(x, x, width=width), log_gram(z, z, width=width))
 
 
 def normalised_information(x: Samples, z: Samples, *, width: float = 1.0) -> Float[Tensor, ""]:
@@ -116,13 +115,11 @@ def normalised_information(x: Samples, z: Samples, *, width: float = 1.0) -> Flo
         (tensor(1.), tensor(0.))
     """
     _check(x=x, z=z)
-    k, q = (gram(v, v, width=width) for v in (x, z))
-    square = _information(k, k) * _information(q, q)
-    # rounding leaves about this much of the information of a constant with itself
-    floor = torch.finfo(square.dtype).eps
-    within = square > floor
-    ratio = _information(k, q) / torch.where(within, square, 1).sqrt()
-    return torch.where(within, ratio, 0)
+    k, q = (log_gram(v, v, width=width) for v in (x, z))
+    of_x, of_z = _information(k, k), _information(q, q)
+    within = (of_x > 0) & (of_z > 0)
+    x_root, z_root = (torch.where(within, own, 1).sqrt() for own in (of_x, of_z))
+    return torch.where(within, _information(k, q) / (x_root * z_root), 0)
 
 
 def bottleneck_loss(
@@ -186,12 +183,20 @@ def log_gram(a: Samples, b: Samples, *, width: float) -> Float[Tensor, "samples 
     return -(a[:, None] - b[None]).square().sum(-1) / (2 * width**2)
 
 
-def _information(k: Tensor, q: Tensor) -> Tensor:
-    n = len(k)
-    joint = (k * q).sum().log() - 2 * math.log(n)
-    marginal = k.sum().log() + q.sum().log() - 4 * math.log(n)
-    cross = (k.sum(1) * q.sum(1)).sum().log() - 3 * math.log(n)
-    return joint + marginal - 2 * cross
+def _information(log_k: Tensor, log_q: Tensor) -> Tensor:
+    # With J, M and C the three means in the logarithms, J M - C^2 = M H - c^2, where H is the mean
+    # product of both kernels centred in rows and columns and c the covariance of their row means.
+    # Nearly equal samples have kernels near 1: J, M and C lose what tells them apart, 1 - K keeps it.
+    rows_k, rows_q = log_k.exp().mean(1), log_q.exp().mean(1)
+    marginal, cross = rows_k.mean() * rows_q.mean(), (rows_k * rows_q).mean()
+    (far_k, off_k), (far_q, off_q) = (_centred(-log.expm1()) for log in (log_k, log_q))
+    above = marginal * (far_k * far_q).mean() - (off_k * off_q).mean().square()
+    return (above / cross.square()).log1p()
+
+
+def _centred(far: Tensor) -> tuple[Tensor, Tensor]:
+    off = far.mean(1) - far.mean()
+    return far - off[:, None] - off[None] - far.mean(), off
 
 
 def _check(**samples: Tensor) -> None:
