@@ -91,6 +91,7 @@ def generate(
             the model, something that the method needs and did not get, logits that are NaN.
 
     Example:
+        >>> from testtime.decode import generate, load_language_model
         >>> model, tokenizer = load_language_model("gemma:270m")           # doctest: +SKIP
         >>> str(generate(model, tokenizer, "The capital of France is",
         ...              "greedy", max_new_tokens=8))                      # doctest: +SKIP
@@ -149,8 +150,14 @@ def stream(
         InputError: as `generate`, with the first piece.
 
     Example:
-        >>> for piece in stream(model, tokenizer, "Once"):                 # doctest: +SKIP
-        ...     print(piece.text, end="")
+        >>> from testtime.decode import load_language_model, stream
+        >>> model, tokenizer = load_language_model("gemma:270m")           # doctest: +SKIP
+        >>> for piece in stream(model, tokenizer, "The capital of France is",
+        ...                     "greedy", max_new_tokens=3):               # doctest: +SKIP
+        ...     print(piece)
+        Piece(prompt=0, text=' the')
+        Piece(prompt=0, text=' capital')
+        Piece(prompt=0, text=' of')
     """
     pieces: queue.Queue[Any] = queue.Queue()
     left = threading.Event()

@@ -47,9 +47,11 @@ class PairwiseJudge:
     Example:
         >>> from testtime.decode.models import load_language_model
         >>> from testtime.decode.ranking import rank
+        >>> passages = ["Berlin is the capital of Germany.", "Paris is the capital of France."]
         >>> judge = PairwiseJudge(*load_language_model("gemma:270m"), "capital of France",
-        ...                       ["Berlin", "Paris", "Rome"])  # doctest: +SKIP
-        >>> rank(judge, 3, k=1, batch_size=8)  # doctest: +SKIP
+        ...                       passages)  # doctest: +SKIP
+        >>> rank(judge, 2, k=1)  # doctest: +SKIP
+        Ranking(order=(1,), comparisons=1, hits=0, inferences=1)
 
     Reference: Qin et al., 2024.
     """
