@@ -1,4 +1,6 @@
-"""Every run is the same: one thread, and examples that depend on nothing but the test they are for."""
+"""Every run is the same: one thread, one terminal, and examples that depend on their test alone."""
+
+import os
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -6,6 +8,10 @@ from hypothesis.internal.conjecture.providers import HypothesisProvider
 from hypothesis.internal.constants_ast import Constants
 
 torch.set_num_threads(1)  # tests run side by side: more threads would only wait for each other
+
+os.environ["COLUMNS"] = "80"  # what is printed has this width, and no colours, for whoever runs it
+for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "TERMINAL_WIDTH", "TTY_COMPATIBLE"):
+    os.environ.pop(name, None)
 
 clockless = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True, database=None
