@@ -13,6 +13,7 @@ from testtime._core.seeds import derive
 from testtime.decode.decoding import Job, Method
 from testtime.decode.methods.uscd import without_examples
 from testtime.decode.models import check_pair, context_length, end_tokens
+from testtime.decode.padding import together
 from testtime.decode.prompts import Prompts, read_prompts
 from testtime.decode.writing import Generation, OnText, Row, Writing
 
@@ -120,14 +121,16 @@ def generate(
     limit = min([max_new_tokens, *(length - taken for length in lengths if length is not None)])
     ends = end_tokens(model, tokenizer)
     rows = [Row(tokenizer, ends, words, limit) for _ in prompts]
-    writing = Writing(rows, on_text)
     seeds = [derive(seed, "row", row) for row in range(len(prompts))]
-    chosen.run(
-        Job(
-            model=model, prompts=read, seeds=seeds, ends=ends, limit=limit, writing=writing,
-            large=large, lame=spared,
-        )
-    )  # fmt: skip
+    kinds = [p for p in (read, spared) if p is not None]
+    for places in together(model, list(zip(*(p.mask.sum(1).tolist() for p in kinds), strict=True))):
+        chosen.run(
+            Job(
+                model=model, prompts=read.of(places), seeds=[seeds[place] for place in places],
+                ends=ends, limit=limit, writing=Writing(rows, places, on_text), large=large,
+                lame=None if spared is None else spared.of(places),
+            )
+        )  # fmt: skip
     found = [row.result() for row in rows]
     return found[0] if isinstance(prompt, str) else found
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
+from testtime.decode.caching import cache_name
 from testtime.decode.decoding import evaluating
 from testtime.decode.models import end_tokens, vocabulary_size
-from testtime.decode.prefixes import cache_name
 
 TASK = "Suggestion"
 """One of the paper's three; the others are Assertion and Bugs2Fix."""
@@ -128,7 +128,7 @@ class CopyModel(nn.Module):
             encoded: of `encode`; computed when None.
             cache: of the call before.
         """
-        name = cache_name(self.model)
+        name = cache_name(self.model) or "past_key_values"
         found = self.model(
             encoder_outputs=self.encode(source, mask) if encoded is None else encoded,
             attention_mask=mask, decoder_input_ids=inputs, use_cache=not self.training,

@@ -17,6 +17,7 @@ from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive
 from testtime.decode.drawing import check_logits
 from testtime.decode.models import check_pair, context_length, end_tokens
+from testtime.decode.padding import together
 from testtime.decode.prefixes import Ids, Prefixes, last_logits, padded
 from testtime.decode.search import Path, Step, Verify
 from testtime.measures.entropy import entropy
@@ -280,26 +281,26 @@ def read_labels(
     whole(1, batch_size=batch_size)
     check_pair(model, tokenizer)
     asked = [_split(tokenizer, *each) for each in zip(prompts, labels, strict=True)]
-    found: list[Labelled] = []
+    found: dict[int, Labelled] = {}
     for start in range(0, len(asked), batch_size):
         part = asked[start : start + batch_size]
-        rows = [prefix for prefix, _ in part]
-        ids, mask = _padded(model, tokenizer, rows, room=1)
-        logits = last_logits(model, rows, ids, mask, read)
-        check_logits(logits)
-        log_p, entropies, top = log_probs(logits), entropy(logits).tolist(), logits.argmax(1)
-        for row, (_, tokens) in enumerate(part):
-            own = log_p[row, list(tokens)].tolist()
-            first = int(top[row])
-            found.append(
-                Labelled(
+        for places in together(model, [len(prefix) for prefix, _ in part]):
+            rows = [part[place][0] for place in places]
+            ids, mask = _padded(model, tokenizer, rows, room=1)
+            logits = last_logits(model, rows, ids, mask, read)
+            check_logits(logits)
+            log_p, entropies, top = log_probs(logits), entropy(logits).tolist(), logits.argmax(1)
+            for row, place in enumerate(places):
+                tokens = part[place][1]
+                own = log_p[row, list(tokens)].tolist()
+                first = int(top[row])
+                found[start + place] = Labelled(
                     tuple(own), entropies[row], tokens.index(first) if first in tokens else None,
                     max(range(len(own)), key=own.__getitem__),
-                )
-            )  # fmt: skip
+                )  # fmt: skip
     if read is not None:
         read.turn()
-    return found
+    return [found[place] for place in range(len(asked))]
 
 
 def _generate(
@@ -313,6 +314,27 @@ def _generate(
     **drawn: Any,
 ) -> list[Ids]:
     """New token ids of each row, up to its stop string, its end or the limit."""
+    made: dict[int, Ids] = {}
+    for places in together(model, [len(prefix) for prefix in prefixes]):
+        rows = [prefixes[place] for place in places]
+        new = _generate_batch(
+            model, tokenizer, rows, read, stop=stop, max_new_tokens=max_new_tokens, **drawn
+        )
+        made |= zip(places, new, strict=True)
+    read.turn()
+    return [made[place] for place in range(len(prefixes))]
+
+
+def _generate_batch(
+    model: Any,
+    tokenizer: Any,
+    prefixes: Sequence[Ids],
+    read: Prefixes,
+    *,
+    stop: str | None,
+    max_new_tokens: int,
+    **drawn: Any,
+) -> list[Ids]:
     try:
         from transformers import StoppingCriteriaList  # noqa: PLC0415
     except ImportError as error:
@@ -343,7 +365,6 @@ def _generate(
     rows = out.sequences[:, start:].tolist()
     made = [tuple(row[:n]) for row, n in zip(rows, lengths, strict=True)]
     read.add(prefixes, out, made)
-    read.turn()
     return made
 
 

@@ -11,7 +11,6 @@ it was read to. Models whose layers keep something else than keys and values (re
 row from its beginning.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -19,13 +18,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from testtime.decode.caching import cache_name, forward, keys_alone
+
 Ids = tuple[int, ...]
-
-
-def cache_name(model: Any) -> str:
-    """What a model calls its cache: transformers 5.24 `cache`, older ones `past_key_values`."""
-    taken = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in taken else "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class Prefixes:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model, self._name, self._able = model, cache_name(model), _keeps_keys(model)
+        self._model, self._name, self._able = model, cache_name(model) or "", _keeps_keys(model)
         self._known: tuple[Batch, ...] = ()
         self._fresh: list[Batch] = []
 
@@ -124,7 +119,7 @@ class Prefixes:
         if known >= width - 1:
             return
         ids, mask = padded(rows, device=self._model.device)
-        _forward(self._model, ids[:, known:-1], mask[:, :-1], use_cache=True, **{self._name: cache})
+        forward(self._model, ids[:, known:-1], mask[:, :-1], cache=cache)
 
 
 def last_logits(
@@ -139,9 +134,9 @@ def last_logits(
         mask: of them.
         read: what was read before, and takes these rows; None reads all, and keeps nothing.
     """
-    kept = {} if read is None else read.recall(rows)
-    known = next(iter(kept.values())).get_seq_length() if kept else 0
-    found = _forward(model, ids[:, known:], mask, use_cache=read is not None, **kept)
+    cache = next(iter(({} if read is None else read.recall(rows)).values()), None)
+    known = 0 if cache is None else cache.get_seq_length()
+    found = forward(model, ids[:, known:], mask, cache=cache, use_cache=read is not None)
     if read is not None:
         read.add(rows, found)
     return found.logits[:, -1].float()
@@ -161,15 +156,6 @@ def padded(rows: Sequence[Ids], *, device: Any, pad: int = 0) -> tuple[Tensor, T
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _forward(model: Any, new: Tensor, mask: Tensor, **more: Any) -> Any:
-    """What a model returns for the tokens at the end of a mask, for the last of them."""
-    places = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-    extra = {"logits_to_keep": 1, "position_ids": places}
-    taken = inspect.signature(model.forward).parameters
-    extra = {name: value for name, value in extra.items() if name in taken}
-    return model(input_ids=new, attention_mask=mask, **extra, **more)
-
-
 def _shared(one: Ids, other: Ids) -> int:
     """How many tokens two rows have in common at their beginning."""
     low, high = 0, min(len(one), len(other))
@@ -184,8 +170,6 @@ def _shared(one: Ids, other: Ids) -> int:
 
 def _keeps_keys(model: Any) -> bool:
     """Whether all that the model's layers keep is keys and values, one of each a token."""
-    from transformers import DynamicCache, cache_utils  # noqa: PLC0415
+    from transformers import DynamicCache  # noqa: PLC0415
 
-    plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
-    own = DynamicCache(config=model.config).layers
-    return all(type(layer) in plain for layer in own)
+    return cache_name(model) is not None and keys_alone(DynamicCache(config=model.config))

@@ -16,6 +16,12 @@ class Prompts(NamedTuple):
     ids: Tensor
     mask: Tensor
 
+    def of(self, places: Sequence[int]) -> "Prompts":
+        """Some of the rows, without places that are padding in all of them."""
+        ids, mask = self.ids[list(places)], self.mask[list(places)]
+        begin = self.ids.shape[1] - int(mask.sum(1).max())
+        return Prompts(ids[:, begin:], mask[:, begin:])
+
 
 def read_prompts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Prompts:
     """Tokens of prompts, on the model's device.

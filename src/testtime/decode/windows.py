@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError, OptionError
-from testtime.decode.prefixes import cache_name
+from testtime.decode.caching import go_on
 
 
 @final
@@ -98,12 +98,7 @@ def read(
         cache: of the tokens before, or None.
         last: for how many of the positions logits are wanted; 0 for all.
     """
-    named = cache_name(model)
-    device = next(model.parameters()).device
-    found = model(
-        input_ids=tokens.to(device), use_cache=True, logits_to_keep=last, **{named: cache}
-    )
-    return found.logits, getattr(found, named)
+    return go_on(model, tokens.to(next(model.parameters()).device), cache, last=last)
 
 
 def start_token(tokenizer: Any) -> int:

@@ -90,19 +90,22 @@ class Row:
 
 
 class Writing:
-    """All rows of a batch.
+    """The rows of a batch.
 
     Args:
         rows: one for each prompt.
+        places: which of them the batch has.
         on_text: told of each piece of text.
     """
 
-    def __init__(self, rows: Sequence[Row], on_text: OnText | None = None) -> None:
-        self.rows, self._on_text = rows, on_text
+    def __init__(
+        self, rows: Sequence[Row], places: Sequence[int], on_text: OnText | None = None
+    ) -> None:
+        self.rows, self._places, self._on_text = [rows[p] for p in places], places, on_text
 
     def add(self, row: int, token: int) -> bool:
-        """Takes the next token of a row; returns whether that row has ended."""
+        """Takes the next token of a row of the batch; returns whether that row has ended."""
         piece = self.rows[row].add(token)
         if piece and self._on_text is not None:
-            self._on_text(row, piece)
+            self._on_text(self._places[row], piece)
         return self.rows[row].ended is not None
