@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import testtime as tt
 from reference import decode as reference
@@ -58,14 +60,34 @@ def test_a_batch_writes_what_each_prompt_alone_does(method, llama, tokenizer):
 
 def test_nothing_of_the_caller_changes(llama, tokenizer):
     model = copy.deepcopy(llama).train()
-    model.generation_config.repetition_penalty = 9.0
-    model.generation_config.temperature = 0.3
+    settings = {
+        "do_sample": True, "repetition_penalty": 9.0, "temperature": 0.3, "guidance_scale": 3.0, "stop_strings": ["a"],
+        "num_return_sequences": 3, "min_new_tokens": 50, "max_time": 1e-9, "forced_eos_token_id": 2,
+        "penalty_alpha": 0.6, "prompt_lookup_num_tokens": 3, "sequence_bias": [[[70], 99.0]],
+    }  # fmt: skip
+    model.generation_config.update(**settings)
+    before_all = model.generation_config.to_dict()
     side, before = tokenizer.padding_side, torch.random.get_rng_state()
     found = write(model, tokenizer, PROMPTS, "sample")
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(module.training for module in model.modules())
     assert tokenizer.padding_side == side
     assert found == write(llama, tokenizer, PROMPTS, "sample")  # nor do its settings change ours
+    assert model.generation_config.to_dict() == before_all
+
+
+def test_what_a_model_forbids_is_not_written(llama, tokenizer):
+    model = copy.deepcopy(llama)
+    plain = write(model, tokenizer, "ab", "greedy").tokens
+    model.generation_config.suppress_tokens = [plain[0]]
+    model.generation_config.bad_words_ids = [[plain[2]]]
+    found = write(model, tokenizer, "ab", "greedy").tokens
+    assert not {plain[0], plain[2]} & set(found)
+    for threshold in (0.0, math.inf):
+        ead = tt.decode.generate(
+            model, tokenizer, "ab", "ead", large=model, threshold=threshold, max_new_tokens=16
+        )
+        assert ead.tokens == found
 
 
 def test_a_method_can_be_a_value(llama, tokenizer):
@@ -91,6 +113,35 @@ def test_a_text_ends_before_its_stop_string(llama, tokenizer):
         on_text=lambda row, piece: pieces.append(piece),
     )  # fmt: skip
     assert "".join(pieces) == streamed.text == found.text
+
+
+def test_a_special_token_stops_a_text_though_it_has_none(llama, tokenizer):
+    model = copy.deepcopy(llama)
+    model.lm_head.weight.data[3] = model.lm_head.weight.data[first := write(
+        llama, tokenizer, "ab", "greedy").tokens[4]] * 1.01  # fmt: skip
+    plain = write(model, tokenizer, "ab", "greedy")
+    assert 3 in plain.tokens[:5]
+    found = write(model, tokenizer, "ab", "greedy", stop=["<unk>", "never"])
+    assert (found.ended, found.tokens[-1], first in found.tokens) == ("stop", 3, False)
+    assert plain.text.startswith(found.text)
+    assert write(llama, tokenizer, "ab", "greedy", stop="<eos>").ended == "length"
+
+
+def test_the_first_word_keeps_its_blank(llama):
+    # a tokenizer of the Llama kind, which leaves out the blank of the first word that it reads
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", *(f"▁w{i}" for i in range(256))]
+    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Metaspace()
+    fast.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    pieces = []
+    found = tt.decode.generate(
+        llama, tokenizer, "w1 w2", "greedy", max_new_tokens=3, stop="never",
+        on_text=lambda row, piece: pieces.append(piece),
+    )  # fmt: skip
+    assert found.text == "".join(f" w{token - 4}" for token in found.tokens) == "".join(pieces)
 
 
 def test_text_ends_at_the_token_of_end_and_at_the_context(llama, tokenizer):
@@ -274,7 +325,9 @@ def test_wrong_calls_are_refused_before_anything_runs(llama, tokenizer, monkeypa
         tt.decode.generate(model, tokenizer, "a", "uscd", lame="c" * 200)
     with pytest.raises(UnknownName, match="did you mean min-p"):
         tt.decode.generate(model, tokenizer, "a", "minp")
-    for wrong in ({"max_new_tokens": 0}, {"stop": [""]}, {"q": 3}):
+    with pytest.raises(InputError, match="the prompt is None"):
+        tt.decode.generate(model, tokenizer, None)
+    for wrong in ({"max_new_tokens": 0}, {"stop": [""]}, {"stop": 3}, {"stop": [3]}, {"q": 3}):
         with pytest.raises(OptionError):
             tt.decode.generate(model, tokenizer, "a", **wrong)
 

@@ -240,7 +240,8 @@ def test_a_switch_waits_and_is_monotone_in_its_threshold():
 @pytest.mark.parametrize(
     ("name", "options"),
     [("em-inf", {"steps": -1}), ("em-inf", {"lr": math.inf}), ("min-p", {"p": 1.5}),
-     ("min-p", {"temperature": 0.0}), ("edt", {"highest": 0.0}), ("edt", {"theta": -1.0}),
+     ("min-p", {"temperature": 0.0}), ("min-p", {"temperature": 1e-300}),
+     ("edt", {"highest": 0.0}), ("edt", {"highest": 1e-300}), ("edt", {"theta": -1.0}),
      ("uscd", {"weight": 0.5}), ("ead", {"threshold": -1.0}), ("ead", {"window": 0}),
      ("ead", {"signal": "big"}), ("top-k", {"k": 0}), ("top-p", {"p": 2.0}),
      ("adaptive-temperature", {"ratio": 1.5}), ("typical", {"mass": 1.0}), ("greedy", {"temperature": 1.0})],

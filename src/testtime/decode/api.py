@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
@@ -98,12 +98,12 @@ def generate(
         ...              "greedy", max_new_tokens=8))                      # doctest: +SKIP
         ' the capital of the country of France.'
     """
+    if not isinstance(prompt, Iterable):
+        raise InputError(f"the prompt is {prompt!r}; expected a text, or a list of texts.")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     chosen, needs = _method(method, options)
     whole(1, max_new_tokens=max_new_tokens)
-    words = [stop] if isinstance(stop, str) else list(stop)
-    if "" in words:
-        raise OptionError("a stop string is empty; expected at least one character")
+    words = _words(stop)
     check_pair(model, tokenizer)
     read = read_prompts(model, tokenizer, prompts)
     spared = None
@@ -120,7 +120,10 @@ def generate(
     lengths = [context_length(m) for m in (model, large) if m is not None]
     limit = min([max_new_tokens, *(length - taken for length in lengths if length is not None)])
     ends = end_tokens(model, tokenizer)
-    rows = [Row(tokenizer, ends, words, limit) for _ in prompts]
+    rows = [
+        Row(tokenizer, ends, words, limit, ids[at.bool()].tolist())
+        for ids, at in zip(read.ids, read.mask, strict=True)
+    ]
     seeds = [derive(seed, "row", row) for row in range(len(prompts))]
     kinds = [p for p in (read, spared) if p is not None]
     for places in together(model, list(zip(*(p.mask.sum(1).tolist() for p in kinds), strict=True))):
@@ -209,6 +212,17 @@ def _method(method: str | Method, options: dict[str, Any]) -> tuple[Method, tupl
             "min_p(p=0.1)"
         )
     return method, ()
+
+
+def _words(stop: str | Sequence[str]) -> list[str]:
+    several = isinstance(stop, Iterable) and not isinstance(stop, str)
+    words: list[Any] = list(stop) if several else [stop]
+    for word in words:
+        if not isinstance(word, str) or not word:
+            raise OptionError(
+                f"a stop string is {word!r}; expected a text of at least one character"
+            )
+    return words
 
 
 def _lame(

@@ -82,14 +82,10 @@ def change(steps: tuple[Step, ...], tokens: Tensor, logits: Tensor) -> Tensor:
 def through_generate(job: Job, steps: tuple[Step, ...], *, draw: bool) -> None:
     """Writes all rows with `generate` of transformers, its key-value cache and our steps.
 
-    Nothing but tokens that the model forbids itself is taken from its own settings of generation,
-    and the global random state is neither read nor changed: the token that a row's own generator
-    chose is the only one left possible, so that the most probable token is that one.
+    Of the model's own settings of generation only the tokens that it forbids are kept, and the
+    global random state is neither read nor changed: the token that a row's own generator chose is
+    the only one left possible, so that the most probable token is that one.
     """
-    try:
-        from transformers import GenerationConfig  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingExtra("transformers", "lm") from error
     drawer = Drawer(job.seeds if draw else None)
 
     def processor(tokens: Tensor, logits: Tensor) -> Tensor:
@@ -103,18 +99,17 @@ def through_generate(job: Job, steps: tuple[Step, ...], *, draw: bool) -> None:
         ended = [job.writing.add(row, token) for row, token in enumerate(tokens[:, -1].tolist())]
         return torch.tensor(ended, device=tokens.device)
 
-    settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=job.limit, min_length=0, use_cache=True,
-        repetition_penalty=1.0, no_repeat_ngram_size=0, temperature=1.0, top_k=50, top_p=1.0,
-        eos_token_id=job.ends or None, pad_token_id=(job.ends or [0])[0],
-    )  # fmt: skip
-    with torch.no_grad(), evaluating(job.model):
+    with torch.no_grad(), evaluating(job.model), own_settings(job.model):
         job.model.generate(
             inputs=job.prompts.ids,
             attention_mask=job.prompts.mask,
-            generation_config=settings,
             logits_processor=[processor],
             stopping_criteria=[stopping],
+            do_sample=False,
+            max_new_tokens=job.limit,
+            use_cache=True,
+            eos_token_id=job.ends or None,
+            pad_token_id=(job.ends or [0])[0],
         )
 
 
@@ -128,3 +123,29 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def own_settings(model: Any) -> Iterator[None]:
+    """The model with no settings of generation but the tokens that it forbids; afterwards as it was."""
+    try:
+        from transformers import GenerationConfig  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtra("transformers", "lm") from error
+    before = model.generation_config
+    forbidden = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+    model.generation_config = GenerationConfig(
+        **{name: getattr(before, name, None) for name in forbidden}
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def forbidden(model: Any) -> list[int]:
+    """Single tokens that a model's own settings forbid."""
+    said = model.generation_config
+    words = getattr(said, "bad_words_ids", None) or []
+    tokens = [word[0] for word in words if len(word) == 1]
+    return sorted({*tokens, *(getattr(said, "suppress_tokens", None) or [])})

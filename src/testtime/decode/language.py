@@ -15,6 +15,7 @@ from torch import Tensor
 from testtime._core.errors import InputError, MissingExtra, OptionError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive
+from testtime.decode.decoding import own_settings
 from testtime.decode.drawing import check_logits
 from testtime.decode.models import check_pair, context_length, end_tokens
 from testtime.decode.padding import together
@@ -355,13 +356,14 @@ def _generate_batch(
         check_logits(logits)
         return logits
 
-    out = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
-        stopping_criteria=StoppingCriteriaList([done]),  # type: ignore[list-item]
-        logits_processor=[check],
-        pad_token_id=_pad(model, tokenizer), eos_token_id=ends or None,
-        return_dict_in_generate=True, use_cache=True, **read.recall(prefixes), **drawn,
-    )  # fmt: skip
+    with own_settings(model):
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens,
+            stopping_criteria=StoppingCriteriaList([done]),  # type: ignore[list-item]
+            logits_processor=[check],
+            pad_token_id=_pad(model, tokenizer), eos_token_id=ends or None,
+            return_dict_in_generate=True, use_cache=True, **read.recall(prefixes), **drawn,
+        )  # fmt: skip
     rows = out.sequences[:, start:].tolist()
     made = [tuple(row[:n]) for row, n in zip(rows, lengths, strict=True)]
     read.add(prefixes, out, made)

@@ -7,6 +7,8 @@ from typing import Any, Literal
 Ended = Literal["end", "stop", "length"]
 OnText = Callable[[int, str], None]
 """Called with the index of a prompt and the next piece of its text."""
+BEFORE = 4
+"""Tokens of the prompt that are read before the first new one."""
 
 
 @dataclass(frozen=True)
@@ -34,32 +36,53 @@ class Row:
 
     A character may need several tokens, and a token may change how those before it are read; so
     only text that two readings agree on is given out, and none that may yet become a stop string.
+    The first tokens are read behind the last ones of the prompt, since many tokenizers leave out the
+    blank of a word that begins a text.
+
+    Args:
+        tokenizer: that reads tokens.
+        ends: tokens that end a text.
+        stop: strings that end it, special tokens among them.
+        limit: of new tokens.
+        prompt: tokens before.
     """
 
     def __init__(
-        self, tokenizer: Any, ends: Sequence[int], stop: Sequence[str], limit: int
+        self,
+        tokenizer: Any,
+        ends: Sequence[int],
+        stop: Sequence[str],
+        limit: int,
+        prompt: Sequence[int] = (),
     ) -> None:
         self.tokens: list[int] = []
         self.text = ""
         self.ended: Ended | None = None
         self.numbers: dict[str, float] = {}
         self._tokenizer, self._ends, self._stop, self._limit = tokenizer, set(ends), stop, limit
-        self._from, self._read, self._given = 0, 0, 0
+        special = getattr(tokenizer, "added_tokens_decoder", {}).items()
+        # these have no text, so that they would never be found in it
+        self._stop_tokens = {token for token, said in special if str(said) in stop}
+        self._all = list(prompt[-BEFORE:])
+        self._from, self._read, self._given = 0, len(self._all), 0
 
     def add(self, token: int) -> str:
         """Takes the next token; returns the text that has become certain."""
         if self.ended is not None:
             return ""
         self.tokens.append(token)
+        self._all.append(token)
         if token in self._ends:
             self.ended = "end"
+        elif token in self._stop_tokens:
+            self.ended = "stop"
         elif len(self.tokens) == self._limit:
             self.ended = "length"
         before, now = self._decode(self._from, self._read), self._decode(self._from, None)
         if len(now) > len(before) and (self.ended or not now.endswith("\ufffd")):
             old = len(self.text)
             self.text += now[len(before) :]
-            self._from, self._read = self._read, len(self.tokens)
+            self._from, self._read = self._read, len(self._all)
             self._find_stop(old)
         held = 0 if self.ended else self._held()
         piece = self.text[self._given : len(self.text) - held]
@@ -72,7 +95,7 @@ class Row:
 
     def _decode(self, begin: int, end: int | None) -> str:
         return self._tokenizer.decode(
-            self.tokens[begin:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._all[begin:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def _find_stop(self, old: int) -> None:

@@ -21,6 +21,9 @@ from testtime._core.options import in_range, whole
 from testtime._core.registry import register
 from testtime.decode.decoding import Decoding, Step
 
+COLDEST = 1e-6
+"""Lowest temperature: there a difference of 0.001 between logits is as good as any."""
+
 
 @dataclass(frozen=True)
 class Warper:
@@ -51,8 +54,11 @@ class Warper:
 def heated(temperature: float) -> tuple[Step, ...]:
     """The step that divides logits by a temperature; none for 1."""
     in_range(0, temperature=temperature)
-    if temperature == 0:
-        raise OptionError("temperature is 0; expected a positive number. Use the method 'greedy'.")
+    if temperature < COLDEST:
+        raise OptionError(
+            f"temperature is {temperature}; expected at least {COLDEST}, below which logits "
+            "overflow. Use the method 'greedy'."
+        )
     return () if temperature == 1 else (Warper("TemperatureLogitsWarper", float(temperature)),)
 
 

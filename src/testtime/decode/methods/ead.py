@@ -23,7 +23,7 @@ from testtime._core.errors import InputError, OptionError
 from testtime._core.options import whole
 from testtime._core.registry import register
 from testtime.decode.caching import Reader
-from testtime.decode.decoding import Job, Step, change, evaluating
+from testtime.decode.decoding import Job, Step, change, evaluating, forbidden
 from testtime.decode.drawing import Drawer
 from testtime.decode.methods.classical import heated
 from testtime.decode.prompts import Prompts
@@ -104,6 +104,7 @@ class Switching:
 
     def _write(self, job: Job, row: int, prompt: Prompts, drawer: Drawer) -> None:
         readers = {False: Reader(job.model, prompt), True: Reader(job.large, prompt)}
+        never = {False: forbidden(job.model), True: forbidden(job.large)}
         switch = Switch(threshold=self.threshold, window=self.window, dwell=self.dwell)
         tokens, counts = prompt.ids, {"large": 0, "small": 0, "switches": 0, "caught up": 0}
         active = switch.begin(_bits(readers[False].logits()))
@@ -114,7 +115,9 @@ class Switching:
             )
             logits = readers[active].logits()
             signal = logits if self.signal == "active" else readers[False].logits()
-            token = drawer(change(self.steps, tokens, logits))
+            allowed = logits.clone()
+            allowed[:, never[active]] = -math.inf
+            token = drawer(change(self.steps, tokens, allowed))
             if job.writing.add(row, int(token)):
                 break
             tokens = torch.cat([tokens, token[:, None]], 1)

@@ -16,7 +16,7 @@ from testtime._core.errors import OptionError
 from testtime._core.options import in_range
 from testtime._core.registry import register
 from testtime.decode.decoding import Decoding
-from testtime.decode.methods.classical import nucleus
+from testtime.decode.methods.classical import COLDEST, nucleus
 from testtime.measures.entropy import entropy
 
 BASE = 0.8
@@ -73,6 +73,8 @@ def edt(*, highest: float = 0.8, theta: float = 1.0, top_p: float = 1.0) -> Deco
     Dynamic Temperature Sampling, 2024.
     """
     in_range(0, highest=highest, theta=theta)
-    if highest == 0:
-        raise OptionError("highest is 0; expected a positive number. Use the method 'greedy'.")
+    if highest < COLDEST:
+        raise OptionError(
+            f"highest is {highest}; expected at least {COLDEST}. Use the method 'greedy'."
+        )
     return Decoding(steps=(EntropyTemperature(highest=highest, theta=theta), *nucleus(top_p)))
