@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime.adaptation.outputs import map_tensors, read_logits, with_logits
+from testtime.adaptation.parts.pixels import blended, grey, moved, turn_hue, warp
 
 if TYPE_CHECKING:
     from testtime.adaptation.engine import Engine
@@ -132,55 +133,37 @@ def roid_view(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def _jitter(x: Tensor, generator: torch.Generator, *, padding: str, rough: bool) -> Tensor:
     """Colours and geometry of CoTTA's transform; blur and noise where it is to be rough."""
-    from torchvision.transforms.v2 import functional as T  # noqa: PLC0415
 
     def draw(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator, device=x.device))
 
     coloured = x.shape[1] == 3
-    x = x.clamp(0, 1)
+    out = x.clamp(0, 1)
     for change in torch.randperm(5, generator=generator, device=x.device).tolist():
         if change == 0:
-            x = T.adjust_brightness(x, draw(0.6, 1.4))
+            out = (out * draw(0.6, 1.4)).clamp_(0, 1)
         elif change == 1:
-            x = _contrast(x, draw(0.7, 1.3))
+            out = blended(out, grey(out).mean((1, 2, 3), keepdim=True), draw(0.7, 1.3))
         elif change == 2:
             factor = draw(0.5, 1.5)
-            x = T.adjust_saturation(x, factor) if coloured else x
+            out = blended(out, grey(out), factor) if coloured else out
         elif change == 3:
-            shift = draw(-0.06, 0.06)
-            x = T.adjust_hue(x, shift) if coloured else x
+            out = turn_hue(out, draw(-0.06, 0.06))
         else:
-            x = x.clamp(1e-8, 1).pow(draw(0.7, 1.3))
-    height, width = x.shape[-2:]
-    x = F.pad(x, (width // 2, width // 2, height // 2, height // 2), mode=padding)
-    limit = [side / 16 for side in (x.shape[-1], x.shape[-2])]
-    x = T.affine(
-        x,
-        angle=draw(-15, 15),
-        translate=[round(draw(-side, side)) for side in limit],
-        scale=draw(0.9, 1.1),
-        shear=[0.0, 0.0],
-        interpolation=T.InterpolationMode.BILINEAR,
-    )
-    if rough:
-        x = T.gaussian_blur(x, [5, 5], [draw(0.001, 0.5)] * 2)
-    x = T.center_crop(x, [height, width])
+            out = out.clamp(1e-8, 1).pow_(draw(0.7, 1.3))
+    height, width = out.shape[-2:]
+    angle = draw(-15, 15)
+    limits = [(side + 2 * (side // 2)) / 16 for side in (width, height)]
+    across, down = (float(round(draw(-limit, limit))) for limit in limits)
+    scale = draw(0.9, 1.1)
+    blur = draw(0.001, 0.5) if rough else None
+    out = moved(out, angle=angle, shift=(across, down), scale=scale, padding=padding, blur=blur)
     if draw(0, 1) < 0.5:
-        x = x.flip(-1)
+        out = out.flip(-1)
     if rough:
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        x = x + 0.005 * noise
-    return x.clamp(0, 1)
-
-
-def _contrast(x: Tensor, factor: float) -> Tensor:
-    """Moves each image away from, or towards, the mean of its grey version."""
-    grey = x
-    if x.shape[1] == 3:
-        grey = (x * x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    mean = grey.mean((1, 2, 3), keepdim=True)
-    return (factor * x + (1 - factor) * mean).clamp(0, 1)
+        noise = torch.randn(out.shape, generator=generator, device=x.device, dtype=x.dtype)
+        out = out.add_(noise, alpha=0.005)
+    return out.clamp_(0, 1)
 
 
 def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -239,27 +222,25 @@ def _augmix(x: Tensor, generator: torch.Generator) -> Tensor:
     weights = -_uniform(x, (3, count), generator).clamp(min=1e-12).log()
     weights = weights / weights.sum(0)  # exponentials over their sum are Dirichlet(1, 1, 1)
     keep = _uniform(x, (count,), generator).view(-1, 1, 1, 1)
+    depths: list[Tensor] = []
+    drawn: list[list[Tensor]] = [[], [], []]
+    for _ in range(3):
+        depths.append(torch.randint(1, 4, (count,), generator=generator, device=x.device))
+        for level in drawn:
+            level.append(_draw_operation(x, generator))
+    depth = torch.cat(depths)
+    chains = x.repeat(3, 1, 1, 1)
+    for number, level in enumerate(drawn):
+        which, size, sign = torch.cat(level, 1)
+        _operate(chains, which, size, sign, depth > number)
     mixture = torch.zeros_like(x)
-    for weight in weights:
-        chain = x
-        depth = torch.randint(1, 4, (count,), generator=generator, device=x.device)
-        for level in range(3):
-            changed = _random_operation(chain, generator)
-            chain = torch.where((depth > level).view(-1, 1, 1, 1), changed, chain)
+    for weight, chain in zip(weights, chains.chunk(3), strict=True):
         mixture = mixture + weight.view(-1, 1, 1, 1) * chain
     return keep * x + (1 - keep) * mixture
 
 
 def _uniform(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.rand(shape, generator=generator, device=x.device, dtype=x.dtype)
-
-
-def _warp(x: Tensor, matrix: Tensor, fill: float | None = 0.5) -> Tensor:
-    """Resamples each image by its own affine matrix (B, 2, 3) in units of the image."""
-    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-    if fill is None:
-        return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    return F.grid_sample(x - fill, grid, align_corners=False) + fill
 
 
 @in_full
@@ -279,33 +260,45 @@ def _crop_and_mirror(x: Tensor, generator: torch.Generator, *, least: float = 0.
     mirror = torch.where(_uniform(x, (len(x),), generator) < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(wide)
     rows = [wide * mirror, zero, place[0] * (1 - wide), zero, high, place[1] * (1 - high)]
-    return _warp(x, torch.stack(rows, 1).view(-1, 2, 3), fill=None)
+    return warp(x, torch.stack(rows, 1).view(-1, 2, 3), fill=None)
 
 
-def _random_operation(x: Tensor, generator: torch.Generator) -> Tensor:
-    """One operation for each image, drawn alike out of eight."""
-    count = len(x)
-    which = torch.randint(0, 8, (count,), generator=generator, device=x.device)
-    level = 0.1 + 0.9 * _uniform(x, (count,), generator)
-    sign = torch.where(_uniform(x, (count,), generator) < 0.5, -1.0, 1.0)
-    size = sign * level
-    angle = torch.where(which == 1, size * math.radians(3), 0.0)
-    one, cos, sin = torch.ones_like(size), angle.cos(), angle.sin()
-    shear_x = torch.where(which == 3, size * 0.03, 0.0)
-    shear_y = torch.where(which == 4, size * 0.03, 0.0)
-    right = torch.where(which == 5, size * 2 / 30, 0.0)
-    down = torch.where(which == 6, size * 2 / 30, 0.0)
-    rows = [cos * one, sin + shear_x, right, -sin + shear_y, cos * one, down]
-    moved = _warp(x, torch.stack(rows, 1).view(-1, 2, 3))
-    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    stretched = (x - low) / (high - low).clamp(min=1 / 255)
-    inverted = torch.where(x >= 1 - level.view(-1, 1, 1, 1) / 10, 1 - x, x)
-    steps = 15.0  # four bits a channel
-    coarse = (x * steps).floor() / steps
-    kind = which.view(-1, 1, 1, 1)
-    out = torch.where(kind == 0, stretched, moved)
-    out = torch.where(kind == 2, inverted, out)
-    return torch.where(kind == 7, coarse, out)
+def _draw_operation(x: Tensor, generator: torch.Generator) -> Tensor:
+    """For each image one operation out of eight, its strength, and its sign: (3, B)."""
+    which = torch.randint(0, 8, (len(x),), generator=generator, device=x.device)
+    level = 0.1 + 0.9 * _uniform(x, (len(x),), generator)
+    sign = torch.where(_uniform(x, (len(x),), generator) < 0.5, -1.0, 1.0)
+    return torch.stack([which.to(x.dtype), level, sign])
+
+
+def _operate(x: Tensor, which: Tensor, level: Tensor, sign: Tensor, wanted: Tensor) -> None:
+    """Does to each image that is wanted its operation, in place."""
+
+    def chosen(*kinds: int) -> Tensor:
+        found = torch.zeros_like(wanted)
+        for kind in kinds:
+            found |= which == kind
+        return (found & wanted).nonzero().flatten()
+
+    if len(own := chosen(0)):
+        now = x[own]
+        low, high = now.amin((2, 3), keepdim=True), now.amax((2, 3), keepdim=True)
+        x[own] = (now - low).div_((high - low).clamp(min=1 / 255))
+    if len(own := chosen(2)):
+        now = x[own]
+        x[own] = torch.where(now >= 1 - level[own].view(-1, 1, 1, 1) / 10, 1 - now, now)
+    if len(own := chosen(7)):  # four bits a channel
+        x[own] = (x[own] * 15).floor_().div_(15)
+    if len(own := chosen(1, 3, 4, 5, 6)):
+        kind, size = which[own], (sign * level)[own]
+
+        def of(number: int, scale: float) -> Tensor:
+            return torch.where(kind == number, size * scale, 0.0)
+
+        angle = of(1, math.radians(3))
+        cos, sin = angle.cos(), angle.sin()
+        rows = [cos, sin + of(3, 0.03), of(5, 2 / 30), of(4, 0.03) - sin, cos, of(6, 2 / 30)]
+        x[own] = warp(x[own], torch.stack(rows, 1).view(-1, 2, 3))
 
 
 @in_full
@@ -330,15 +323,15 @@ def moco_view(x: Tensor, generator: torch.Generator) -> Tensor:
         if change == 0:
             jittered = (jittered * factors[0]).clamp(0, 1)
         elif change == 1:
-            mean = _grey(jittered).mean((1, 2, 3), keepdim=True)
+            mean = grey(jittered).mean((1, 2, 3), keepdim=True)
             jittered = (mean + factors[1] * (jittered - mean)).clamp(0, 1)
         elif change == 2:
-            grey = _grey(jittered)
-            jittered = (grey + factors[2] * (jittered - grey)).clamp(0, 1)
+            base = grey(jittered)
+            jittered = (base + factors[2] * (jittered - base)).clamp(0, 1)
         else:
-            jittered = _turn_hue(jittered, turn)
+            jittered = turn_hue(jittered, turn)
     x = torch.where(_uniform(x, shape, generator) < 0.8, jittered, x)
-    x = torch.where(_uniform(x, shape, generator) < 0.2, _grey(x), x)
+    x = torch.where(_uniform(x, shape, generator) < 0.2, grey(x), x)
     sigma = 0.1 + 1.9 * _uniform(x, (len(x), 1), generator)
     x = torch.where(_uniform(x, shape, generator) < 0.2, _blur(x, sigma), x)
     return x.to(dtype)
@@ -360,30 +353,6 @@ def _shift_and_mirror(x: Tensor, generator: torch.Generator) -> Tensor:
     image = torch.arange(count, device=x.device).view(-1, 1, 1, 1)
     channel = torch.arange(channels, device=x.device).view(1, -1, 1, 1)
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-def _grey(x: Tensor) -> Tensor:
-    """Grey versions of colour images, in as many channels."""
-    if x.shape[1] != 3:
-        return x
-    weights = x.new_tensor([0.2989, 0.587, 0.114]).view(1, 3, 1, 1)
-    return (x * weights).sum(1, keepdim=True).expand_as(x)
-
-
-def _turn_hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Turns the hue of colour images, by way of HSV; a full circle is 1."""
-    if x.shape[1] != 3:
-        return x
-    value, chroma = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
-    red, green, blue = x.split(1, 1)
-    safe = torch.where(chroma > 0, chroma, 1.0)
-    sixth = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )
-    place = (x.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1) + sixth + 6 * turn) % 6
-    return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
