@@ -36,7 +36,6 @@ from torch.profiler import ProfilerActivity, profile
 
 import testtime as tt
 from compare import compare, join, page, show
-from testtime.adaptation.parts.views import cotta_view
 from testtime.bench.models import load_model
 from testtime.measures.entropy import entropy
 from testtime.streams.data import load_data
@@ -105,18 +104,17 @@ def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> d
     """What is measured, by name."""
     steps: dict[str, Step] = {"inference": plain(model), "minimal step": minimal(model)}
     margin = third(model, x[size:])
-    random = torch.Generator().manual_seed(0)
     for name in methods:
         chosen = options_of(name, margin)
         if name in TEXTBOOK:
             steps[f"textbook {name}"] = TEXTBOOK[name](model, **chosen)
         elif name == "cotta":
-            steps["textbook cotta"] = cotta(model, lambda x: cotta_view(x, random), views=VIEWS)
+            steps["textbook cotta"] = cotta(model, views=VIEWS)
             # a source model that is sure of the batch: no views, as published
             sure = tt.adapt(model, "cotta", views=VIEWS, threshold=0.0)
             steps["cotta, source sure"] = sure
         elif name == "rotta" and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
-            steps["textbook rotta"] = rotta(model, lambda x: cotta_view(x, random))
+            steps["textbook rotta"] = rotta(model)
         elif name == "rotta":
             continue
         needs = tt.methods()[name].needs

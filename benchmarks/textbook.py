@@ -2,16 +2,18 @@
 
 Each is made with a model and gives a function of a batch. Whole models are copied, all is done with
 `torch.optim` and `backward()`, copies for a reset are kept, views and teachers are forwarded one by
-one. None of it comes from testtime.
+one, images changed with torchvision. None of it comes from testtime.
 """
 
 import copy
 import math
+import random
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as T
 
 Step = Callable[[Tensor], Tensor]
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -179,12 +181,42 @@ def deyo(model: nn.Module, *, entropy_margin: float = 0.5, drop_margin: float = 
     return step
 
 
-def cotta(model: nn.Module, view: Step, views: int) -> Step:
+def view(x: Tensor) -> Tensor:
+    """The transform of CoTTA's code, with torchvision's operations in its order."""
+    for change in torch.randperm(5).tolist():
+        if change == 0:
+            x = T.adjust_brightness(x, random.uniform(0.6, 1.4))
+        elif change == 1:
+            x = T.adjust_contrast(x, random.uniform(0.7, 1.3))
+        elif change == 2:
+            x = T.adjust_saturation(x, random.uniform(0.5, 1.5))
+        elif change == 3:
+            x = T.adjust_hue(x, random.uniform(-0.06, 0.06))
+        else:
+            x = x.clamp(1e-8, 1).pow(random.uniform(0.7, 1.3))
+    size = x.shape[-1]
+    x = F.pad(x, [size // 2] * 4, mode="replicate")
+    far = x.shape[-1] / 16
+    x = T.affine(
+        x,
+        angle=random.uniform(-15, 15),
+        translate=[round(random.uniform(-far, far)), round(random.uniform(-far, far))],
+        scale=random.uniform(0.9, 1.1),
+        shear=[0.0, 0.0],
+        interpolation=T.InterpolationMode.BILINEAR,
+    )
+    x = T.gaussian_blur(x, [5, 5], [random.uniform(0.001, 0.5)] * 2)
+    x = T.center_crop(x, [size, size])
+    if random.random() < 0.5:
+        x = T.horizontal_flip(x)
+    return (x + 0.005 * torch.randn_like(x)).clamp(0, 1)
+
+
+def cotta(model: nn.Module, views: int) -> Step:
     """CoTTA as its code for CIFAR: the views are made always, and used when the anchor is unsure.
 
     Args:
-        model: images in [0, 1] to logits.
-        view: makes one changed copy of a batch.
+        model: square images in [0, 1] to logits.
         views: copies.
     """
     model, learnt = configured(model, everything=True)
@@ -243,12 +275,11 @@ def robust(module: nn.Module) -> None:
             robust(child)
 
 
-def rotta(model: nn.Module, view: Step) -> Step:  # noqa: PLR0915  (the paper, in one piece)
+def rotta(model: nn.Module) -> Step:  # noqa: PLR0915  (the paper, in one piece)
     """RoTTA: a bank of 64 images, balanced over classes, and an update after every 64th.
 
     Args:
-        model: images in [0, 1] to logits, with batch normalisation.
-        view: makes one changed copy of a batch.
+        model: square images in [0, 1] to logits, with batch normalisation.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     robust(model)
