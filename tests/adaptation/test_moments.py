@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from testtime.adaptation.moments import moments, normalise
+from testtime.adaptation.moments import moments, normalise, normalise_blended
 from testtime.adaptation.parts.statistics import Moments
 from testtime.adaptation.ranks import Ranks
 
@@ -35,6 +35,29 @@ def test_gradients_are_right(shape):
         return normalise(x, used, 1e-3)
 
     torch.autograd.gradcheck(mixed, (x, other))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blended_moments_scale_and_shift_in_one(shape):
+    x = draw(*shape, dtype=torch.float64).requires_grad_()
+    other = 1 + draw(3, dtype=torch.float64).square()
+    weight, bias = (value.requires_grad_() for value in draw(2, 3, dtype=torch.float64).unbind())
+
+    def blend(batch):
+        return Moments(0.7 * other + 0.3 * batch.mean, 0.7 * other + 0.3 * batch.var)
+
+    def whole(x, weight, bias):
+        return normalise_blended(x, weight, bias, blend, 1e-3)
+
+    def parts(x, weight, bias):
+        wide = (1, -1, *[1] * (x.dim() - 2))
+        used = blend(moments(x, Ranks())[0])
+        return normalise(x, used, 1e-3) * weight.view(wide) + bias.view(wide)
+
+    assert torch.autograd.gradcheck(whole, (x, weight, bias))
+    seen = [(made, *torch.autograd.grad(made.cos().sum(), (x, weight, bias)))
+            for made in (whole(x, weight, bias), parts(x, weight, bias))]  # fmt: skip
+    torch.testing.assert_close(*seen)
 
 
 def test_a_single_value_has_no_variance():

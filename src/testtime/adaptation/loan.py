@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,13 @@ from torch import Tensor, nn
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.lean import Lean, kept_as
-from testtime.adaptation.moments import InGroups, moments, normalise, wide
+from testtime.adaptation.moments import (
+    InGroups,
+    moments,
+    normalise,
+    normalise_blended,
+    wide,
+)
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
     BatchStatistics,
@@ -29,6 +36,7 @@ from testtime.adaptation.ranks import Ranks
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 ALONE = Ranks()
+ABSENT = object()
 MANY = 1 << 19
 """Values of a batch from which on the memory of a backward is worth some of its time."""
 Averages = dict[str, Tensor]
@@ -172,7 +180,7 @@ class Loan:
         wanting = [p for p in self.parameters if p.requires_grad] if torch.is_grad_enabled() else []
 
         def put(holder: dict[str, Any], key: str, value: Any) -> None:
-            swapped.append((holder, key, holder[key]))
+            swapped.append((holder, key, holder.get(key, ABSENT)))
             holder[key] = value
 
         try:
@@ -205,13 +213,19 @@ class Loan:
                     normalise = Normaliser(
                         layer.name, layer.eps, source, statistics, averages, fresh, len(x), ranks
                     )
-                    hooks.append(layer.module.register_forward_pre_hook(normalise))
+                    if self.own_functions and normalise.may_stand_in(layer.module):
+                        put(layer.module.__dict__, "forward", normalise.in_place_of(layer.module))
+                    else:
+                        hooks.append(layer.module.register_forward_pre_hook(normalise))
             yield
         finally:
             for hook in hooks:
                 hook.remove()
             for holder, key, value in reversed(swapped):
-                holder[key] = value
+                if value is ABSENT:
+                    del holder[key]
+                else:
+                    holder[key] = value
             for parameter in wanting:
                 parameter.requires_grad = True
             for module in training:
@@ -271,9 +285,36 @@ class Normaliser:
         buffers["running_var"] = torch.ones_like(self.source.var) - self.eps
         return (normalise(x, used, self.eps), *args[1:])
 
+    def may_stand_in(self, module: nn.Module) -> bool:
+        """Whether it can be the layer's whole forward: torch's own, with moments to blend."""
+        blends = isinstance(self.statistics, MixedStatistics) or (
+            isinstance(self.statistics, RunningStatistics) and self.statistics.robust
+        )
+        own = type(module).forward is nn.modules.batchnorm._BatchNorm.forward
+        return blends and own and self.ranks.alone and "forward" not in module.__dict__
+
+    def in_place_of(self, module: Any) -> Callable[[Tensor], Tensor]:
+        """The layer's forward, which passes over its input once where a gradient flows through."""
+
+        def forward(x: Tensor) -> Tensor:
+            weight, bias = module.weight, module.bias
+            learnt_through = torch.is_grad_enabled() and x.requires_grad
+            if not learnt_through or weight is None or not x.dtype == weight.dtype == bias.dtype:
+                return type(module).forward(module, *self(module, (x,)))
+            module._check_input_dim(x)
+            values = float(x.numel() // x.shape[1])
+            blend = partial(self.blend, x, values=values)
+            return normalise_blended(x, weight, bias, blend, self.eps)
+
+        return forward
+
     def choose(self, x: Tensor) -> Moments:
         """The moments to normalise with; moving averages are written to `fresh`."""
         batch, values = moments(x, self.ranks)
+        return self.blend(x, batch, values=values)
+
+    def blend(self, x: Tensor, batch: Moments, *, values: float) -> Moments:
+        """The same, made of the batch's own moments, of `values` values a channel."""
         statistics, averages = self.statistics, self.averages
         if isinstance(statistics, MixedStatistics):
             samples = len(x) if self.samples is None else self.samples

@@ -16,6 +16,8 @@ from testtime._core.arrays import at_least_single
 from testtime.adaptation.parts.statistics import Moments
 from testtime.adaptation.ranks import Ranks
 
+Blend = Callable[[Moments], Moments]
+
 
 class _Moments(torch.autograd.Function):
     """Mean and biased variance of each channel (dimension 1)."""
@@ -56,6 +58,43 @@ class _Normalise(torch.autograd.Function):
         return to_x, -inverse * to_shift, -0.5 * inverse.square() * to_scale, None
 
 
+class _Blended(torch.autograd.Function):
+    """Batch normalisation with moments that are made of the batch's own, scale and shift included.
+
+    Of x it is kept once, and each of the passes over it serves normalisation, scale and shift.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, blend: Blend, eps: float
+    ) -> Tensor:
+        unused = x.new_zeros(2, x.shape[1])
+        batch = Moments(*torch.batch_norm_update_stats(x, unused[0], unused[1], 1.0))
+        with torch.enable_grad():
+            ctx.batch = Moments(batch.mean.requires_grad_(), batch.var.requires_grad_())
+            ctx.used = blend(ctx.batch)
+        mean, var = (moment.detach() for moment in ctx.used)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        mean, var = (moment.detach() for moment in ctx.used)
+        to_x, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
+            grads[0].contiguous(), x, weight, mean, var, None, None, False, ctx.eps, [True] * 3
+        )
+        inverse = torch.rsqrt(var + ctx.eps)
+        to_used = -inverse * weight * to_bias, -0.5 * inverse.square() * weight * to_weight
+        to_mean, to_var = torch.autograd.grad(ctx.used, ctx.batch, to_used, retain_graph=True)
+        values = x.numel() // x.shape[1]
+        slope = 2 / values * to_var
+        shift = to_mean / values - slope * ctx.batch.mean.detach()
+        to_x.addcmul_(wide(slope, x), x).add_(wide(shift, x))
+        return to_x, to_weight, to_bias, None, None
+
+
 def moments(x: Tensor, ranks: Ranks) -> tuple[Moments, float]:
     """Mean and biased variance of each channel (dimension 1), and its count, over all ranks.
 
@@ -90,6 +129,27 @@ def normalise(x: Tensor, used: Moments, eps: float) -> Tensor:
     dtype = x.dtype
     x = x.to(used.mean.dtype)
     return _Normalise.apply(x, used.mean, used.var, eps).to(dtype)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def normalise_blended(x: Tensor, weight: Tensor, bias: Tensor, blend: Blend, eps: float) -> Tensor:
+    """weight (x - mean) / sqrt(var + eps) + bias for each channel, of moments made of the batch's.
+
+    The gradient flows through the batch's share of the moments.
+
+    Args:
+        x: (B, C, ...), of the type of weight and bias.
+        weight: scale of each channel.
+        bias: shift of each channel.
+        blend: takes the batch's moments, and gives those to normalise with.
+        eps: added to the variance.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> normalise_blended(x, torch.ones(1), torch.ones(1), lambda batch: batch, 0.0)
+        tensor([[0.],
+                [2.]])
+    """
+    return _Blended.apply(x, weight, bias, blend, eps)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class InGroups(TorchFunctionMode):
