@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import testtime as tt
@@ -23,10 +24,15 @@ from testtime.decode.models import (
 from .conftest import byte_tokenizer, tiny_model
 
 
-def test_a_model_comes_back_from_a_folder_with_the_same_fingerprint(tmp_path, model, tokenizer):
+def test_a_model_comes_back_from_a_folder_with_the_same_fingerprint(
+    tmp_path, model, tokenizer, capfd
+):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
+    capfd.readouterr()
     loaded, its_tokenizer = load_language_model(f"hf:{tmp_path}")
+    assert capfd.readouterr() == ("", "")  # no bar where standard error is no terminal
+    assert transformers.utils.logging.is_progress_bar_enabled()
     assert not loaded.training
     assert fingerprint(loaded) == fingerprint(model)
     assert tokenizer_fingerprint(its_tokenizer) == tokenizer_fingerprint(tokenizer)

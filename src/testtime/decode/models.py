@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,14 +54,30 @@ def load_language_model(spec: str, *, on_progress: Told | None = None) -> tuple[
     except ImportError as error:
         raise MissingExtra("transformers", "lm") from error
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        with _silent():
+            model: Any = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{spec} cannot be loaded as a causal language model with its tokenizer: {error} "
             "Expected the name of a model on Hugging Face, or a folder with safetensors."
         ) from error
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No bars of transformers where standard error is no terminal, and so belongs to a caller."""
+    from transformers.utils import logging  # noqa: PLC0415
+
+    silenced = not sys.stderr.isatty() and logging.is_progress_bar_enabled()
+    if silenced:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silenced:
+            logging.enable_progress_bar()
 
 
 def fingerprint(model: nn.Module) -> str:
