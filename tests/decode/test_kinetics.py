@@ -161,7 +161,7 @@ def test_a_larger_budget_of_keys_costs_more_up_to_full_attention(a, b):
 def test_coverage_equals_the_hypergeometric_form(a, b, c):
     right, samples, trials = sorted((a, b, c))[0], max(1, sorted((a, b, c))[1]), max(1, a, b, c)
     for k in {right, trials - right}:
-        expected = 1 - stats.hypergeom(trials, k, samples).pmf(0)
+        expected = 1 - stats.hypergeom.pmf(0, trials, k, samples)
         assert coverage(k, trials, samples) == pytest.approx(expected, abs=1e-12)
         if k > trials - samples:
             assert coverage(k, trials, samples) == 1.0

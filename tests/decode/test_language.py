@@ -48,6 +48,18 @@ def test_greedy_steps_equal_a_loop_without_cache_and_padding(parts):
         assert step.final == (made[-1] == 2)
 
 
+def test_a_models_own_settings_of_generation_change_no_step(llama, tokenizer):
+    model = copy.deepcopy(llama)
+    model.generation_config.update(do_sample=True, repetition_penalty=9.0, min_p=0.9, max_time=1e-9)
+    for steps in ("greedy", "__call__"):
+        found = [
+            getattr(Sampler(each, tokenizer, "x", max_new_tokens=8), steps)([Path()] * 2)
+            for each in (model, llama)
+        ]
+        assert found[0] == found[1]
+    assert model.generation_config.min_p == 0.9
+
+
 def test_steps_stop_where_they_should(parts):
     model, tokenizer = parts
     sampler = Sampler(model, tokenizer, "x", stop="z", max_new_tokens=60, temperature=1e3)  # evenly

@@ -102,7 +102,7 @@ def test_wrong_calls_are_refused():
         rank(lambda pairs: [2], 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(gains=st.lists(st.integers(0, 5), min_size=2, max_size=15), k=st.integers(1, 12))
 def test_ndcg_equals_scikit_learn(gains, k):
     order = sorted(range(len(gains)), key=lambda i: (7 * i) % len(gains))

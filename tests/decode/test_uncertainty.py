@@ -51,7 +51,7 @@ def test_limits_of_the_entropy():
     assert answer_entropy(one_hot, answer).item() == 0.0
 
 
-@settings(deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 999))
 def test_auc_equals_scikit_learn_also_on_ties(seed):
     chance = torch.Generator().manual_seed(seed)
