@@ -273,6 +273,17 @@ def test_ead_forced_to_switch_at_every_token_keeps_its_caches(tokenizer, monkeyp
     assert found.numbers["switches"] == 29
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_ead_writes_no_token_that_one_of_the_models_cannot_read(swapped, tokenizer):
+    models = [tiny_model(seed=1), tiny_model(seed=2, vocabulary=320)][:: -1 if swapped else 1]
+    found = tt.decode.generate(
+        models[0], tokenizer, PROMPTS[:2], "ead", large=models[1], window=1, threshold=2.5,
+        temperature=3.0, max_new_tokens=30,
+    )  # fmt: skip
+    assert all(max(each.tokens) < 260 for each in found)
+    assert found[0].numbers["switches"] > 3
+
+
 def test_uscd_contrasts_two_prompts_with_one_answer(model, tokenizer):
     method = uscd(collision=0.9)
     lame = without_examples(EXAMPLE)

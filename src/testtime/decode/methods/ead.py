@@ -26,6 +26,7 @@ from testtime.decode.caching import Reader
 from testtime.decode.decoding import Job, Step, change, evaluating, forbidden
 from testtime.decode.drawing import Drawer
 from testtime.decode.methods.classical import heated
+from testtime.decode.models import vocabulary_size
 from testtime.decode.prompts import Prompts
 from testtime.measures.entropy import entropy
 
@@ -104,6 +105,7 @@ class Switching:
 
     def _write(self, job: Job, row: int, prompt: Prompts, drawer: Drawer) -> None:
         readers = {False: Reader(job.model, prompt), True: Reader(job.large, prompt)}
+        both = min(vocabulary_size(job.model), vocabulary_size(job.large))
         never = {False: forbidden(job.model), True: forbidden(job.large)}
         switch = Switch(threshold=self.threshold, window=self.window, dwell=self.dwell)
         tokens, counts = prompt.ids, {"large": 0, "small": 0, "switches": 0, "caught up": 0}
@@ -117,6 +119,7 @@ class Switching:
             signal = logits if self.signal == "active" else readers[False].logits()
             allowed = logits.clone()
             allowed[:, never[active]] = -math.inf
+            allowed[:, both:] = -math.inf  # rows that only pad the vocabulary of one of them
             token = drawer(change(self.steps, tokens, allowed))
             if job.writing.add(row, int(token)):
                 break
