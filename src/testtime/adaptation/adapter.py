@@ -23,7 +23,7 @@ from testtime._core.gates import Gate
 from testtime._core.guards import Guard
 from testtime._core.options import whole
 from testtime.adaptation.budget import Ration
-from testtime.adaptation.checks import check_input, check_model, check_output, expected_rank, taking
+from testtime.adaptation.checks import check_held, check_input, check_model, check_output, taking
 from testtime.adaptation.deferred import Behind, Give, Job, Lane, autocasting, check_deferred
 from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
 from testtime.adaptation.events import Counts, Event
@@ -33,7 +33,7 @@ from testtime.adaptation.guarding import check_guard, distrusted, guarded
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import lock_of
-from testtime.adaptation.look import look, named_layer
+from testtime.adaptation.look import check_backward, look, named_layer
 from testtime.adaptation.monitors import check_memory
 from testtime.adaptation.needs import (
     check_covered,
@@ -102,7 +102,6 @@ class Adapter:
             self._state = self._engine.fresh()
         self._lane = Lane(self._engine.device)
         self._seen: tuple[torch.Size, torch.dtype] | None = None  # kind of batch the model took
-        self._expected = expected_rank(model)
 
     def __reduce__(self) -> Any:
         raise StateError(
@@ -127,7 +126,7 @@ class Adapter:
                 nothing has changed then.
         """
         with self._settled(), _computing():
-            x = self._admit(x)
+            x = self._admit(x, teaches=True)
             before = self._engine.forwards, self._engine.backwards
             was = self._state
             state = self._due(was)
@@ -333,11 +332,14 @@ class Adapter:
         check_covered(known, self.recipe, engine.names)
         return engine
 
-    def _admit(self, x: Tensor) -> Tensor:
+    def _admit(self, x: Tensor, *, teaches: bool = False) -> Tensor:
         """The batch, checked; the first one is also used to see the model run."""
         complaint: Exception | None = None
         try:
-            check_input(x, self.recipe, expected=self._expected, device=self._engine.device)
+            rank = 1 + len(self._seen[0]) if self._seen else None
+            check_input(x, self.recipe, rank=rank, device=self._engine.device)
+            if teaches:
+                check_held(x, self.recipe, self._state.memory)
             if x.is_inference():
                 x = x.clone()
             kind = x.shape[1:], x.dtype
@@ -362,9 +364,11 @@ class Adapter:
 
     def _look(self, x: Tensor) -> None:
         """Runs the source model once, on a sample or two, and notes what runs in which order."""
-        found = look(self.model, self._engine.loan, x, features=self._features)
-        logits = getattr(self.recipe.procedure, "read", read_logits)(found.output)
-        check_output(logits, self.recipe, samples=len(x[:2]))
+        read = getattr(self.recipe.procedure, "read", read_logits)
+        found = look(self.model, self._engine.loan, x, features=self._features, read=read)
+        check_output(read(found.output), self.recipe, samples=len(x[:2]))
+        if self.recipe.optimizer is not None:
+            check_backward(self._engine.loan, x, read=read)
         if self._ration is not None:
             self._ration.count(x, norm_layers(self.model, found.order))
         engine = self._build(found.order, found.feature_layer)
@@ -376,7 +380,7 @@ class Adapter:
         self._engine = engine
 
     def _taking(self, x: Tensor, run: Callable[[], Any]) -> Any:
-        return run() if self._seen == (x.shape[1:], x.dtype) else taking(x, run)
+        return run() if self._seen == (x.shape[1:], x.dtype) else taking(self.model, x, run)
 
     def _due(self, state: State) -> State:
         """The state a step begins with: the source's where the recipe says so."""

@@ -21,7 +21,10 @@ RANKS = (
 
 
 def expected_rank(model: nn.Module) -> tuple[int, str] | None:
-    """The rank of a model's input, told by its first convolution; None when it has none."""
+    """The rank of a model's input, told by its first convolution; None when it has none.
+
+    A guess: a model of sounds may take (batch, length).
+    """
     for module in model.modules():
         for kind, rank, shape in RANKS:
             if isinstance(module, kind):
@@ -53,15 +56,13 @@ def check_model(model: Any) -> None:
             )
 
 
-def check_input(
-    x: Tensor, recipe: Recipe, *, expected: tuple[int, str] | None, device: torch.device
-) -> None:
+def check_input(x: Tensor, recipe: Recipe, *, rank: int | None, device: torch.device) -> None:
     """Raises an `InputError` unless x is a batch that the model and the method can take.
 
     Args:
         x: the batch.
         recipe: the method.
-        expected: rank of the model's input, from `expected_rank`.
+        rank: of the batches that the model was seen to take; None when it was not seen yet.
         device: of the model.
     """
     if not isinstance(x, Tensor):
@@ -71,10 +72,10 @@ def check_input(
             f"the batch is of type {x.dtype}; expected floating point. For images of integers use "
             "x.float() / 255, and the normalisation that the model was trained with."
         )
-    if x.dim() < 2 or (expected and x.dim() != expected[0]):
-        shape = expected[1] if expected else "(batch, features)"
+    if x.dim() < 2 or (rank and x.dim() != rank):
+        takes = f"takes batches of {rank} dimensions" if rank else "takes (batch, features, ...)"
         raise InputError(
-            f"the batch has shape {tuple(x.shape)}; the model takes {shape}. For a single sample "
+            f"the batch has shape {tuple(x.shape)}; the model {takes}. For a single sample "
             "use x[None]."
         )
     if x.numel() == 0:
@@ -91,13 +92,41 @@ def check_input(
     own = recipe.augment is not None and needs_pixels(recipe.augment)
     if own or any(getattr(part, "pixels", False) for part in parts):
         low, high = (float(value) for value in torch.aminmax(x))
-        if x.dim() != 4 or low < -1e-3 or high > 1 + 1e-3:
+        if x.dim() != 4:
+            raise InputError(
+                f"this method makes changed copies of images (batch, channels, height, width); given "
+                f"{tuple(x.shape)}. Give augment= a function of your own, where the method has that "
+                "option, or take a method without copies: tent, eta, sar, lame."
+            )
+        if low < -1e-3 or high > 1 + 1e-3:
             raise InputError(
                 f"this method makes changed copies of images, so it needs images "
                 f"(batch, channels, height, width) in [0, 1]; given {tuple(x.shape)} in "
                 f"[{low:.3g}, {high:.3g}]. Put the normalisation inside the model: "
                 "nn.Sequential(Normalize(mean, std), model)."
             )
+
+
+def check_held(x: Tensor, recipe: Recipe, memory: Any) -> None:
+    """Refuses samples that could not be joined with those that a method remembers.
+
+    Args:
+        x: the batch.
+        recipe: the method, whose procedure gives what it remembers as `held(memory)`.
+        memory: state of the memory.
+    """
+    held = getattr(recipe.procedure, "held", None)
+    known: Tensor | None = held(memory) if held and memory else None
+    if (
+        known is not None
+        and len(known)
+        and (known.shape[1:], known.dtype) != (x.shape[1:], x.dtype)
+    ):
+        raise InputError(
+            f"this method learns from samples that it remembers, of shape {tuple(known.shape[1:])} "
+            f"and type {known.dtype}; given {tuple(x.shape[1:])} and {x.dtype}. Resize all to one "
+            "size, or call reset() before the first of another."
+        )
 
 
 def check_output(logits: Tensor, recipe: Recipe, *, samples: int) -> None:
@@ -126,13 +155,19 @@ def check_output(logits: Tensor, recipe: Recipe, *, samples: int) -> None:
         )
 
 
-def taking(x: Tensor, run: Callable[[], Any]) -> Any:
+def taking(model: nn.Module, x: Tensor, run: Callable[[], Any]) -> Any:
     """Runs a model on a kind of batch that it has not met; what it says of it is an `InputError`."""
     try:
         return run()
-    except (TesttimeError, torch.OutOfMemoryError):
+    except (TesttimeError, torch.OutOfMemoryError, MemoryError):
         raise
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except Exception as error:
+        said = f"{error}" if isinstance(error, RuntimeError | ValueError) else repr(error)
+        expected = expected_rank(model)
+        hint = ""
+        if expected and expected[0] != x.dim():
+            hint = f". Its first convolution takes {expected[1]}; for a single sample use x[None]"
         raise InputError(
-            f"the model could not take a batch of shape {tuple(x.shape)} and type {x.dtype}: {error}"
+            f"the model could not take a batch of shape {tuple(x.shape)} and type {x.dtype}: "
+            f"{said}{hint}"
         ) from error

@@ -18,6 +18,7 @@ from testtime.adaptation.parts.statistics import (
 )
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.traces import traces_of
 
 
 def exported(model: nn.Module, recipe: Recipe, state: State) -> nn.Module:
@@ -32,6 +33,7 @@ def exported(model: nn.Module, recipe: Recipe, state: State) -> nn.Module:
             own[name].copy_(value)
         for layer in norm_layers(copy):
             _settle(layer, recipe.statistics, averages)
+        traces_of(model).forget(copy)
         return copy
 
 

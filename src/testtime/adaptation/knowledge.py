@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from testtime._core.errors import InputError, OptionError, StateError
 from testtime._core.files import atomic, digest
 from testtime._core.registry import find
-from testtime.adaptation.checks import check_input, check_output, expected_rank
+from testtime.adaptation.checks import check_input, check_output, taking
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.learning import gradients
-from testtime.adaptation.look import look
+from testtime.adaptation.look import check_backward, look
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.knowledge import Need
 from testtime.adaptation.ranks import Ranks
@@ -252,7 +252,7 @@ def fit_source(
     """
     recipes = _recipes(methods)
     needs = _needs(recipes, gate=gate)
-    norms, rank = norm_layers(model), expected_rank(model)
+    norms, rank = norm_layers(model), None
     source = Engine(model, Recipe(), norms, ranks=Ranks())
     engines = {
         name: [Engine(model, recipe, norms, ranks=Ranks()) for recipe in scopes.values()]
@@ -265,10 +265,15 @@ def fit_source(
         samples = batches = 0
         for item in loader:
             x, labels = _unpack(item, source.device)
-            check_input(x, source.recipe, expected=rank, device=source.device)
+            check_input(x, source.recipe, rank=rank, device=source.device)
             with torch.inference_mode(False), torch.no_grad():
                 if not batches and not number:
-                    found = look(model, source.loan, x, features=features)
+                    found = taking(
+                        model, x, partial(look, model, source.loan, x, features=features)
+                    )
+                    rank = x.dim()
+                    if any(recipe.optimizer is not None for recipe in recipes.values()):
+                        check_backward(source.loan, x)
                     for engine in (source, *(each for own in engines.values() for each in own)):
                         logits = read_logits(found.output)
                         check_output(logits, engine.recipe, samples=len(x[:2]))

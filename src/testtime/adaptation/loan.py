@@ -32,6 +32,7 @@ from testtime.adaptation.parts.statistics import (
     Statistics,
 )
 from testtime.adaptation.ranks import Ranks
+from testtime.adaptation.traces import traces_of
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _making = threading.Lock()
@@ -84,7 +85,9 @@ class Loan:
             for layer in norms
             if layer.kind == "instance" and getattr(layer.module, "track_running_stats", False)
         ]
-        self.modules = list(model.modules())
+        self.named_modules = dict(model.named_modules())
+        self.modules = list(self.named_modules.values())
+        self.traces = traces_of(model)
         self.places, self.canonical = places(model)
         self.parameters = list(model.parameters())
         self.own_functions = not any(map(is_compiled, self.modules))
@@ -134,7 +137,8 @@ class Loan:
                 `takes_groups` says so.
         """
         fresh = {**averages, "seen": averages["seen"] + 1} if averages and learn else averages
-        with self.lock, self._lent(tensors, statistics, averages, fresh, learn, ranks, x):
+        lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x)
+        with self.lock, self.traces.hidden(self.named_modules), lent:
             worth_it = lean and self.own_functions and x.numel() >= MANY
             keeping = Lean() if worth_it else nullcontext()
             shorter = activations is not None and self.own_functions and torch.is_grad_enabled()

@@ -1,12 +1,13 @@
 """A first look at a model while it runs: what runs in which order, and where its features are."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from testtime._core.errors import unknown
+from testtime._core.errors import InputError, ScopeError, unknown
 from testtime.adaptation.layers import norm_kind
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.outputs import read_logits
@@ -21,7 +22,7 @@ class Look:
     Attributes:
         output: of the model, for a sample or two.
         order: names of normalisation layers in order of execution.
-        feature_layer: the layer whose input are the features; None when there is no linear layer.
+        feature_layer: the layer whose input are the features; None when there is none such.
     """
 
     output: Any
@@ -29,34 +30,131 @@ class Look:
     feature_layer: nn.Module | None
 
 
-def look(model: nn.Module, loan: Loan, x: Tensor, *, features: str | None = None) -> Look:
+def look(
+    model: nn.Module,
+    loan: Loan,
+    x: Tensor,
+    *,
+    features: str | None = None,
+    read: Callable[[Any], Tensor] = read_logits,
+) -> Look:
     """Runs the source model once, on a sample or two.
 
     Args:
         model: the model that is lent.
         loan: of that model.
         x: a batch.
-        features: name of the layer whose input are the features; None is the linear layer that
-            runs last.
+        features: name of the layer whose input are the features; None is the one that gives the
+            logits: the last linear layer, or 1 x 1 convolution of a single place, with a value for
+            each class. Where none has as many, it is the linear layer that runs last.
+        read: finds the logits in what the model returns.
 
     Raises:
         UnknownName: the model has no layer of that name.
+        InputError: the model took the batch for a single sample.
     """
     chosen = named_layer(model, features)
     order: list[str] = []
-    last: list[nn.Module] = []
+    heads: list[tuple[nn.Module, torch.Size]] = []
+    single: list[bool] = []
+
+    def place(name: str) -> Callable[..., None]:
+        return lambda *_: order.append(name)
+
+    def head(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            heads.append((module, output.shape))
+
+    def taking(module: Any, args: tuple[Any, ...]) -> None:
+        single.append(args[0].dim() == x.dim() == 1 + len(module.kernel_size))
+
     hooks = []
     for name, module in model.named_modules():
         if norm_kind(module) is not None:
-            hooks.append(module.register_forward_pre_hook(lambda *_, n=name: order.append(n)))
-        if isinstance(module, nn.Linear):
-            hooks.append(module.register_forward_pre_hook(lambda m, _: last.append(m)))
+            hooks.append(module.register_forward_pre_hook(place(name)))
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            hooks.append(module.register_forward_hook(head))
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            hooks.append(module.register_forward_pre_hook(taking))
     try:
-        output, _ = loan.run(x[:2], {}, SourceStatistics(), ranks=Ranks())
+        output = _first_run(model, loan, x[:2])
     finally:
         for hook in hooks:
             hook.remove()
-    return Look(output, list(dict.fromkeys(order)), chosen or (last[-1] if last else None))
+    if single and single[0]:  # (channels, ...) where (batch, channels, ...) was meant
+        raise InputError(
+            f"the batch has shape {tuple(x.shape)}, which the model's first convolution took for "
+            "a single sample. For a single sample use x[None]."
+        )
+    if chosen is None:
+        chosen = _head(heads, classes=read(output).shape[1])
+    return Look(output, list(dict.fromkeys(order)), chosen)
+
+
+def _head(ran: list[tuple[nn.Module, torch.Size]], *, classes: int) -> nn.Module | None:
+    """The layer that gives the logits, of layers and the shapes of what they gave."""
+    linear = [(module, shape) for module, shape in ran if isinstance(module, nn.Linear)]
+    fits = [
+        module
+        for module, shape in ran
+        if shape.numel() == shape[0] * classes and len(shape) > 1 and shape[1] == classes
+    ]
+    return (fits or [module for module, _ in linear] or [None])[-1]
+
+
+def _first_run(model: nn.Module, loan: Loan, x: Tensor) -> Any:
+    """Runs the source model, and notes what that leaves behind in it."""
+    taken = False
+    with loan.lock, loan.traces.watched(model):
+        try:
+            with loan.traces.emptied(model) as taken:
+                return loan.run(x, {}, SourceStatistics(), ranks=Ranks())[0]
+        except Exception:
+            if not taken:
+                raise
+        return loan.run(x, {}, SourceStatistics(), ranks=Ranks())[0]  # it cannot do without
+
+
+def check_backward(loan: Loan, x: Tensor, *, read: Callable[[Any], Tensor] = read_logits) -> None:
+    """Refuses a model that runs parts of itself again in a backward, when it is no longer on loan.
+
+    Args:
+        loan: of the model.
+        x: a batch that it takes.
+        read: finds the logits in what it returns.
+
+    Raises:
+        ScopeError: its forward checkpoints.
+    """
+    if not loan.own_functions:
+        return
+    refused = "no saved tensors hooks"
+    try:
+        with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(refused):
+            pair = x[:2].detach().clone().requires_grad_() * 1  # so that it may be written to
+            logits = read(loan.run(pair, {}, SourceStatistics(), ranks=Ranks())[0])
+    except Exception as error:
+        if refused in str(error):
+            raise no_checkpoints(loan.model) from None
+        return  # it may not like such an input; its own are told by whoever runs it
+    todo, seen = [logits.grad_fn], set[Any]()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo.extend(below for below, _ in node.next_functions)
+            if node.name() == "CheckpointFunctionBackward":
+                raise no_checkpoints(loan.model)
+
+
+def no_checkpoints(model: nn.Module) -> ScopeError:
+    """The error for a model that runs parts of itself again in a backward."""
+    return ScopeError(
+        f"{type(model).__name__} checkpoints: parts of it run again in the backward, when what "
+        "adapts is no longer in its places. Turn that off, it answers the same: "
+        "model.set_grad_checkpointing(False) of timm, model.gradient_checkpointing_disable() of "
+        "transformers; or take a method without a backward: bn-adapt, lame."
+    )
 
 
 def answers_alone(loan: Loan, x: Tensor, statistics: Statistics) -> bool:

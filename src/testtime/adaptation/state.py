@@ -142,7 +142,10 @@ def check_state(
 def _flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
         tensors[prefix] = tree
-        return {"tensor": prefix}
+        order = sorted(range(tree.dim()), key=lambda d: -tree.stride(d))
+        if tree.is_contiguous() or not tree.permute(order).is_contiguous():
+            return {"tensor": prefix}
+        return {"laid": [prefix, order]}
     if isinstance(tree, dict):
         return {"dict": {k: _flatten(v, f"{prefix}/{k}", tensors) for k, v in tree.items()}}
     if isinstance(tree, list | tuple):
@@ -158,6 +161,10 @@ def _unflatten(tree: Any, tensors: dict[str, Tensor], device: torch.device) -> A
     ((kind, value),) = tree.items()
     if kind == "tensor":
         return tensors[value].to(device)
+    if kind == "laid":  # in memory as it was, channels last for one: kernels round by that
+        name, order = value
+        back = [order.index(d) for d in range(len(order))]
+        return tensors[name].to(device).permute(order).contiguous().permute(back)
     if kind == "dict":
         return {key: _unflatten(item, tensors, device) for key, item in value.items()}
     if kind == "list":

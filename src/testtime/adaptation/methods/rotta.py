@@ -97,6 +97,10 @@ class BalancedMemory:
             return [item for item in items if item is not worst] + [new]
         return items
 
+    def held(self, memory: dict[str, Any]) -> Tensor | None:
+        """What is remembered of the samples themselves."""
+        return memory["images"]
+
     def step(self, engine: Engine, x: Tensor, state: State) -> Step:
         """Answers with the teacher, fills the memory, and learns from it when that is due."""
         with torch.no_grad():

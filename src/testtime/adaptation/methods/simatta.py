@@ -116,6 +116,11 @@ class ActiveLearning:
     choose: Callable[..., Wanted] = nearest_to_new_centres
     dense: ClassVar[bool] = False
 
+    def held(self, memory: dict[str, Any]) -> Tensor:
+        """What is remembered of the samples themselves."""
+        own = memory["sure"]["inputs"]
+        return own if len(own) else memory["target"]["inputs"]
+
     def step(self, engine: Engine, x: Tensor, state: State) -> Step:
         """Answers, asks, remembers, learns."""
         if not engine.ranks.alone:

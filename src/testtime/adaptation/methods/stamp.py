@@ -80,6 +80,10 @@ class StableMemory:
         """Whether inputs must be images in [0, 1]."""
         return needs_pixels(self.augment)
 
+    def held(self, memory: dict[str, Any]) -> Tensor | None:
+        """What is remembered of the samples themselves."""
+        return memory["images"]
+
     def step(self, engine: Engine, x: Tensor, state: State) -> Step:
         """Answers, fills the bank, and learns from it."""
         with torch.no_grad():
