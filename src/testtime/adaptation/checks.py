@@ -117,15 +117,13 @@ def check_held(x: Tensor, recipe: Recipe, memory: Any) -> None:
     """
     held = getattr(recipe.procedure, "held", None)
     known: Tensor | None = held(memory) if held and memory else None
-    if (
-        known is not None
-        and len(known)
-        and (known.shape[1:], known.dtype) != (x.shape[1:], x.dtype)
-    ):
+    if known is None or not len(known) or known.shape[1:] == x.shape[1:]:
+        return
+    if x.dim() == 2 or known.shape[1] == x.shape[1]:  # of other channels the model will complain
         raise InputError(
-            f"this method learns from samples that it remembers, of shape {tuple(known.shape[1:])} "
-            f"and type {known.dtype}; given {tuple(x.shape[1:])} and {x.dtype}. Resize all to one "
-            "size, or call reset() before the first of another."
+            f"this method learns from samples that it remembers, of shape {tuple(known.shape[1:])}; "
+            f"given {tuple(x.shape[1:])}. Resize all to one size, or call reset() before the first "
+            "of another."
         )
 
 
