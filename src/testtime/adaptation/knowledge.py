@@ -195,7 +195,7 @@ class SourceBatch:
 
     @property
     def features(self) -> Tensor:
-        """The source model's features (B, d): input of the last linear layer, or as named."""
+        """The source model's features (B, d): input of the layer that gives logits, or as named."""
         return self._seen.features
 
     @property
@@ -234,8 +234,8 @@ def fit_source(
         model: the source model; left as it is.
         loader: batches of inputs, or of (inputs, labels, ...); about 2000 samples serve most.
         methods: names of the methods that will use it, or recipes.
-        features: name of the layer whose input are the features; None is the linear layer that
-            runs last.
+        features: name of the layer whose input are the features; None is the layer that gives the
+            logits, or else the linear layer that runs last.
         gate: whether also what `tt.adapt(..., gate=True)` compares with.
 
     Raises:
