@@ -189,6 +189,9 @@ def rotta(
         every: samples of the stream between two updates; 64 (code).
         augment: T, what the student sees.
 
+    Departure from the code: there a layer that fuses normalisation and activation, as timm's
+    BatchNormAct2d does, is replaced by one without the activation; here it stays as it is.
+
     Example:
         >>> rotta().procedure.every
         64
