@@ -65,7 +65,7 @@ def guarded(
     """
     seen = state.guard or {
         "memory": None, "worse": False, "run": 0, "batches": 0, "left": 0, "since": 0, "marks": [],
-        "looked": False,
+        "looked": False, "trusted": 0.0,
     }  # fmt: skip
     size, before = _sizes(engine, x, state)
     passes = seen["left"] > 0
@@ -88,7 +88,9 @@ def guarded(
     worse, memory = _asked(guard, engine, seen, adapted, theirs[1], state)
     # what was learnt before there was a guard is on trial, since this is the first it sees of it
     first = worse and not seen["worse"] and bool(state.guard)
-    seen = _looked({**seen, "memory": memory, "worse": worse}, before + size, size)
+    trusted = 0.0 if worse else seen["trusted"] + size
+    seen = {**seen, "memory": memory, "worse": worse, "trusted": trusted}
+    seen = _looked(seen, before + size, size)
     if worse:
         if steps is not None:
             steps.close()
@@ -162,7 +164,8 @@ def _looked(seen: dict[str, Any], samples: float, size: float) -> dict[str, Any]
     seen = {**seen, "looked": True}
     if run < RUN:
         return {**seen, "run": run, "batches": batches}
-    left = 0 if samples < BEGINNING else (APART - 1) * batches
+    young = samples < BEGINNING or 0 < seen["trusted"] < BEGINNING
+    left = 0 if young else (APART - 1) * batches
     return {**seen, "run": 0, "batches": 0, "left": left}
 
 

@@ -23,12 +23,16 @@ class NeverWorse:
             spread  = H(a) - H(s)                                 # of the last `recent` samples
             runs_x  = share of neighbours in time with equal x, less what the counts of the classes
                       among `block` samples make one expect
-        trusted if kept >= `kept`, and  runs_a >= runs_s where runs_s > `runs`, else spread >= 0
+            told_x  = I( x; its neighbour in time ) - chance      # x in random order in each block
+        trusted if kept >= `kept`, and
+            runs_a >= runs_s and told_a >= told_s  where runs_s > `runs`,  else spread >= 0
 
     What each says. An adapted model is worth nothing once its answers have nothing to do with the
     source's (`kept`): single samples on batch statistics, garbage, collapse. Where labels come in
-    an order, so do a good model's answers, and the better follows it more closely (`runs`). Where
-    they do not, a model in a shift it was not made for confuses classes and crowds its answers into
+    an order, so do a good model's answers, and the better follows it more closely: its neighbours
+    are equal more often (`runs`), and each tells more of the next (`told`). Better answers show
+    both, and each can be had without them: equal neighbours by crowding into few classes, what
+    neighbours tell by errors that come in an order. Where labels do not, a model in a shift it was not made for confuses classes and crowds its answers into
     few, so that more even ones are better (`spread`).
 
     This is heuristic. It fails where the source model gives one and the same answer for hundreds of
@@ -86,6 +90,8 @@ class NeverWorse:
         block, self._block = self._block, self._block[:, :0]
         most = max(self.memory, block.shape[1])
         self._answers = torch.cat([self._answers, block], 1)[:, -most:]
+        number = torch.full((block.shape[1],), self._seen)
+        self._blocks = torch.cat([self._blocks, number])[-most:]
         row = torch.tensor([[block.shape[1], *(excess(answers) for answers in block)]])
         rows = torch.cat([self._order, row.double()])
         newest = rows[:, 0].flip(0).cumsum(0).flip(0) - rows[:, 0]  # samples that came later
@@ -106,27 +112,40 @@ class NeverWorse:
             return True
         runs = (self._order[:, :1] * self._order[:, 1:]).sum(0) / self._order[:, 0].sum()
         if runs[1] > self.runs:
-            return bool(runs[0] < runs[1])
+            return bool(runs[0] < runs[1]) or self._told(ours, classes) < self._told(theirs, classes)
         return _entropy_of(ours[-self.recent :]) < _entropy_of(theirs[-self.recent :])
+
+    def _told(self, answers: Tensor, classes: int) -> float:
+        """What an answer tells of the next in its block, less what it tells in random order."""
+        random = generator(self._seen, "guard", "order")
+        near = self._blocks[1:] == self._blocks[:-1]
+        found = []
+        for shuffled in range(SHUFFLES + 1):
+            if shuffled:
+                order = torch.randperm(len(answers), generator=random)
+                answers = answers[order[self._blocks[order].argsort(stable=True)]]
+            found.append(information(answers[:-1][near], answers[1:][near], classes)[0])
+        return found[0] - sum(found[1:]) / SHUFFLES
 
     def reset(self) -> None:
         """Forgets the stream."""
         self._block = self._answers = torch.zeros(2, 0, dtype=torch.long)
+        self._blocks = torch.zeros(0, dtype=torch.long)
         self._order = torch.zeros(0, 3, dtype=torch.float64)
         self._seen, self._worse = 0, True
 
     def state_dict(self) -> dict[str, Any]:
         """The answers that are judged together, and the order of those of each block."""
         return {
-            "block": self._block, "answers": self._answers, "order": self._order,
-            "seen": self._seen, "worse": self._worse,
+            "block": self._block, "answers": self._answers, "blocks": self._blocks,
+            "order": self._order, "seen": self._seen, "worse": self._worse,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Goes on where `state_dict` was taken."""
         self._block, self._answers = state["block"].cpu(), state["answers"].cpu()
-        self._order, self._seen = state["order"].cpu(), state["seen"]
-        self._worse = state["worse"]
+        self._blocks, self._order = state["blocks"].cpu(), state["order"].cpu()
+        self._seen, self._worse = state["seen"], state["worse"]
 
 
 def information(a: Tensor, b: Tensor, classes: int) -> tuple[float, float, float]:
