@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import generator
 
@@ -79,7 +80,22 @@ class NeverWorse:
         self.reset()
 
     def update(self, adapted: Tensor, source: Tensor, /) -> bool:
-        """Whether the adapted model is not to be trusted: never before a block of samples was seen."""
+        """Whether the adapted model is not to be trusted: never before a block of samples was seen.
+
+        Args:
+            adapted: logits (n, classes) of the adapted model; one that is NaN is not trusted.
+            source: those of the source model, of the same samples.
+
+        Raises:
+            InputError: the two are not in floating point of one shape (n, classes), or empty.
+        """
+        real = adapted.is_floating_point() and source.is_floating_point()
+        if adapted.dim() != 2 or not adapted.numel() or adapted.shape != source.shape or not real:
+            raise InputError(
+                f"adapted logits are {adapted.dtype} {tuple(adapted.shape)} and those of the source "
+                f"{source.dtype} {tuple(source.shape)}; expected floating point of the same shape "
+                "(n, classes), not empty."
+            )
         if not bool(answered(adapted).all()):
             return True
         classes = source.shape[1]
@@ -112,7 +128,9 @@ class NeverWorse:
             return True
         runs = (self._order[:, :1] * self._order[:, 1:]).sum(0) / self._order[:, 0].sum()
         if runs[1] > self.runs:
-            return bool(runs[0] < runs[1]) or self._told(ours, classes) < self._told(theirs, classes)
+            return bool(runs[0] < runs[1]) or self._told(ours, classes) < self._told(
+                theirs, classes
+            )
         return _entropy_of(ours[-self.recent :]) < _entropy_of(theirs[-self.recent :])
 
     def _told(self, answers: Tensor, classes: int) -> float:

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator
@@ -38,12 +39,17 @@ def correctness_loss(
 
         CA = mean_i ( max_c p_ic - 1[argmax z_i = y_i] )²
 
+    Raises:
+        InputError: no samples, NaN, or labels that do not fit.
+
     Example:
         >>> logits = torch.tensor([[2.0, 1.9, 0.0, 0.0, 0.0, -1.0]])   # narrowly wrong
         >>> t = torch.ones((), requires_grad=True)
         >>> torch.autograd.grad(correctness_loss(logits / t, torch.tensor([1])), t)[0]
         tensor(-0.1598)
     """
+    check_classified(logits, labels)
+    logits = at_least_single(logits)
     right = (logits.argmax(1) == labels).to(logits.dtype)
     return (logits.softmax(1).amax(1) - right).square().mean()
 
@@ -55,10 +61,15 @@ def balanced_correctness_loss(
 
     The weights are not in the paper's formula.
 
+    Raises:
+        InputError: as `correctness_loss`.
+
     Example:
         >>> float(balanced_correctness_loss(torch.zeros(2, 2), torch.tensor([0, 1])))
         0.125
     """
+    check_classified(logits, labels)
+    logits = at_least_single(logits)
     right = (logits.argmax(1) == labels).to(logits.dtype)
     accuracy = right.mean()
     weight = right * (1 - accuracy) + (1 - right) * accuracy
@@ -111,6 +122,10 @@ def consistency_features(
     if views.dim() != 3 or views.shape[1:] != logits.shape or len(views) == 0:
         raise InputError(
             f"views have the shape {tuple(views.shape)}; expected (views, {', '.join(map(str, logits.shape))})."
+        )
+    if not views.is_floating_point() or logits.is_complex() or logits.dtype == torch.bool:
+        raise InputError(
+            f"views are {views.dtype} and logits {logits.dtype}; expected floating point numbers."
         )
     if not bool(views.isfinite().all()):
         raise InputError("views hold NaN or infinite values; leave these samples out.")

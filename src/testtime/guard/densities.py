@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from testtime._core.errors import InputError
+
 RIDGE = 1e-5
 """Added to the diagonal of a covariance, so that constant and collinear features are no obstacle."""
 
@@ -46,10 +48,22 @@ class Gaussian:
 
     @staticmethod
     def fit(x: Tensor) -> "Gaussian":
-        """Of samples (..., n, d), n at least 2."""
+        """Of samples (..., n, d), n at least 2; d may be larger than n.
+
+        Raises:
+            InputError: fewer samples, or numbers that are not finite or not floating point.
+        """
+        small = x.dim() < 2 or x.shape[-2] < 2 or x.numel() == 0
+        if small or not x.is_floating_point() or not bool(x.isfinite().all()):
+            raise InputError(
+                f"samples are {x.dtype} of the shape {tuple(x.shape)}, or hold NaN or infinity; "
+                "expected finite floating point numbers (..., n, d), n at least 2."
+            )
         mean = x.mean(-2, keepdim=True)
         away = x - mean
         covariance = away.mT @ away / (x.shape[-2] - 1)
+        if not bool(covariance.isfinite().all()):
+            raise InputError("squares of the samples overflow; divide the features by a constant.")
         return Gaussian(mean, covariance + RIDGE * torch.eye(x.shape[-1], dtype=x.dtype))
 
     def score(self, x: Tensor) -> Tensor:
@@ -57,10 +71,20 @@ class Gaussian:
         return -torch.linalg.solve(self.covariance, (x - self.mean).mT).mT
 
     def sample(self, count: int, chance: torch.Generator) -> Tensor:
-        """Draws (..., count, d)."""
+        """Draws (..., count, d).
+
+        Raises:
+            InputError: the covariance is singular in this precision.
+        """
+        factor, failed = torch.linalg.cholesky_ex(self.covariance)
+        if bool(failed.any()) or not bool(factor.isfinite().all()):
+            raise InputError(
+                "the covariance of the samples is singular in their precision: features that differ "
+                f"by {RIDGE:g} cannot be told apart. Standardise the features, or give more samples."
+            )
         shape = (*self.covariance.shape[:-2], count, self.covariance.shape[-1])
         noise = torch.randn(shape, generator=chance, dtype=self.mean.dtype)
-        return self.mean + noise @ torch.linalg.cholesky(self.covariance).mT
+        return self.mean + noise @ factor.mT
 
     def conditionals(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Means (n, d) and standard deviations (d,) of each feature given all the others."""

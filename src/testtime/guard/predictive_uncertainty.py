@@ -62,7 +62,7 @@ def predictive_uncertainty(
             bias.
 
     Raises:
-        InputError: no members or classes, NaN, or one member and "different" pairs.
+        InputError: no members or classes, NaN, +inf, nothing but -inf, or one member and "different" pairs.
         OptionError: pairs is something else.
 
     Example:
@@ -81,8 +81,11 @@ def predictive_uncertainty(
         raise InputError(
             f"logits have the shape {tuple(logits.shape)}; expected (members, *batch, classes)."
         )
-    if bool(logits.isnan().any()):
-        raise InputError("logits hold NaN; leave these samples out, and count them.")
+    if logits.is_complex() or not bool(logits.detach().double().amax(-1).isfinite().all()):
+        raise InputError(
+            "logits hold NaN, +inf, or nothing but -inf for a sample; leave these samples out, and "
+            "count them."
+        )
     members, exact = len(logits), logits.double()
     if pairs == "different" and members == 1:
         raise InputError("one member has no different one; expected at least two.")

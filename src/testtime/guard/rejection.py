@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator
@@ -46,10 +47,20 @@ def best_score(probability: Tensor, *, cost: float, alpha: float) -> Tensor:
 
         r* = 2 / (α + 2β) · ln( 2 c β / ( α ( η e^(-α/2) + (1 - η) e^(α/2) ) ) )
 
+    Raises:
+        InputError: what is given is no probability.
+        OptionError: an option is out of its range.
+
     Example:
         >>> best_score(torch.tensor([0.7, 0.75, 0.8]), cost=0.25, alpha=2.0).sign()
         tensor([-1.,  0.,  1.])
     """
+    real = probability.is_floating_point()
+    if not real or not bool(((probability >= 0) & (probability <= 1)).all()):
+        raise InputError(
+            f"probability holds numbers outside of [0, 1], NaN, or {probability.dtype}; expected "
+            "probabilities in floating point."
+        )
     beta, half = calibrated_beta(cost=cost, alpha=alpha), alpha / 2
     mixed = probability * math.exp(-half) + (1 - probability) * math.exp(half)
     return 2 / (alpha + 2 * beta) * ((2 * cost * beta / alpha) / mixed).log()
@@ -67,7 +78,8 @@ def rejection_loss(
         alpha: steepness; 4 in the paper's experiments with text.
 
     Raises:
-        InputError: the shapes differ, or good is not bool.
+        InputError: the shapes differ, good is not bool, or there are no samples or scores are no
+            finite numbers.
         OptionError: an option is out of its range.
 
     Example:
@@ -80,6 +92,12 @@ def rejection_loss(
             f"scores have the shape {tuple(scores.shape)} and good {tuple(good.shape)} of "
             f"{good.dtype}; expected the same shape, and bool."
         )
+    if not scores.is_floating_point() or not len(scores) or not bool(scores.isfinite().all()):
+        raise InputError(
+            f"{len(scores)} scores of {scores.dtype}, or NaN or infinite ones; expected at least one, "
+            "finite and in floating point."
+        )
+    scores = at_least_single(scores)
     a = 2 * good.to(scores.dtype) - 1
     beta = calibrated_beta(cost=cost, alpha=alpha)
     return (_exp(alpha / 2 * (scores - a)) + cost * _exp(-beta * scores)).mean()
@@ -88,11 +106,21 @@ def rejection_loss(
 def rejection_cost(accepted: Bool[Tensor, " n"], good: Bool[Tensor, " n"], *, cost: float) -> float:
     """The target loss: the share of samples accepted though bad, and c times the share rejected.
 
+    Raises:
+        InputError: the two are not bool, of one shape, or hold no samples.
+        OptionError: the cost is not within 0 and 1.
+
     Example:
         >>> rejection_cost(torch.tensor([True, True, False]), torch.tensor([True, False, False]), cost=0.5)
         0.5
     """
     in_range(0, 1, cost=cost)
+    both_bool = accepted.dtype == good.dtype == torch.bool
+    if not both_bool or accepted.shape != good.shape or not accepted.numel():
+        raise InputError(
+            f"accepted is {accepted.dtype} {tuple(accepted.shape)} and good {good.dtype} "
+            f"{tuple(good.shape)}; expected bool of one shape, with at least one sample."
+        )
     return float(((accepted & ~good).double() + cost * (~accepted).double()).mean())
 
 
@@ -243,4 +271,4 @@ def _check(inputs: Tensor, good: Tensor, *, own: bool) -> None:
 
 def _exp(x: Tensor) -> Tensor:
     low = x.clamp(max=STEEP)
-    return low.exp() * (1 + x - low)
+    return low.exp() * (1 + (x - STEEP).relu())

@@ -143,8 +143,8 @@ def check_classified(logits: Tensor, labels: Tensor) -> None:
         )
     if logits.shape[1] < 2:
         raise InputError(f"logits have {logits.shape[1]} class; expected at least two.")
-    if not bool(logits.isfinite().all()):
-        raise InputError("logits hold NaN or infinite values; leave these samples out.")
+    if logits.is_complex() or not bool(logits.isfinite().all()):
+        raise InputError("logits are complex, or hold NaN or infinite values; leave these out.")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise InputError(f"labels are {labels.dtype}; expected whole numbers, such as int64.")
     low, high = int(labels.min()), int(labels.max())

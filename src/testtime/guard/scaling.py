@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from testtime._core.errors import InputError
 from testtime.guard.relative_uncertainty import check_classified
 
 
@@ -91,7 +92,7 @@ class VectorScaling:
         return VectorScaling(scale=scale.to(kind), shift=shift.to(kind))
 
     def calibrate(self, logits: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
-        """w ∘ z + b."""
+        """w ∘ z + b; NaN stays NaN."""
         return self.scale * logits + self.shift
 
 
@@ -113,4 +114,9 @@ def _minimise(start: list[Tensor], loss: Callable[..., Tensor]) -> list[Tensor]:
             return value
 
         search.step(closure)
-        return [each.detach() for each in values]
+    if not all(bool(each.isfinite().all()) for each in values):
+        raise InputError(
+            "the search left the numbers: the logits are too large for their squares. Divide them by "
+            "a constant."
+        )
+    return [each.detach() for each in values]

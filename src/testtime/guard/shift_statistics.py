@@ -11,6 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from testtime._core.errors import InputError
 from testtime.guard.densities import DeepDensity, Gaussian
 
 Statistic = Callable[[Tensor, Tensor, torch.Generator], Tensor]
@@ -143,10 +144,21 @@ class KnnKS:
 def ks_distance(a: Tensor, b: Tensor) -> Tensor:
     """Two-sample Kolmogorov-Smirnov distance along the first dimension.
 
+    Raises:
+        InputError: no samples, NaN, or other dimensions of the two.
+
     Example:
         >>> ks_distance(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 2.0]))
         tensor(0.5000)
     """
+    for each in (a, b):
+        if not each.dim() or not each.numel() or each.shape[1:] != b.shape[1:] or each.is_complex():
+            raise InputError(
+                f"the samples are of the shapes {tuple(a.shape)} and {tuple(b.shape)}; expected real "
+                "(n, ...) and (m, ...) that differ in the first dimension only, not empty."
+            )
+        if bool(each.isnan().any()):
+            raise InputError("the samples hold NaN, which has no rank; leave these out.")
     a, b = (each.movedim(0, -1).contiguous().sort(-1).values for each in (a, b))
     both = torch.cat([a, b], -1)
     below = [torch.searchsorted(each, both, right=True) / each.shape[-1] for each in (a, b)]

@@ -128,10 +128,19 @@ def uniform_p_value(values: Float[Tensor, " n"]) -> float:
 
     The limiting distribution with Stephens' correction, good to about 0.01 from five values on.
 
+    Raises:
+        InputError: no values, NaN, or values outside of [0, 1].
+
     Example:
         >>> uniform_p_value(torch.full((20,), 0.5)) < 0.001
         True
     """
+    values = finite("values", values)
+    if values.dim() != 1 or not bool(((values >= 0) & (values <= 1)).all()):
+        raise InputError(
+            f"values have the shape {tuple(values.shape)} and lie between {float(values.min()):.4g} "
+            f"and {float(values.max()):.4g}; expected (n,) within 0 and 1."
+        )
     count = len(values)
     ranked = values.double().sort().values
     steps = torch.arange(count + 1, dtype=torch.float64) / count

@@ -179,6 +179,11 @@ def log_gram(a: Samples, b: Samples, *, width: float) -> Float[Tensor, "samples 
     in_range(0, width=width)
     if width == 0:
         raise OptionError("width is 0; expected a positive number")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.is_complex() or b.is_complex():
+        raise InputError(
+            f"the shapes are {tuple(a.shape)} of {a.dtype} and {tuple(b.shape)} of {b.dtype}; "
+            "expected real (N, d) and (M, d)"
+        )
     a, b = at_least_single(a), at_least_single(b)
     return -(a[:, None] - b[None]).square().sum(-1) / (2 * width**2)
 

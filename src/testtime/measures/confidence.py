@@ -1,7 +1,8 @@
 """How sure a prediction is: its largest probability, and its lead over the runner-up.
 
 Both take logits `(*batch, classes)`, of any scale, masked entries (-inf) included. Half precision
-is computed, and answered, in float32.
+is computed, and answered, in float32. A sample whose logits hold NaN or +inf, or nothing but -inf, has
+no prediction: its value is NaN, so that it can be counted and left out.
 """
 
 import torch

@@ -33,11 +33,14 @@ class Bottleneck(NamedTuple):
 def entropy_bits(law: Float[Tensor, "*shape"]) -> float:
     """Shannon entropy in bits of a law of any shape; 0 ln 0 is 0.
 
+    Raises:
+        InputError: as `check_law`.
+
     Example:
         >>> entropy_bits(torch.tensor([0.5, 0.25, 0.25]))
         1.5
     """
-    law = law.double()
+    law = check_law(law.flatten(), "law")
     return -float(torch.xlogy(law, law).sum()) / math.log(2) + 0.0
 
 
@@ -48,6 +51,10 @@ def mutual_information_bits(joint: Float[Tensor, "rows columns"]) -> float:
         >>> mutual_information_bits(torch.eye(2) / 2)
         1.0
     """
+    if joint.dim() != 2:
+        raise InputError(
+            f"joint has the shape {tuple(joint.shape)}; expected (rows, columns), a law of pairs."
+        )
     joint = check_law(joint.flatten(), "joint").view(joint.shape)
     return entropy_bits(joint.sum(1)) + entropy_bits(joint.sum(0)) - entropy_bits(joint)
 

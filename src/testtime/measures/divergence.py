@@ -3,7 +3,8 @@
 All take two tensors of logits `(*batch, classes)` of one shape, of any scale, masked entries
 (-inf) included. Half precision is computed, and answered, in float32. Gradients are finite
 everywhere; where a divergence is infinite, as one prediction excludes a class that the other one
-allows, its gradient is 0.
+allows, its gradient is 0. Where either prediction does not exist, as its logits hold NaN or +inf, or
+nothing but -inf, the value is NaN.
 """
 
 import math

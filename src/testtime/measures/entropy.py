@@ -1,7 +1,8 @@
 """Entropies of predictions, in nats: Shannon, Renyi, Tsallis, marginal; mutual information.
 
 All take logits `(*batch, classes)`, of any scale, masked entries (-inf) included. Half precision is
-computed, and answered, in float32.
+computed, and answered, in float32. A sample whose logits hold NaN or +inf, or nothing but -inf, has no
+prediction: its value is NaN, as is that of a mean it enters, so that it can be counted and left out.
 """
 
 import math
@@ -39,6 +40,7 @@ def entropy(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
 
     Reference: Shannon, A Mathematical Theory of Communication, 1948.
     """
+    check_classes(logits, "logits")
     # Written as a product of softmax and log-softmax, in this order, so that gradients equal those
     # of the published codes to the last bit: Adam turns a difference in the last bit of a tiny
     # gradient into a different step.
@@ -49,7 +51,7 @@ def entropy(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
 def entropy_of_probs(probs: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch"]:
     """Shannon entropy of probabilities, in nats; entries of zero count nothing.
 
-    The gradient at zero is finite: that of the smallest normal number.
+    That they are from 0 on and sum to 1 is not checked. The gradient at zero is finite: that of the smallest normal number.
 
     Raises:
         InputError: for a tensor without classes.
@@ -72,7 +74,8 @@ def cross_entropy(
 
     A class that the target excludes counts nothing, also where the logits mask it. A class that the
     logits mask and the target does not costs 1e20 nats times its share, where the cross-entropy is
-    infinite: huge, but never NaN, and neither is its gradient.
+    infinite: huge, but never NaN, and neither is its gradient. That the targets are probabilities is
+    not checked.
 
     Raises:
         InputError: if the two shapes differ, or for tensors without classes.

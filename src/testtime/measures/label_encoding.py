@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError, OptionError
 from testtime._core.options import in_range
 from testtime.measures.log_space import check_classes
@@ -30,7 +31,7 @@ def label_encoding_risk(
 
     Row c of E is the mean prediction of the samples that belong to c, each as far as it does. The
     risk is 0 just when all predictions are one-hot and every class occurs, so it needs about as
-    many samples as classes. As a mean over C * C entries it shrinks like 1 / C: weigh it with 10 or
+    many samples as classes. A sample without a prediction (NaN, +inf, nothing but -inf) makes it NaN. As a mean over C * C entries it shrinks like 1 / C: weigh it with 10 or
     more for many classes. Half precision is computed, and answered, in float32.
 
     Args:
@@ -118,9 +119,15 @@ def semi_supervised_risk(
     """
     in_range(0, trade_off=trade_off, strong_share=strong_share)
     check_samples(labelled, "labelled")
+    fits = labels.shape == labelled.shape[:1] and not labels.is_floating_point()
+    if not fits or not bool(((labels >= 0) & (labels < labelled.shape[1])).all()):
+        raise InputError(
+            f"labels are {labels.dtype} of the shape {tuple(labels.shape)}; expected whole numbers "
+            f"({len(labelled)},) from 0 to {labelled.shape[1] - 1}, one for each labelled sample."
+        )
     risks = [label_encoding_risk(view, distance=distance) for view in (weak, strong)]
     unlabelled = risks[0] + strong_share * risks[1]
-    return F.cross_entropy(labelled.to(unlabelled.dtype), labels.long()) + trade_off * unlabelled
+    return F.cross_entropy(at_least_single(labelled), labels.long()) + trade_off * unlabelled
 
 
 def check_samples(logits: Tensor, name: str) -> None:

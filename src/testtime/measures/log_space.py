@@ -36,7 +36,9 @@ def log_probs(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch 
 
 
 def check_classes(values: Tensor, name: str) -> None:
-    """An `InputError` for a tensor without a last dimension of at least one class."""
+    """An `InputError` for complex numbers, or without a last dimension of at least one class."""
+    if values.is_complex():
+        raise InputError(f"{name} are {values.dtype}; expected real numbers.")
     if values.ndim == 0 or values.shape[-1] == 0:
         raise InputError(
             f"{name} have the shape {tuple(values.shape)}; expected (*batch, classes) with at "

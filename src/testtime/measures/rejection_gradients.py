@@ -194,6 +194,8 @@ def noise_of_gamma(sample: Tensor, shape: Tensor) -> Tensor:
 
 
 def _positive(shape: Tensor, name: str, *, least: float) -> None:
+    if shape.is_complex():
+        raise InputError(f"{name} is {shape.dtype}; expected real numbers.")
     good = shape.isfinite() & (shape >= least if least else shape > 0)
     if not shape.is_floating_point() or not good.all():
         wrong = "integers" if not shape.is_floating_point() else float(shape[~good].flatten()[0])

@@ -177,4 +177,4 @@ def _checked(x: Tensor, y: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tenso
             f"the group is of shape {tuple(group.shape)}; expected orthogonal matrices (elements, "
             f"{dims}, {dims}), e.g. sign_flips({dims})."
         )
-    return x.double(), y.double(), group
+    return x.detach().double(), y.detach().double(), group

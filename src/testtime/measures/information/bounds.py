@@ -15,7 +15,7 @@ one and the gradient of the other.
     SMILE    mean_i F_ii - ln mean_{i!=j} e^clip(F_ij, -tau, tau); gradient of J
 
 DV and NWJ average e^F over few pairs: their variance grows like e^I. SMILE clips it, at the price of a
-bias, upwards too: it is no lower bound.
+bias, upwards too: it is no lower bound. They are losses: a score that is NaN makes them NaN.
 """
 
 # torch leaves some types open
@@ -81,10 +81,11 @@ def tuba(scores: Scores, log_baseline: Float[Tensor, "batch"]) -> Float[Tensor, 
 
     Reference: Poole et al., On Variational Bounds of Mutual Information, ICML 2019.
     """
-    if log_baseline.shape != _check(scores).shape[:1]:
+    fits = log_baseline.shape == _check(scores).shape[:1] and log_baseline.is_floating_point()
+    if not fits:
         raise InputError(
-            f"log_baseline has the shape {tuple(log_baseline.shape)} and scores "
-            f"{tuple(scores.shape)}; expected one number for each row of scores."
+            f"log_baseline is {log_baseline.dtype} {tuple(log_baseline.shape)} and scores have the "
+            f"shape {tuple(scores.shape)}; expected one number for each row, in floating point."
         )
     return nwj(scores - log_baseline[:, None] + 1)
 
@@ -134,7 +135,7 @@ def jensen_shannon(scores: Scores) -> Float[Tensor, ""]:
 
     Reference: Poole et al., On Variational Bounds of Mutual Information, ICML 2019.
     """
-    return _shown(nwj(scores + 1), jensen_shannon_bound(scores))
+    return _shown(nwj(_check(scores) + 1), jensen_shannon_bound(scores))
 
 
 def smile_bound(scores: Scores, *, clip: float = 5.0) -> Float[Tensor, ""]:
@@ -182,4 +183,6 @@ def _check(scores: Tensor) -> Tensor:
             f"scores have the shape {tuple(scores.shape)}; expected (B, B) with B at least 2: "
             "those of every x of a batch with every y."
         )
+    if not scores.is_floating_point():
+        raise InputError(f"scores are {scores.dtype}; expected floating point numbers of a critic.")
     return scores
