@@ -82,6 +82,17 @@ def test_where_labels_come_in_order_the_better_follows_it():
         assert all(said(bad, good)[2:])
 
 
+def test_equal_neighbours_are_not_enough_where_labels_come_in_order():
+    labels = drawn(1344 // 4).repeat_interleave(4)
+    source, crowded = blurred(labels, 0.1), labels // 2
+    blocks = [
+        (excess(a), excess(s)) for a, s in zip(crowded.split(64), source.split(64), strict=True)
+    ]
+    assert sum(a for a, _ in blocks) > sum(s for _, s in blocks)
+    assert said(crowded, source)[-1]
+    assert not said(labels, source)[-1]
+
+
 def test_where_they_do_not_narrower_answers_are_not_trusted():
     labels = drawn(1280)
     crowded = torch.where((labels > 5) & (drawn(1280, 3) < 5), 0, labels)
@@ -250,6 +261,23 @@ def test_most_batches_are_not_looked_at_once_a_stream_has_begun():
         outcomes(adapter, batches(4 * APART, size=64))
         forwards = adapter.counts.forwards - before.forwards
         assert forwards / (4 * APART * 64) == pytest.approx(much + more)
+
+
+def test_all_batches_are_looked_at_again_once_trust_has_come_back():
+    first = BEGINNING // 64
+    adapter = tt.adapt(tiny("group"), "tent", guard=Says(*[False] * first, True, True, False))
+    outcomes(adapter, batches(first, size=64))
+    seen = 0
+    while adapter.events[-1].outcome is not Outcome.TRUSTED:
+        outcomes(adapter, batches(1, size=64))
+        seen += 1
+        assert seen < 4 * APART
+    before = adapter.counts.forwards
+    outcomes(adapter, batches(first - 1, size=64))
+    assert adapter.counts.forwards - before == 2 * 64 * (first - 1)
+    before = adapter.counts.forwards
+    outcomes(adapter, batches(2 * APART, size=64))
+    assert adapter.counts.forwards - before < 1.5 * 2 * APART * 64
 
 
 @pytest.mark.parametrize("deferred", [False, True])
