@@ -260,7 +260,17 @@ def relative(logits: Tensor) -> Tensor:
         >>> relative(torch.zeros(1, 4))
         tensor([1.])
     """
-    return entropy(logits) / math.log(max(logits.shape[1], 2))
+    return entropy(logits) / most_entropy(logits)
+
+
+def most_entropy(logits: Tensor) -> float:
+    """Entropy of a uniform prediction; that of two classes where there is but one.
+
+    Example:
+        >>> most_entropy(torch.zeros(1, 2))
+        0.6931471805599453
+    """
+    return math.log(max(logits.shape[1], 2))
 
 
 def check_gate(gate: Any) -> Gate | None:
@@ -286,13 +296,14 @@ def judge(gate: Gate, engine: Engine, x: Tensor, state: State) -> tuple[State, S
     with torch.no_grad():
         output, logits = engine.frozen(x, tap=watching)
         logits = rows(logits)
-        alarm, memory = asked(gate, seen["memory"], relative(logits))
+        entropies = entropy(logits)
+        alarm, memory = asked(gate, seen["memory"], entropies / most_entropy(logits))
         if not engine.ranks.alone:  # all learn, or none
             alarm = float(engine.ranks.sum(x.new_tensor(float(alarm)))) > 0
     state = replace(state, gate={"left": alarm * (AGAIN - 1), "memory": memory})
     if alarm:
         return state, None
-    measured: dict[str, Any] = {"entropy": entropy(logits).mean(), "used": 0}
+    measured: dict[str, Any] = {"entropy": entropies.mean(), "used": 0}
     if state.generator is not None:
         engine.generator.set_state(state.generator)
     return state, Step(output, logits, state, Outcome.LIKE_SOURCE, measured)
