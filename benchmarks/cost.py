@@ -14,7 +14,8 @@ the same each time. Methods of many passes are measured in one round.
 
 Methods that choose who teaches are set so that a third of the samples do, and stay there: their
 rate is zero, so that the network of random weights does not run away. CoTTA and the like make 8
-views in place of 32. MEMO adapts to one image at a time, so its times are those of one image, set
+views in place of 32. RoTTA keeps a batch in memory in place of 64 images, so that it learns in every
+step. MEMO adapts to one image at a time, so its times are those of one image, set
 against a batch of one. Rows are joined to those that `--out` holds already.
 """
 
@@ -57,14 +58,20 @@ VIEWS = 8
 
 
 class Confident(nn.Module):
-    """A network of random weights, its logits so scaled that predictions are neither sure nor not."""
+    """A network of random weights, its logits so scaled that predictions are neither sure nor not.
 
-    def __init__(self, model: nn.Module, scale: float) -> None:
+    Args:
+        model: the network.
+        scale: of its logits.
+        mean: of its logits, which is taken away, so that it predicts many classes.
+    """
+
+    def __init__(self, model: nn.Module, scale: float, mean: Tensor | float = 0.0) -> None:
         super().__init__()
-        self.model, self.scale = model, scale
+        self.model, self.scale, self.mean = model, scale, mean
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x) * self.scale
+        return (self.model(x) - self.mean) * self.scale
 
 
 def make(name: str, size: int) -> tuple[nn.Module, Tensor]:
@@ -80,8 +87,9 @@ def make(name: str, size: int) -> tuple[nn.Module, Tensor]:
     x = torch.rand(2 * size, 3, 224, 224) * torch.linspace(0.3, 1, 2 * size).view(-1, 1, 1, 1)
     x = x[torch.randperm(2 * size)]
     with torch.no_grad():
-        spread = model(x[:8]).std(1).mean()
-    return Confident(model, float(4 / spread)).eval(), x
+        logits = model(x[:8])
+    mean = logits.mean(0)
+    return Confident(model, float(4 / (logits - mean).std(1).mean()), mean).eval(), x
 
 
 def third(model: nn.Module, x: Tensor) -> float:
@@ -114,7 +122,7 @@ def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> d
             sure = tt.adapt(model, "cotta", views=VIEWS, threshold=0.0)
             steps["cotta, source sure"] = sure
         elif name == "rotta" and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
-            steps["textbook rotta"] = rotta(model)
+            steps["textbook rotta"] = rotta(model, size=size)
         elif name == "rotta":
             continue
         needs = tt.methods()[name].needs
@@ -125,6 +133,8 @@ def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> d
                 model, list(zip(x.split(size), labels, strict=True)), methods=[name]
             )
         more = {"views": VIEWS} if name in ("cotta", "psmt", "petal") else {}
+        if name == "rotta":  # whose every step learns then
+            more = {"capacity": size, "every": size}
         rate = {"lr": 0.0} if chosen else {}
         steps[name] = tt.adapt(model, name, source=source, **chosen, **more, **rate)
     return steps

@@ -275,11 +275,12 @@ def robust(module: nn.Module) -> None:
             robust(child)
 
 
-def rotta(model: nn.Module) -> Step:  # noqa: PLR0915  (the paper, in one piece)
-    """RoTTA: a bank of 64 images, balanced over classes, and an update after every 64th.
+def rotta(model: nn.Module, *, size: int = 64) -> Step:  # noqa: PLR0915  (the paper, in one piece)
+    """RoTTA: a bank of images, balanced over classes, and an update after as many have come.
 
     Args:
         model: square images in [0, 1] to logits, with batch normalisation.
+        size: of the bank.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     robust(model)
@@ -294,13 +295,13 @@ def rotta(model: nn.Module) -> Step:  # noqa: PLR0915  (the paper, in one piece)
     seen = 0
 
     def badness(item: list, classes: int) -> float:
-        return 1 / (1 + math.exp(-item[1] / 64)) + item[2] / math.log(classes)
+        return 1 / (1 + math.exp(-item[1] / size)) + item[2] / math.log(classes)
 
     def offer(image: Tensor, label: int, doubt: float, classes: int) -> None:
         new, own = [image, 0, doubt], bank.setdefault(label, [])
         among = [label]
-        if len(own) < 64 / classes:
-            if sum(map(len, bank.values())) < 64:
+        if len(own) < size / classes:
+            if sum(map(len, bank.values())) < size:
                 own.append(new)
                 return
             most = max(map(len, bank.values()))
@@ -316,7 +317,7 @@ def rotta(model: nn.Module) -> Step:  # noqa: PLR0915  (the paper, in one piece)
     def update() -> None:
         items = [item for own in bank.values() for item in own]
         images = torch.stack([item[0] for item in items])
-        ages = torch.tensor([item[1] / 64 for item in items])
+        ages = torch.tensor([item[1] / size for item in items])
         model.train()
         teacher.train()
         with torch.no_grad():
@@ -343,7 +344,7 @@ def rotta(model: nn.Module) -> Step:  # noqa: PLR0915  (the paper, in one piece)
                     item[1] += 1
             offer(image, int(row.argmax()), doubt, z.shape[1])
             seen += 1
-            if seen % 64 == 0:
+            if seen % size == 0:
                 update()
         return z
 
