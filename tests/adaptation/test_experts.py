@@ -183,11 +183,12 @@ def test_moco_views_differ_by_image_and_repeat(channels):
 def test_a_turned_hue_is_that_of_torchvision():
     from torchvision.transforms.v2 import functional as T
 
-    from testtime.adaptation.parts.views import _blur, _turn_hue
+    from testtime.adaptation.parts.pixels import turn_hue
+    from testtime.adaptation.parts.views import _blur
 
     x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for turn in (-0.1, 0.03, 0.5):
-        own = _turn_hue(x, torch.full((4, 1, 1, 1), turn))
+    for turn in (-0.1, 0.03, 1 / 6):
+        own = turn_hue(x, torch.full((4, 1, 1, 1), turn))
         torch.testing.assert_close(own, T.adjust_hue(x, turn), atol=1e-6, rtol=0)
     own = _blur(x, torch.tensor([[0.5], [1.0], [1.5], [2.0]], dtype=x.dtype))
     for image, blurred, sigma in zip(x, own, (0.5, 1.0, 1.5, 2.0), strict=True):

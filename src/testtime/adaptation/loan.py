@@ -303,7 +303,9 @@ class Normaliser:
         def forward(x: Tensor) -> Tensor:
             weight, bias = module.weight, module.bias
             learnt_through = torch.is_grad_enabled() and x.requires_grad
-            if not learnt_through or weight is None or not x.dtype == weight.dtype == bias.dtype:
+            full = x.dtype in (torch.float32, torch.float64)
+            alike = weight is not None and x.dtype == weight.dtype == bias.dtype
+            if weight is None or not (learnt_through and full and alike):
                 return type(module).forward(module, *self(module, (x,)))
             module._check_input_dim(x)
             values = float(x.numel() // x.shape[1])
