@@ -268,3 +268,14 @@ def test_samples_of_another_size_do_not_enter_a_memory(method, options):
     assert adapter.predict(images(size=12)[0]).shape == (4, 4)
     adapter.reset()
     adapter(images(size=12)[0])
+
+
+def test_a_batch_that_the_model_refuses_leaves_no_trace_of_itself():
+    model = Counting().eval()
+    adapter = tt.adapt(model, "tent")
+    with pytest.raises(InputError, match="could not take"):
+        adapter(torch.rand(4, 7, 8, 8))
+    assert int(model.seen) == 0
+    adapter(images()[0])
+    assert int(model.seen) == 0
+    assert model.last is None

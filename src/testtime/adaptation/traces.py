@@ -38,10 +38,7 @@ class Traces:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        flat = (
-            "_flat_weights",
-            "_flat_weight_refs",
-        )  # a recurrent layer's: of what it last ran with
+        flat = ("_flat_weights", "_flat_weight_refs")  # of what a recurrent layer last ran with
         self.own: set[tuple[str, str]] = {
             (name, key)
             for name, module in model.named_modules()
@@ -70,7 +67,17 @@ class Traces:
             for key, buffer in module._buffers.items()
             if buffer is not None
         ]
-        yield
+        try:
+            yield
+        finally:
+            self._take_back(modules, attributes, buffers)
+
+    def _take_back(
+        self,
+        modules: dict[str, nn.Module],
+        attributes: dict[str, dict[str, tuple[Any, Any]]],
+        buffers: list[tuple[str, str, Tensor, int, Tensor]],
+    ) -> None:
         for name, module in modules.items():
             for key, value in list(module.__dict__.items()):
                 if key in REGISTERED:

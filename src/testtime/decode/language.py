@@ -305,23 +305,13 @@ def read_labels(
 
 
 def _generate(
-    model: Any,
-    tokenizer: Any,
-    prefixes: Sequence[Ids],
-    read: Prefixes,
-    *,
-    stop: str | None,
-    max_new_tokens: int,
-    **drawn: Any,
+    model: Any, tokenizer: Any, prefixes: Sequence[Ids], read: Prefixes, **how: Any
 ) -> list[Ids]:
     """New token ids of each row, up to its stop string, its end or the limit."""
     made: dict[int, Ids] = {}
     for places in together(model, [len(prefix) for prefix in prefixes]):
         rows = [prefixes[place] for place in places]
-        new = _generate_batch(
-            model, tokenizer, rows, read, stop=stop, max_new_tokens=max_new_tokens, **drawn
-        )
-        made |= zip(places, new, strict=True)
+        made |= zip(places, _generate_batch(model, tokenizer, rows, read, **how), strict=True)
     read.turn()
     return [made[place] for place in range(len(prefixes))]
 
