@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import testtime as tt
 from testtime._core.errors import NeedsSource, ScopeError
 from testtime._core.outcomes import Outcome
-from testtime.adaptation.gating import SourceLike
+from testtime.adaptation.source_like import SourceLike
 from testtime.bench.metrics import Score
 from testtime.bench.models import load_model
 from testtime.streams.data import load_data, stack

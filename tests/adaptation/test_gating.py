@@ -12,8 +12,9 @@ import testtime as tt
 from models import batches, tiny, tiny_vit
 from testtime._core.errors import NeedsSource, OptionError, StateError
 from testtime._core.outcomes import Outcome
-from testtime.adaptation.gating import AGAIN, SourceLike, effect, pooled, summaries
+from testtime.adaptation.gating import AGAIN
 from testtime.adaptation.layers import norm_layers
+from testtime.adaptation.source_like import SourceLike, effect, pooled, summaries
 from testtime.measures.entropy import entropy
 
 KINDS = ["batch", "sync", "frozen", "group", "layer", "instance", "rms"]

@@ -28,7 +28,7 @@ from testtime.adaptation.deferred import Behind, Give, Job, Lane, autocasting, c
 from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.export import exported
-from testtime.adaptation.gating import Signals, SourceLike, check_gate, judge
+from testtime.adaptation.gating import check_gate, judge
 from testtime.adaptation.guarding import check_guard, distrusted, guarded
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
 from testtime.adaptation.layers import norm_layers
@@ -49,6 +49,7 @@ from testtime.adaptation.parts.statistics import (
 from testtime.adaptation.plan import Plan, planned
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe
+from testtime.adaptation.source_like import Signals, SourceLike
 from testtime.adaptation.state import State, check_state, load_state, save_state
 
 

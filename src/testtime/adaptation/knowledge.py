@@ -25,6 +25,7 @@ from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.knowledge import Need
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe
+from testtime.adaptation.source_like import Signals
 
 FORMAT = "testtime-source-2"
 
@@ -316,8 +317,6 @@ def _needs(
                 )
             scopes[recipe.scope, recipe.statistics] = recipe
     if gate:
-        from testtime.adaptation.gating import Signals  # noqa: PLC0415  (it runs engines)
-
         needs[Signals.name] = (Signals(), {None: Recipe()})
     return needs
 
