@@ -132,12 +132,12 @@ class Adapter:
             was = self._state
             state = self._due(was)
             later = self._deferred and not self._behind.inside
-            mine = self._lane.take(x) if later else x
+            mine = self._lane.take(x, state) if later else x
             steps = self._steps(mine, state)
             event = None
 
             def settle(step: Step) -> Event:
-                self._state = step.state
+                self._state = self._lane.own = step.state
                 engine, (forwards, backwards) = self._engine, before
                 self._counts = self._counts.after(
                     step.outcome, samples=len(x), forwards=engine.forwards - forwards,

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from testtime._core.devices import wait_for
 from testtime._core.options import in_range
 from testtime.adaptation.engine import Engine, Steps, begun, ended
 from testtime.adaptation.layers import NormLayer
@@ -208,8 +208,7 @@ class Ration:
 
     def _now(self) -> float:
         """Seconds on the clock, once the device has done all that it was given."""
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.device)
+        wait_for(self.engine.device)
         return clock()
 
 

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from testtime._core.devices import streams_of
 from testtime._core.errors import OptionError, StateError
 from testtime.adaptation.outputs import map_tensors
 from testtime.adaptation.parts.statistics import RunningStatistics
 from testtime.adaptation.recipe import Recipe
+from testtime.adaptation.state import State
 
 Give = Callable[[Any], bool]
 """Hands an answer to who waits for it; says whether anybody still does."""
@@ -190,7 +192,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Lane:
-    """Where a deferred step computes: on a CPU, where it is called; on CUDA, in its own stream.
+    """Where a deferred step computes: on a CPU, where it is called; on others, in its own stream.
 
     A backward runs in the stream of its forward, so the whole step runs in the lane, and only the
     answer leaves it. On a CPU all of this does nothing but keep values from being shared.
@@ -200,23 +202,31 @@ class Lane:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._streams = streams_of(device)
         self.device = device
-        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream: Any = None if self._streams is None else self._streams.Stream(device)
+        self.own: State | None = None  # a state that was made here
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """What runs inside runs in the lane."""
-        with torch.cuda.stream(self.stream) if self.stream is not None else ExitStack():
+        with ExitStack() if self.stream is None else self._streams.stream(self.stream):
             yield
 
-    def take(self, x: Tensor) -> Tensor:
-        """A copy of the batch in the lane, so that the caller may write to his own."""
+    def take(self, x: Tensor, state: State) -> Tensor:
+        """A copy of the batch in the lane, so that the caller may write to his own.
+
+        Memory of the state that was not made here must not be used anew elsewhere, once the state
+        is forgotten, before the lane has read it.
+        """
         if self.stream is None:
             return x.clone()
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.stream.wait_stream(self._streams.current_stream(self.device))
         with self.computing():
             mine = x.clone()
         x.record_stream(self.stream)
+        if state is not self.own:
+            map_tensors(lambda part: _used_in(part, self.stream), vars(state))
         return mine
 
     def give(self, output: Any) -> tuple[Any, Any]:
@@ -227,7 +237,7 @@ class Lane:
     def leave(self, theirs: Any, ready: Any) -> Any:
         """That copy in the caller's stream."""
         if self.stream is not None:
-            current = torch.cuda.current_stream(self.device)
+            current = self._streams.current_stream(self.device)
             current.wait_event(ready)
             map_tensors(lambda part: _used_in(part, current), theirs)
         return theirs
@@ -235,11 +245,12 @@ class Lane:
     def join(self) -> None:
         """Makes the caller's stream wait for all that the lane has been given to do."""
         if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            self._streams.current_stream(self.device).wait_stream(self.stream)
 
 
 def _used_in(part: Tensor, stream: Any) -> Tensor:
-    part.record_stream(stream)
+    if part.device.type == stream.device.type:  # an output or a state may hold some of the CPU
+        part.record_stream(stream)
     return part
 
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from testtime._core.devices import streams_of
+
 
 class Shape(NamedTuple):
     """How a tensor is laid out, without its values."""
@@ -157,9 +159,11 @@ class Room:
 
     @classmethod
     def of(cls, device: torch.device) -> "Room":
-        """This thread's."""
+        """This thread's, and on other devices than a CPU this stream's."""
         held: dict[str, Room] = cls._held.__dict__
-        name, size = str(device), CHUNK if device.type == "cpu" else MANY * CHUNK
+        streams, size = streams_of(device), CHUNK if device.type == "cpu" else MANY * CHUNK
+        # what one stream has yet to read another must not write to
+        name = f"{device} {streams and streams.current_stream(device).stream_id}"
         if name not in held or held[name].size != size:
             held[name] = cls(device, size)
         return held[name]

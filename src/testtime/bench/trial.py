@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import testtime as tt
+from testtime._core.devices import wait_for
 from testtime._core.errors import InputError
 from testtime._core.registry import find
 from testtime._core.seeds import generator
@@ -78,10 +79,10 @@ def _run(
         if batch.reset:
             adapter.reset()
         inputs = batch.inputs.to(device)
-        _wait(device)
+        wait_for(device)
         start = time.perf_counter()
         logits = read_logits(adapter(inputs))
-        _wait(device)
+        wait_for(device)
         seconds.append(time.perf_counter() - start)
         told = adapter.events[-1].measured.get("outlier")
         scores = told if isinstance(told, Tensor) else None
@@ -171,17 +172,12 @@ def paced(
 
 
 def _plain_seconds(model: nn.Module, inputs: Tensor, device: torch.device) -> float:
-    _wait(device)
+    wait_for(device)
     start = time.perf_counter()
     with torch.no_grad():
         model(inputs)
-    _wait(device)
+    wait_for(device)
     return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _check_fit(cell: Cell, model: nn.Module, dataset: Dataset[Any], device: torch.device) -> None:

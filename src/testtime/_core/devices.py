@@ -1,0 +1,29 @@
+"""What devices other than a CPU have besides tensors: streams of work, and the wait for it."""
+
+from typing import Any
+
+import torch
+
+
+def streams_of(device: torch.device) -> Any:
+    """The module of torch that makes and tells streams of a device, as `torch.cuda`; None: it has none.
+
+    Those of MPS do not count: their tensors cannot be marked as used in another stream.
+
+    Example:
+        >>> streams_of(torch.device("cpu")) is None, streams_of(torch.device("cuda")) is torch.cuda
+        (True, True)
+    """
+    module = None if device.type in ("cpu", "mps") else getattr(torch, device.type, None)
+    return module if hasattr(module, "current_stream") else None
+
+
+def wait_for(device: torch.device) -> None:
+    """Returns once the device has done all that it was given; on a CPU that is at once.
+
+    Example:
+        >>> wait_for(torch.device("cpu"))
+    """
+    found = torch.accelerator.current_accelerator()
+    if found is not None and found.type == device.type:
+        torch.accelerator.synchronize(device)
