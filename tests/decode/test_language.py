@@ -77,7 +77,10 @@ def test_steps_stop_where_they_should(parts):
     assert all(step.final and step.tokens <= 5 for step in solution)
 
 
-def test_same_seed_same_paths_and_global_chance_is_untouched(parts):
+def test_same_seed_same_paths_and_global_chance_is_untouched(parts, monkeypatch):
+    others: list[int] = []  # seeds that GPUs were given, on which the model does not lie
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", others.append)
+
     def drawn(seed):
         sampler = Sampler(*parts, "once", max_new_tokens=6, seed=seed)
         return [sampler([Path()] * 4) for _ in range(2)]
@@ -87,6 +90,7 @@ def test_same_seed_same_paths_and_global_chance_is_untouched(parts):
     assert torch.equal(before, torch.random.get_rng_state())
     assert first == drawn(0) != drawn(1)
     assert first[0] != first[1]
+    assert not others
 
 
 def test_every_search_runs_on_a_model(parts):

@@ -1,6 +1,8 @@
 """Chance is explicit: every random part owns a generator, derived from a seed and a purpose."""
 
 import hashlib
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 
 import torch
 
@@ -19,3 +21,35 @@ def derive(seed: int, *purpose: object) -> int:
 def generator(seed: int, *purpose: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on `device` for one purpose."""
     return torch.Generator(device).manual_seed(derive(seed, *purpose))
+
+
+@contextmanager
+def global_chance(seed: int | None, devices: Iterable[torch.device]) -> Generator[None, None, None]:
+    """For what draws from the global random state: it is put back after.
+
+    Args:
+        seed: of the state inside; None: as it is outside.
+        devices: whose state it is besides that of the CPU; others are not touched, as
+            `torch.manual_seed` would.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with global_chance(0, [torch.device("cpu")]):
+        ...     _ = torch.rand(1)
+        >>> torch.equal(torch.get_rng_state(), before)
+        True
+    """
+    each = {"cpu": torch.default_generator}
+    for device in devices:
+        known = getattr(getattr(torch, device.type, None), "default_generators", ())
+        if known:
+            each[str(device)] = known[device.index or 0]
+    before = {name: own.get_state() for name, own in each.items()}
+    try:
+        for own in each.values():
+            if seed is not None:
+                own.manual_seed(seed)
+        yield
+    finally:
+        for name, state in before.items():
+            each[name].set_state(state)

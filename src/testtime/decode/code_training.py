@@ -20,7 +20,7 @@ from torch import Tensor
 
 from testtime._core.errors import InputError, WorkFailed
 from testtime._core.options import in_range, whole
-from testtime._core.seeds import derive, generator
+from testtime._core.seeds import derive, generator, global_chance
 from testtime.decode.code_copy import (
     LONGEST,
     TASK,
@@ -161,8 +161,7 @@ def train_copy_model(
     checked: list[float] = []
     best: dict[str, Tensor] = {}
     device = model.model.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(derive(seed, "copy", "dropout"))
+    with global_chance(derive(seed, "copy", "dropout"), [device]):
         draw = generator(seed, "copy", "order")
         while len(losses) < epochs and len(losses) - _first_best(checked) <= patience:
             model.train()

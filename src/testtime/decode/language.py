@@ -14,7 +14,7 @@ from torch import Tensor
 
 from testtime._core.errors import InputError, MissingExtra, OptionError
 from testtime._core.options import in_range, whole
-from testtime._core.seeds import derive
+from testtime._core.seeds import derive, global_chance
 from testtime.decode.decoding import own_settings
 from testtime.decode.drawing import check_logits
 from testtime.decode.models import check_pair, context_length, end_tokens
@@ -92,8 +92,7 @@ class Sampler:
         """
         self._calls += 1
         device = self._model.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(derive(self._seed, "sampler", self._calls))
+        with global_chance(derive(self._seed, "sampler", self._calls), [device]):
             return self._continue(paths, do_sample=True, **self._drawn)
 
     def greedy(self, paths: Sequence[Path[Ids]]) -> list[Step[Ids]]:

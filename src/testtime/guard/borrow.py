@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from testtime._core.seeds import global_chance
+
 
 @contextmanager
 def borrowed(
@@ -27,14 +29,10 @@ def borrowed(
         (True, True)
     """
     modes = {module: module.training for module in model.modules()}
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)), torch.inference_mode(False):
+    devices = {p.device for p in model.parameters()}
+    with global_chance(seed, devices), torch.inference_mode(False):
         try:
             model.eval()
-            if seed is not None:  # not torch.manual_seed, which seeds other devices, too
-                torch.random.default_generator.manual_seed(seed)
-                for index in devices:
-                    torch.cuda.default_generators[index].manual_seed(seed)
             with torch.set_grad_enabled(keep_grad):
                 yield
         finally:
