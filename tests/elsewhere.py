@@ -1,7 +1,8 @@
 """A second device, played on this one: tensors that say they are elsewhere and hold their values.
 
 An operation on tensors of both devices fails as it would on real ones, and so does a random number
-generator of the wrong device; everything else gives the numbers of the CPU.
+generator of the wrong device, or a state of one; everything else gives the numbers of the CPU. Where
+the host would have to wait for a real device, that is noted in `WAITS`.
 """
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -18,6 +20,13 @@ DEVICE = torch.device("lazy", 0)  # any type whose backward runs on the caller's
 
 BETWEEN = ("aten._to_copy.default", "aten.copy_.default")
 """What brings values from one device to the other."""
+
+WAITS: list[str] = []
+"""Operations that made the host wait."""
+
+ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim",
+          "unique_consecutive", "bincount")  # fmt: skip
+"""Operations whose result the host must know, if only its size."""
 
 _Generator = torch.Generator
 _places: dict[int, torch.device] = {}
@@ -43,9 +52,11 @@ class There(Tensor):
         return f"There({self.held!r})"
 
     def tolist(self) -> Any:
+        WAITS.append("tolist")
         return self.held.detach().tolist()
 
     def new_tensor(self, data: Any, **options: Any) -> Tensor:
+        WAITS.append("new_tensor")
         return There(self.held.new_tensor(data, **options))
 
     @classmethod
@@ -69,6 +80,31 @@ class _PlacedGenerator(_Generator):
     def device(self) -> torch.device:
         return _places[self._cdata]
 
+    def get_state(self) -> Tensor:  # kinds of devices keep states of different sizes
+        state = super().get_state()
+        return state if self.device.type == "cpu" else F.pad(state, (0, 1))
+
+    def set_state(self, state: Tensor) -> None:
+        if len(state) != len(self.get_state()):
+            raise RuntimeError("RNG state is wrong size")
+        super().set_state(state if self.device.type == "cpu" else state[:-1].clone())
+
+
+def _waits(name: str, args: Any, place: str) -> bool:
+    """Whether the host would have to wait for a real device."""
+    operation = name.split(".")[1]
+    there = [isinstance(value, There) for value in args if isinstance(value, Tensor)]
+    if name in BETWEEN:
+        return len({*there, place == DEVICE.type}) > 1
+    if operation in ASKING:
+        return any(there)
+    if operation in ("index", "index_put", "index_put_") and there[0]:
+        filled = len(args) > 2 and not args[2].dim() and not there[1]
+        return not filled and any(
+            i is not None and (i.dtype == torch.bool or not isinstance(i, There)) for i in args[1]
+        )
+    return False
+
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = str(func)
@@ -83,6 +119,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     for value in values:
         if isinstance(value, _Generator) and _places[value._cdata].type != place:
             raise RuntimeError(f"{name}: the generator is not on {place}, where the tensors are")
+    if _waits(name, args, place):
+        WAITS.append(name)
     if to is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     args_here, kwargs_here = tree_map_only(There, lambda v: v.held, (args, kwargs))
@@ -108,8 +146,10 @@ def _placed(make: Any) -> Any:
         if isinstance(data, There):
             return data
         out = make(data, *more, **options)
-        away = device is not None and torch.device(device).type == DEVICE.type
-        return There(out) if away else out
+        if device is None or torch.device(device).type != DEVICE.type:
+            return out
+        WAITS.append(make.__name__)
+        return There(out)
 
     return made
 

@@ -60,3 +60,22 @@ def test_the_play_notices_what_a_real_device_would(monkeypatch):
         with pytest.raises(RuntimeError, match="generator is not on lazy"):
             torch.rand(3, device=DEVICE, generator=torch.Generator())
         assert torch.equal((away + 1).to("cpu"), torch.full((3,), 2.0))
+
+
+def test_a_state_goes_from_one_kind_of_device_to_another(tmp_path, monkeypatch):
+    """A random state of a CPU is none of another device; all else goes on."""
+    here = tt.adapt(tiny(), "cotta", views=2)
+    for x in batches(2):
+        here(x)
+    here.save(tmp_path / "here")
+    with elsewhere(monkeypatch):
+        there = tt.adapt(send(tiny()), "cotta", views=2)
+        there.load(tmp_path / "here")
+        for name, value in there.snapshot().tensors.items():
+            assert torch.equal(value.held, here.snapshot().tensors[name])
+        assert there(There(batches(3)[2])).device == DEVICE
+        there.save(tmp_path / "there")
+        steps = there.snapshot().steps
+    here.load(tmp_path / "there")
+    assert here.snapshot().steps == steps == 3
+    assert here(batches(3)[2]).isfinite().all()

@@ -22,6 +22,7 @@ from testtime._core.errors import (
 from testtime._core.gates import Gate
 from testtime._core.guards import Guard
 from testtime._core.options import whole
+from testtime._core.seeds import generator
 from testtime.adaptation.budget import Ration
 from testtime.adaptation.checks import check_held, check_input, check_model, check_output, taking
 from testtime.adaptation.deferred import Behind, Give, Job, Lane, autocasting, check_deferred
@@ -264,7 +265,8 @@ class Adapter:
             save_state(self._state, path, owner=self._owner())
 
     def load(self, path: str | Path) -> None:
-        """Goes on where `save` left off, bit for bit.
+        """Goes on where `save` left off, bit for bit; on another kind of device, up to rounding and
+        with random numbers of that device's own.
 
         Raises:
             StateError: when the file is truncated or damaged, holds values that are not finite, or
@@ -406,6 +408,9 @@ class Adapter:
             state, describe(self.recipe),
             lambda name: loan.source(name) if name in loan.canonical else None, what,
         )  # fmt: skip
+        chance = generator(self._seed, "adapter", state.steps, device=engine.device).get_state()
+        if state.generator is not None and state.generator.shape != chance.shape:
+            state = replace(state, generator=chance)  # of another kind of device, which keeps other
         if not state.steps:  # the order of execution may not have been known to who made it
             return replace(engine.fresh(), generator=state.generator)
         if self._seen and set(state.tensors) != set(engine.names):
