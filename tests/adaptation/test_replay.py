@@ -17,7 +17,7 @@ from testtime.adaptation.parts.scope import all_parameters, norm_affine
 from testtime.adaptation.replay import Recorded, Replayed
 
 MARGINS = {"group": 0.65, "layer": 0.62, "vit": 0.43}
-CHOSEN = torch.arange(6) % 3 == 1
+CHOSEN = torch.tensor([1, 4])
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Types of tensors."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,22 @@ def magnitude(largest: Tensor) -> Tensor:
     most = 1000 if largest.dtype == torch.float64 else 120
     exponent = torch.frexp(largest).exponent.clamp(-most, most)
     return torch.exp2(exponent.to(largest.dtype))
+
+
+def places_of(numbers: Tensor, count: int) -> list[Tensor]:
+    """Where each of the numbers 0 to `count` - 1 stands, found in one wait for the device.
+
+    Args:
+        numbers: (n,), whole; others are left out.
+        count: of numbers that are looked for.
+
+    Example:
+        >>> places_of(torch.tensor([1, 0, 1, 9]), 2)
+        [tensor([1]), tensor([0, 2])]
+    """
+    numbers = numbers.clamp(max=count)
+    order = numbers.argsort(stable=True)
+    each = torch.arange(count, device=numbers.device)
+    found = (numbers[:, None] == each).sum(0)
+    counts = cast(list[int], found.tolist())  # pyright: ignore[reportUnknownMemberType]
+    return list(torch.split(order[: sum(counts)], counts))

@@ -82,16 +82,18 @@ def check_input(x: Tensor, recipe: Recipe, *, rank: int | None, device: torch.de
         raise InputError(f"the batch is empty: its shape is {tuple(x.shape)}. Skip such batches.")
     if x.device != device:
         raise InputError(f"the batch is on {x.device} and the model on {device}. Use x.to(...).")
+    parts = (recipe.views, recipe.procedure, recipe.objective)
+    own = recipe.augment is not None and needs_pixels(recipe.augment)
+    pixels = own or any(getattr(part, "pixels", False) for part in parts)
     # one sum is cheaper than a test of each value; only a suspicious sum is looked into
-    if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
+    told = (torch.stack(torch.aminmax(x)) if pixels else x.sum()[None]).tolist()
+    if not all(map(math.isfinite, told)) and not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
         raise InputError(
             f"{bad} of {len(x)} samples hold NaN or infinite values. Drop or mend them."
         )
-    parts = (recipe.views, recipe.procedure, recipe.objective)
-    own = recipe.augment is not None and needs_pixels(recipe.augment)
-    if own or any(getattr(part, "pixels", False) for part in parts):
-        low, high = (float(value) for value in torch.aminmax(x))
+    if pixels:
+        low, high = told
         if x.dim() != 4:
             raise InputError(
                 f"this method makes changed copies of images (batch, channels, height, width); given "

@@ -254,7 +254,8 @@ class Engine:
         with torch.no_grad():
             if isinstance(self.recipe.statistics, RunningStatistics):
                 _, averages = self.run(x, state.tensors, averages=state.averages, learn=True)
-                if all(average.isfinite().all() for average in (averages or {}).values()):
+                moments = [t for name, t in (averages or {}).items() if name != "seen"]
+                if torch.stack([moment.isfinite().all() for moment in moments]).all():
                     state = replace(state, averages=averages)
                 else:
                     outcome = Outcome.NON_FINITE

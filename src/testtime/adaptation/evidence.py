@@ -188,7 +188,7 @@ class Evidence:
         return self.logits.shape[-1]
 
     def only(self, chosen: Tensor) -> "Evidence":
-        """What the chosen samples alone show (mask, one a sample), run anew and with a graph.
+        """What the samples at the chosen places alone show, run anew and with a graph.
 
         What the forward of all samples has kept for it is not computed again.
         """

@@ -139,12 +139,13 @@ def _asked(
     It is asked of samples that both models answer. A model that gives no number where its source
     does is not trusted, whatever the guard.
     """
-    worse, memory = bool((answered(source) & ~answered(adapted)).any()), seen["memory"]
-    pair = _answers(adapted, state), _answers(source, state)
+    pair, memory = (_answers(adapted, state), _answers(source, state)), seen["memory"]
     both = answered(pair[0]) & answered(pair[1])
+    missing = (answered(source) & ~answered(adapted)).any()
+    worse, some, all_ = torch.stack([missing, both.any(), both.all()]).tolist()
     complaint: Exception | None = None
-    if not worse and bool(both.any()):
-        pair = pair if bool(both.all()) else (pair[0][both], pair[1][both])
+    if not worse and some:
+        pair = pair if all_ else (pair[0][both], pair[1][both])
         try:
             worse, memory = asked(guard, memory, *pair)
         except Exception as error:

@@ -1,5 +1,6 @@
 """One step on what a batch shows: select, loss, gradient, optimizer, teacher, restoration."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +30,8 @@ def learn(evidence: Evidence) -> Learned:
     taught = some = evidence, weights
     if weights is not None and engine.may_part(evidence.inputs):
         of_samples = weights.view(len(evidence.inputs), -1)  # dense logits have many of each
-        chosen = (of_samples != 0).any(1)
-        share = float(chosen.sum()) / len(chosen)
+        chosen = (of_samples != 0).any(1).nonzero().flatten()  # places: a mask is counted anew
+        share = len(chosen) / len(of_samples)  # by each who reads with it, and a device waited for
         kept = replace(kept, teaching=_followed(state.teaching, share))
         if share:
             some = evidence.only(chosen), of_samples[chosen].flatten()
@@ -57,9 +58,10 @@ def learn(evidence: Evidence) -> Learned:
             return kept, Outcome.NOTHING_RELIABLE, measured
         measured["loss"] = loss.detach()
         grads = _gradient(loss, evidence)
-    if not finite(loss, grads):
+    value = number(loss, grads)
+    if value is None:
         return state, Outcome.NON_FINITE, measured
-    return _move(kept, evidence, loss, grads, measured)
+    return _move(kept, evidence, value, grads, measured)
 
 
 def _select(evidence: Evidence, state: Any) -> tuple[Tensor | None, Any]:
@@ -105,7 +107,7 @@ def _gradient(loss: Tensor, evidence: Evidence) -> list[Tensor]:
 
 
 def _move(
-    state: State, evidence: Evidence, loss: Tensor, grads: list[Tensor], measured: dict[str, Any]
+    state: State, evidence: Evidence, loss: float, grads: list[Tensor], measured: dict[str, Any]
 ) -> Learned:
     """Steps along the gradient; then teacher, restoration and recovery, where there are such."""
     engine, recipe = evidence.engine, evidence.engine.recipe
@@ -139,7 +141,7 @@ def _move(
         teacher_averages=evidence.teacher_averages,
     )
     if recipe.recovery is not None:
-        average, recovered = recipe.recovery(state.loss_average, float(loss.detach()))
+        average, recovered = recipe.recovery(state.loss_average, loss)
         if recovered:
             return replace(engine.fresh(), loss_average=None), Outcome.RECOVERED, measured
         state = replace(state, loss_average=average)
@@ -182,5 +184,10 @@ def gradients(loss: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
 
 def finite(loss: Tensor, grads: list[Tensor]) -> bool:
     """Whether a loss and its gradients are numbers."""
-    norms = torch.stack([loss.detach(), *torch._foreach_norm(grads)])
-    return bool(norms.isfinite().all())
+    return number(loss, grads) is not None
+
+
+def number(loss: Tensor, grads: list[Tensor]) -> float | None:
+    """The loss; None where it or a gradient is no number. All is read in one wait for the device."""
+    told = torch.stack([loss.detach(), *torch._foreach_norm(grads)]).tolist()
+    return told[0] if all(map(math.isfinite, told)) else None

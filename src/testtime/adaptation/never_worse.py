@@ -96,10 +96,11 @@ class NeverWorse:
                 f"{source.dtype} {tuple(source.shape)}; expected floating point of the same shape "
                 "(n, classes), not empty."
             )
-        if not bool(answered(adapted).all()):
+        classes, numbers = source.shape[1], answered(adapted).long()
+        *pair, numbers = torch.stack([adapted.argmax(1), source.argmax(1), numbers]).cpu()
+        if not numbers.all():
             return True
-        classes = source.shape[1]
-        pair = torch.stack([adapted.argmax(1), source.argmax(1)]).cpu()
+        pair = torch.stack(pair)
         self._block = torch.cat([self._block, pair], 1)
         if self._block.shape[1] < self.block:
             return self._worse

@@ -65,7 +65,7 @@ class Recorded(TorchFunctionMode):
         >>> x = torch.randn(8, 4)
         >>> with Recorded(8, dear=1, least=1) as recorded:
         ...     whole = layer(x)
-        >>> chosen = torch.arange(8) < 2
+        >>> chosen = torch.tensor([0, 1])
         >>> with Replayed(recorded, chosen) as replayed:
         ...     few = layer(x[chosen])
         >>> torch.equal(few, whole[:2]), replayed.taken
@@ -95,13 +95,13 @@ class Replayed(TorchFunctionMode):
 
     Args:
         recorded: by the forward of all samples.
-        chosen: mask of those that go through once more.
+        chosen: places of those that go through once more.
     """
 
     def __init__(self, recorded: Recorded, chosen: Tensor) -> None:
         super().__init__()
         self.recorded, self.chosen = recorded, chosen
-        self.samples = int(chosen.sum())
+        self.samples = len(chosen)
         self.left = recorded.kept[::-1]
         self.taken = 0
         recorded.kept = []

@@ -106,7 +106,7 @@ class NeighbourVote:
                 return Step(output, answer, state, Outcome.NON_FINITE, told)
             features, scores = engine.ranks.gather(features), engine.ranks.gather(scores)
             sure = (scores.softmax(-1) if self.confidence == "softmax" else scores).amax(-1)
-            kept = sure >= self.beta
+            kept = (sure >= self.beta).nonzero().flatten()
             old, old_labels = _remembered(state, features)
             memory = {
                 "features": torch.cat([old, features[kept]]),
@@ -115,7 +115,7 @@ class NeighbourVote:
             if self.capacity is not None:
                 # clones: a view would keep the forgotten ones in memory
                 memory = {name: own[-self.capacity :].clone() for name, own in memory.items()}
-        told["used"], told["remembered"] = int(kept.sum()), len(memory["labels"])
+        told["used"], told["remembered"] = len(kept), len(memory["labels"])
         outcome = Outcome.STORED if told["used"] else Outcome.NOTHING_RELIABLE
         outcome = Outcome.ADAPTED if self.gamma else outcome
         return Step(output, answer, replace(learnt, memory=memory), outcome, told)

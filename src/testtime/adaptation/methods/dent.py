@@ -23,6 +23,7 @@ from testtime._core.registry import register
 from testtime.adaptation.engine import Engine, Step
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import Kind, norm_layers
+from testtime.adaptation.learning import finite
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.objective import Diversity, entropy
 from testtime.adaptation.parts.optimizer import AdaMod
@@ -126,7 +127,7 @@ class EachItsOwn:
             grads = torch.autograd.grad(
                 loss, list(own.values()), create_graph=unroll, materialize_grads=True
             )
-            if not all(bool(value.isfinite().all()) for value in (loss, *grads)):
+            if not finite(loss, list(grads)):
                 return own, Outcome.NON_FINITE, told
             with torch.set_grad_enabled(unroll):
                 moved, moments = recipe.optimizer.step(moments, list(own.values()), list(grads))

@@ -64,8 +64,9 @@ class ShapeMatters:
     ) -> Tensor:
         logits, uncertainty = logits.detach(), entropies.detach()
         weights = torch.zeros_like(uncertainty)
-        sure = uncertainty < self.entropy_margin * math.log(classes)
-        if not float(ranks.sum(sure.sum().float())):
+        sure = (uncertainty < self.entropy_margin * math.log(classes)).nonzero().flatten()
+        found = len(sure) if ranks.alone else float(ranks.sum(weights.new_tensor(len(sure))))
+        if not found:
             return weights
         destroyed = shuffle_patches(inputs[sure], patches=self.patches, generator=generator)
         drop = probability_drop(logits[sure], forward(destroyed))

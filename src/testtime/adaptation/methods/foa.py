@@ -11,6 +11,7 @@ for each batch x of B:
     hist <- 0.9 hist + 0.1 mean of c^L over the batch and the candidates
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -82,7 +83,9 @@ class PromptSearch:
             shift = self._shift(engine, memory, blocks)
             winner, values, ends = None, [], []
             # by the joined batch of all ranks, so that they make as many forwards
-            joined = int(engine.ranks.sum(torch.tensor(float(len(x)), device=x.device)))
+            joined = len(x)
+            if not engine.ranks.alone:
+                joined = int(engine.ranks.sum(torch.tensor(float(joined), device=x.device)))
             for part in candidates.split(max(1, self.chunk // joined)):
                 found = self._evaluate(engine, x, blocks, part, shift)
                 for output, value, end in found:
@@ -90,17 +93,17 @@ class PromptSearch:
                         winner = output
                     values.append(value)
                     ends.append(end)
-            values = torch.tensor(values, dtype=torch.float64, device=x.device)
+            ranked = torch.tensor(values, dtype=torch.float64, device=x.device)
             logits = rows(read_logits(winner))
-            told = {"entropy": entropy(logits).mean(), "loss": values.min(), "used": len(x)}
+            told = {"entropy": entropy(logits).mean(), "loss": ranked.min(), "used": len(x)}
             hist = torch.stack(ends).mean(0)
-            if not (values.isfinite().all() and hist.isfinite().all()):
+            if not (all(map(math.isfinite, values)) and hist.isfinite().all()):
                 return Step(winner, logits, state, Outcome.NON_FINITE, {**told, "used": 0})
             if memory["hist"] is not None:
                 hist = KEPT * memory["hist"] + (1 - KEPT) * hist
             memory = {
-                "search": strategy.tell(search, candidates, values),
-                "best": candidates[values.argmin()].clone(),
+                "search": strategy.tell(search, candidates, ranked),
+                "best": candidates[values.index(min(values))].clone(),
                 "hist": hist,
             }
         return Step(winner, logits, replace(state, memory=memory), Outcome.ADAPTED, told)
@@ -135,13 +138,13 @@ class PromptSearch:
         doubt = entropy(at_least_single(rows(read_logits(output))))[: len(inputs)]
         doubt = engine.ranks.sum(doubt.view(count, len(x)).sum(1))
         before = 0 if shift is None else len(inputs)
+        apart = [discrepancy(own, moments["mean"], moments["deviation"]) for own in seen]
+        values = doubt + self.lam * len(seen[0]) / 64 * torch.stack(apart)
         found = []
-        for i in range(count):
-            apart = discrepancy(seen[i], moments["mean"], moments["deviation"])
-            value = doubt[i] + self.lam * len(seen[i]) / 64 * apart
+        for i, value in enumerate(values.tolist()):
             place = slice(before + i * len(x), before + (i + 1) * len(x))
             answer = map_tensors(lambda t, place=place: _own(t, place, len(inputs), before), output)
-            found.append((answer, float(value), seen[i][:, -blocks.width :].mean(0)))
+            found.append((answer, value, seen[i][:, -blocks.width :].mean(0)))
         return found
 
 

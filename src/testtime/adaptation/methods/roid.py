@@ -118,7 +118,7 @@ class RatioAndConsistency:
         forward_with_gradient: Callable[[Tensor], Tensor],
         generator: torch.Generator,
     ) -> Tensor:
-        teaching = weights != 0
+        teaching = weights.nonzero().flatten()
         ratio = soft_likelihood_ratio(logits)
         changed = forward_with_gradient(self.augment(inputs[teaching], generator))
         agreement = symmetric_cross_entropy(changed, logits[teaching])

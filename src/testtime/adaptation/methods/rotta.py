@@ -108,14 +108,14 @@ class BalancedMemory:
             output, logits = engine.answer(seen)
             joined, images = engine.ranks.gather(at_least_single(logits)), engine.ranks.gather(x)
             probs = joined.softmax(-1)
-            labels = probs.argmax(-1).tolist()
             uncertainty = -(probs * (probs + 1e-6).log()).sum(-1)
+            columns = torch.stack([probs.argmax(-1).to(uncertainty), uncertainty]).tolist()
         items, clock = _unpack(state.memory)
         outcome = Outcome.STORED
         told: dict[str, Any] = {"used": 0}
-        for image, label, doubt in zip(images, labels, uncertainty.tolist(), strict=True):
+        for image, label, doubt in zip(images, *columns, strict=True):
             if math.isfinite(doubt):  # a prediction that is no number would never leave the memory
-                new = Item(label, doubt, clock, image)
+                new = Item(int(label), doubt, clock, image)
                 items = self.offer(items, new, classes=logits.shape[-1])
             clock += 1
             if clock % self.every == 0 and items:

@@ -124,7 +124,7 @@ class StableMemory:
         labels = seen.logits.argmax(-1)
         if self.agreement and float(ranks.sum(trusted.sum().float())):
             trusted = trusted & (labels == seen.source.argmax(-1))
-        joined, fit = ranks.gather(seen.inputs), ranks.gather(trusted)
+        joined, fit = ranks.gather(seen.inputs), ranks.gather(trusted).nonzero().flatten()
         old = state.memory or {"labels": [], "images": joined[:0], "counts": [0.0] * seen.classes}
         held = list(enumerate(old["labels"]))
         # drawn apart from the views, so that ranks whose batches differ in size draw alike

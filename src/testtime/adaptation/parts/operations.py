@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from testtime._core.arrays import places_of
+
 
 class Operation(NamedTuple):
     """What it does to images (B, C, H, W) in [0, 1] with sizes (B,), and the range of sizes.
@@ -36,8 +38,7 @@ def operate(x: Tensor, which: Tensor, share: Tensor, sign: Tensor) -> Tensor:
     """
     x = x.clamp(0, 1)
     out = x
-    for number, operation in enumerate(OPERATIONS):
-        index = (which == number).nonzero().flatten()
+    for operation, index in zip(OPERATIONS, places_of(which, len(OPERATIONS)), strict=True):
         if len(index):
             size = operation.low + share[index] * (operation.high - operation.low)
             size = size * sign[index] if operation.signed else size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from testtime._core.arrays import at_least_single
+from testtime._core.arrays import at_least_single, places_of
 from testtime._core.errors import InputError
 from testtime.adaptation.outputs import map_tensors, read_logits, with_logits
 from testtime.adaptation.parts.pixels import blended, grey, moved, turn_hue, warp
@@ -134,12 +134,17 @@ def roid_view(x: Tensor, generator: torch.Generator) -> Tensor:
 def _jitter(x: Tensor, generator: torch.Generator, *, padding: str, rough: bool) -> Tensor:
     """Colours and geometry of CoTTA's transform; blur and noise where it is to be rough."""
 
+    order = torch.randperm(5, generator=generator, device=x.device)
+    drawn = torch.rand(11 if rough else 10, generator=generator, device=x.device)
+    told = torch.cat([order.to(drawn), drawn]).tolist()  # one wait for the device, not twelve
+    changes, left = told[:5], iter(told[5:])
+
     def draw(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=generator, device=x.device))
+        return low + (high - low) * next(left)
 
     coloured = x.shape[1] == 3
     out = x.clamp(0, 1)
-    for change in torch.randperm(5, generator=generator, device=x.device).tolist():
+    for change in changes:
         if change == 0:
             out = (out * draw(0.6, 1.4)).clamp_(0, 1)
         elif change == 1:
@@ -274,22 +279,20 @@ def _draw_operation(x: Tensor, generator: torch.Generator) -> Tensor:
 def _operate(x: Tensor, which: Tensor, level: Tensor, sign: Tensor, wanted: Tensor) -> None:
     """Does to each image that is wanted its operation, in place."""
 
-    def chosen(*kinds: int) -> Tensor:
-        found = torch.zeros_like(wanted)
-        for kind in kinds:
-            found |= which == kind
-        return (found & wanted).nonzero().flatten()
-
-    if len(own := chosen(0)):
+    group = torch.full_like(which, 3)
+    for number, kind in enumerate((0, 2, 7)):
+        group = group.masked_fill(which == kind, number)
+    stretched, inverted, coarse, warped = places_of(group.masked_fill(~wanted, 4), 4)
+    if len(own := stretched):
         now = x[own]
         low, high = now.amin((2, 3), keepdim=True), now.amax((2, 3), keepdim=True)
         x[own] = (now - low).div_((high - low).clamp(min=1 / 255))
-    if len(own := chosen(2)):
+    if len(own := inverted):
         now = x[own]
         x[own] = torch.where(now >= 1 - level[own].view(-1, 1, 1, 1) / 10, 1 - now, now)
-    if len(own := chosen(7)):  # four bits a channel
+    if len(own := coarse):  # four bits a channel
         x[own] = (x[own] * 15).floor_().div_(15)
-    if len(own := chosen(1, 3, 4, 5, 6)):
+    if len(own := warped):
         kind, size = which[own], (sign * level)[own]
 
         def of(number: int, scale: float) -> Tensor:
