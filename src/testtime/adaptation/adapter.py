@@ -5,7 +5,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from testtime.adaptation.checks import check_held, check_input, check_model, che
 from testtime.adaptation.deferred import Behind, Give, Job, Lane, autocasting, check_deferred
 from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
 from testtime.adaptation.events import Counts, Event
-from testtime.adaptation.export import exported
+from testtime.adaptation.export import copied, exported
 from testtime.adaptation.gating import check_gate, judge
 from testtime.adaptation.guarding import check_guard, distrusted, guarded
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
@@ -286,7 +285,7 @@ class Adapter:
         """
         with self._settled(), self._engine.loan.lock, torch.no_grad():
             if distrusted(self._state):
-                return deepcopy(self.model).eval()
+                return copied(self.model)
             return exported(self.model, self.recipe, self._state)
 
     # --- what it does -------------------------------------------------------------------------

@@ -18,6 +18,10 @@ RANKS = (
     (nn.Conv2d, 4, "(batch, channels, height, width)"),
     (nn.Conv3d, 5, "(batch, channels, depth, height, width)"),
 )
+AROUND = (
+    "Where the model takes other than one tensor, put a module around it that takes one and gives "
+    "the model what it takes."
+)
 
 
 def expected_rank(model: nn.Module) -> tuple[int, str] | None:
@@ -40,8 +44,12 @@ def check_model(model: Any) -> None:
             f"the model is {given}; expected an instance of nn.Module that maps inputs to logits. "
             "The model comes first: tt.adapt(model, 'tent')."
         )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ScopeError("a scripted model cannot be lent; give the nn.Module it was made from")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ScopeError(
+                f"{f'the part {name} of ' if name else ''}the model is scripted, and cannot be "
+                "lent; build it of the nn.Module that was scripted or traced"
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ScopeError(
@@ -66,11 +74,12 @@ def check_input(x: Tensor, recipe: Recipe, *, rank: int | None, device: torch.de
         device: of the model.
     """
     if not isinstance(x, Tensor):
-        raise InputError(f"a batch is a tensor; given {type(x).__name__}")
+        raise InputError(f"a batch is a tensor; given {type(x).__name__}. {AROUND}")
     if not x.is_floating_point():
         raise InputError(
             f"the batch is of type {x.dtype}; expected floating point. For images of integers use "
-            "x.float() / 255, and the normalisation that the model was trained with."
+            "x.float() / 255, and the normalisation that the model was trained with; for numbers of "
+            "tokens adapt the part of the model after their embedding."
         )
     if x.dim() < 2 or (rank and x.dim() != rank):
         takes = f"takes batches of {rank} dimensions" if rank else "takes (batch, features, ...)"
@@ -164,7 +173,7 @@ def taking(model: nn.Module, x: Tensor, run: Callable[[], Any]) -> Any:
     except Exception as error:
         said = f"{error}" if isinstance(error, RuntimeError | ValueError) else repr(error)
         expected = expected_rank(model)
-        hint = ""
+        hint = f". {AROUND}" if isinstance(error, TypeError | KeyError) else ""
         if expected and expected[0] != x.dim():
             hint = f". Its first convolution takes {expected[1]}; for a single sample use x[None]"
         raise InputError(

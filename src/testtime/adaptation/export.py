@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer, norm_layers
-from testtime.adaptation.loan import Restated
+from testtime.adaptation.loan import Restated, places
 from testtime.adaptation.parts.prediction import from_teacher
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
@@ -18,21 +19,48 @@ from testtime.adaptation.parts.statistics import (
 )
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
-from testtime.adaptation.traces import traces_of
+from testtime.adaptation.traces import inside, traces_of
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy in eval mode; what forwards left behind in the model loses its graph.
+
+    Raises:
+        ScopeError: the model cannot be copied, or would share its forward with the copy.
+    """
+    kept = [value for module in model.modules() for value in vars(module).values()]
+    tensors = [each for value in kept for each in inside(value) if isinstance(each, Tensor)]
+    memo = {id(each): each.detach().clone() for each in tensors if each.grad_fn is not None}
+    way_out = "What was learnt is in adapter.snapshot().tensors, by name."
+    try:
+        copy = deepcopy(model, memo).eval()
+    except Exception as error:
+        raise ScopeError(f"{type(model).__name__} cannot be copied: {error}. {way_out}") from error
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if forward is not None and forward is vars(copy.get_submodule(name)).get("forward"):
+            raise ScopeError(
+                f"the forward of {name or type(model).__name__} was replaced by a function, which a "
+                "copy would share with the model, and run the model's own tensors. Compile the "
+                f"module itself: model = torch.compile(model). {way_out}"
+            )
+    return copy
 
 
 def exported(model: nn.Module, recipe: Recipe, state: State) -> nn.Module:
     """A copy in eval mode that answers as the student does, or the teacher where it is the one to ask."""
     with torch.no_grad():
-        copy = deepcopy(model).eval()
+        copy = copied(model)
         teaches = recipe.prediction is from_teacher
         tensors = (state.teacher if teaches else state.tensors) or {}
         averages = state.teacher_averages if teaches else state.averages
         own = dict(copy.named_parameters()) | dict(copy.named_buffers())
         for name, value in tensors.items():
             own[name].copy_(value)
+        held = places(copy)
+        of_layer = getattr(recipe.procedure, "statistics_of", lambda *_: recipe.statistics)
         for layer in norm_layers(copy):
-            _settle(layer, recipe.statistics, averages)
+            _settle(layer, of_layer(layer, *held, tensors), averages)
         traces_of(model).forget(copy)
         return copy
 

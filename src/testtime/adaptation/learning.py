@@ -171,15 +171,16 @@ def gradients(loss: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
     Raises:
         ScopeError: when it meets none because the model carries no gradient.
     """
-    if not loss.requires_grad:
+    of = list(tensors.values())
+    grads = torch.autograd.grad(loss, of, allow_unused=True) if loss.requires_grad else ()
+    if all(grad is None for grad in grads):
         raise ScopeError(
             "nothing can be learnt: the model's output carries no gradient of what adapts. Its "
-            "forward runs under torch.no_grad(), detaches its output, or uses none of "
-            f"{', '.join(list(tensors)[:3])}. Mend the model, or take a method that learns "
+            "forward runs under torch.no_grad(), detaches its output, is quantised after it, or uses "
+            f"none of {', '.join(list(tensors)[:3])}. Mend the model, or take a method that learns "
             "nothing: bn-adapt, lame, source."
         )
-    of = list(tensors.values())
-    return list(torch.autograd.grad(loss, of, allow_unused=True, materialize_grads=True))
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(of, grads, strict=True)]
 
 
 def finite(loss: Tensor, grads: list[Tensor]) -> bool:

@@ -42,6 +42,8 @@ MANY = 1 << 19
 """Values of a batch from which on the memory of a backward is worth some of its time."""
 Averages = dict[str, Tensor]
 """Moving averages: '<layer>.mean' and '<layer>.var' -> tensor, and 'seen' -> batches."""
+Places = dict[str, list[tuple[dict[str, Any], str]]]
+"""Tensor name -> the dictionaries of modules that hold it, and its key there."""
 
 
 def lock_of(model: nn.Module) -> threading.RLock:
@@ -56,10 +58,11 @@ def lock_of(model: nn.Module) -> threading.RLock:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` made or changed the module."""
+    """Whether `torch.compile` made or changed the module, or its forward alone."""
     dynamo = sys.modules.get("torch._dynamo")  # slow to import, and there if anything is compiled
     made = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-    return made or module._compiled_call_impl is not None
+    forward = hasattr(module.forward, "_torchdynamo_orig_callable")
+    return made or forward or module._compiled_call_impl is not None
 
 
 def no_features(model: nn.Module) -> ScopeError:
@@ -85,6 +88,7 @@ class Loan:
             for layer in norms
             if layer.kind == "instance" and getattr(layer.module, "track_running_stats", False)
         ]
+        self.lent_statistics = {layer.name for layer in norms}
         self.named_modules = dict(model.named_modules())
         self.modules = list(self.named_modules.values())
         self.traces = traces_of(model)
@@ -144,7 +148,9 @@ class Loan:
             shorter = activations is not None and self.own_functions and torch.is_grad_enabled()
             short = kept_as(activations, self.parameters) if shorter else nullcontext()  # type: ignore[arg-type]
             apart = InGroups(groups) if groups > 1 else nullcontext()
-            with keeping, short, apart, tap() if tap is not None else nullcontext():
+            others = () if isinstance(statistics, SourceStatistics) else self.lent_statistics
+            watched = self.traces.watched_once(self.named_modules, x, others)
+            with keeping, short, apart, tap() if tap is not None else nullcontext(), watched:
                 return self.model(x), fresh
 
     def takes_groups(self, statistics: Statistics) -> bool:
@@ -236,14 +242,12 @@ class Loan:
                 module.training = True
 
 
-def places(
-    model: nn.Module,
-) -> tuple[dict[str, list[tuple[dict[str, Any], str]]], dict[str, str]]:
-    """Tensor name -> the dictionaries of modules that hold it; and every name -> that name.
+def places(model: nn.Module) -> tuple[Places, dict[str, str]]:
+    """Where tensors are; and every name of a tensor -> that by which it goes.
 
     A tied tensor is held in several places, and goes by the first of its names.
     """
-    found: dict[str, list[tuple[dict[str, Any], str]]] = {}
+    found: Places = {}
     names: dict[int, str] = {}
     canonical: dict[str, str] = {}
     for prefix, module in model.named_modules():

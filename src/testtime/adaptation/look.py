@@ -105,7 +105,7 @@ def _head(ran: list[tuple[nn.Module, torch.Size]], *, classes: int) -> nn.Module
 def _first_run(model: nn.Module, loan: Loan, x: Tensor) -> Any:
     """Runs the source model, and notes what that leaves behind in it."""
     taken = False
-    with loan.lock, loan.traces.watched(model):
+    with loan.lock, loan.traces.watched(loan.named_modules):
         try:
             with loan.traces.emptied(model) as taken:
                 return loan.run(x, {}, SourceStatistics(), ranks=Ranks())[0]
@@ -173,11 +173,11 @@ def answers_alone(loan: Loan, x: Tensor, statistics: Statistics) -> bool:
         together = read_logits(loan.run(pair, {}, statistics, ranks=Ranks())[0])[0]
         if not together.requires_grad:
             return False
-        (slope,) = torch.autograd.grad(together.sum(), pair)
+        (slope,) = torch.autograd.grad(together.sum(), pair, allow_unused=True)
     with torch.no_grad():
         alone = read_logits(loan.run(x[:1], {}, statistics, ranks=Ranks())[0])[0]
     apart = (alone - together).abs().max() <= 0.01 * alone.abs().max()
-    return bool(apart) and not slope[1].any()
+    return slope is not None and bool(apart) and not slope[1].any()
 
 
 def named_layer(model: nn.Module, name: str | None) -> nn.Module | None:

@@ -9,14 +9,15 @@ with what the model held before the loan, without its caches, and leaves that be
 import copy
 import operator
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-REGISTERED = ("_parameters", "_buffers", "_modules")
+TORCHS = frozenset(vars(nn.Module()))
+"""Attributes that every module has: registered tensors, hooks, modes."""
 _known: "weakref.WeakKeyDictionary[nn.Module, Traces]" = weakref.WeakKeyDictionary()
 
 
@@ -47,23 +48,49 @@ class Traces:
             if key in module.__dict__
         }
         self.caches: set[tuple[str, str]] = set()
-        self.buffers: set[tuple[str, str]] = set()
+        # torch's kernel writes to what observers hold without a trace in their versions
+        self.buffers: set[tuple[str, str]] = {
+            (f"{name}.{below}".strip("."), key)
+            for name, module in model.named_modules()
+            if "observer_enabled" in module._buffers
+            for below, part in module.named_modules()
+            for key in part._buffers
+        }
+        self.kinds: set[Any] = set()
 
     @contextmanager
-    def watched(self, model: nn.Module) -> Iterator[None]:
-        """Notes what a forward within changes, and takes it back."""
-        modules = dict(model.named_modules())
+    def watched_once(
+        self, modules: dict[str, nn.Module], x: Tensor, lent: Collection[str]
+    ) -> Iterator[None]:
+        """The same for the first forward of a kind: by shape, type, and with or without a gradient."""
+        kind = x.shape[1:], x.dtype, torch.is_grad_enabled()
+        if kind in self.kinds:
+            yield
+            return
+        with self.watched(modules, lent):
+            yield
+        self.kinds.add(kind)
+
+    @contextmanager
+    def watched(self, modules: dict[str, nn.Module], lent: Collection[str] = ()) -> Iterator[None]:
+        """Notes what a forward within changes, and takes it back.
+
+        Args:
+            modules: of the model, by name.
+            lent: those whose buffers are others' now.
+        """
         attributes = {
             name: {
                 key: (value, copy.copy(value) if isinstance(value, dict | list) else value)
                 for key, value in module.__dict__.items()
-                if key not in REGISTERED
+                if key not in TORCHS
             }
             for name, module in modules.items()
         }
         buffers = [
             (name, key, buffer, buffer._version, buffer.detach().clone())
             for name, module in modules.items()
+            if name not in lent
             for key, buffer in module._buffers.items()
             if buffer is not None
         ]
@@ -80,10 +107,10 @@ class Traces:
     ) -> None:
         for name, module in modules.items():
             for key, value in list(module.__dict__.items()):
-                if key in REGISTERED:
+                if key in TORCHS:
                     continue
                 old, held = attributes[name].get(key, (attributes, None))
-                now, before = _inside(value), _inside(held)
+                now, before = inside(value), inside(held)
                 same = len(now) == len(before) and all(map(operator.is_, now, before))
                 if value is old and same:
                     continue
@@ -96,7 +123,7 @@ class Traces:
                 self.buffers.add((name, key))
                 holder[key] = buffer
                 with torch.no_grad():
-                    buffer.copy_(values)
+                    buffer.resize_(values.shape).copy_(values)
 
     @contextmanager
     def emptied(self, model: nn.Module) -> Iterator[bool]:
@@ -108,7 +135,7 @@ class Traces:
             (name, key): value
             for name, module in model.named_modules()
             for key, value in module.__dict__.items()
-            if key not in REGISTERED and isinstance(value, dict) and value
+            if key not in TORCHS and isinstance(value, dict) and value
             if all(isinstance(each, Tensor) for each in value.values())
         }
         modules = dict(model.named_modules())
@@ -171,7 +198,8 @@ def _put_back(holder: dict[str, Any], key: str, value: Any, inside: Any, *, abse
         value.update(inside)
 
 
-def _inside(value: Any) -> list[Any]:
+def inside(value: Any) -> list[Any]:
+    """What a list, tuple or dictionary holds; any other value alone."""
     if isinstance(value, dict):
         return list(value.values())
     return list(value) if isinstance(value, list | tuple) else [value]

@@ -248,6 +248,11 @@ def _uniform(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> T
     return torch.rand(shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
+def _sign(x: Tensor, generator: torch.Generator) -> Tensor:
+    """-1 or 1 for each image."""
+    return torch.where(_uniform(x, (len(x),), generator) < 0.5, -1.0, 1.0).to(x.dtype)
+
+
 @in_full
 def weak_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """TeSLA's weak copies: crops of 80 to 100 % of each image, resized; half are mirrored."""
@@ -262,7 +267,7 @@ def _crop_and_mirror(x: Tensor, generator: torch.Generator, *, least: float = 0.
     wide = (area * aspect).sqrt().clamp(max=1)
     high = (area / aspect).sqrt().clamp(max=1)
     place = 2 * _uniform(x, (2, len(x)), generator) - 1
-    mirror = torch.where(_uniform(x, (len(x),), generator) < 0.5, -1.0, 1.0)
+    mirror = _sign(x, generator)
     zero = torch.zeros_like(wide)
     rows = [wide * mirror, zero, place[0] * (1 - wide), zero, high, place[1] * (1 - high)]
     return warp(x, torch.stack(rows, 1).view(-1, 2, 3), fill=None)
@@ -272,8 +277,7 @@ def _draw_operation(x: Tensor, generator: torch.Generator) -> Tensor:
     """For each image one operation out of eight, its strength, and its sign: (3, B)."""
     which = torch.randint(0, 8, (len(x),), generator=generator, device=x.device)
     level = 0.1 + 0.9 * _uniform(x, (len(x),), generator)
-    sign = torch.where(_uniform(x, (len(x),), generator) < 0.5, -1.0, 1.0)
-    return torch.stack([which.to(x.dtype), level, sign])
+    return torch.stack([which.to(x.dtype), level, _sign(x, generator)])
 
 
 def _operate(x: Tensor, which: Tensor, level: Tensor, sign: Tensor, wanted: Tensor) -> None:

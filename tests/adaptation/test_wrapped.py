@@ -1,0 +1,188 @@
+"""Models as torch's own tools make them: scripted, compiled, quantised, observed; and their copies."""
+
+import threading
+
+import pytest
+import torch
+import torch.ao.quantization as ao
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import testtime as tt
+from testtime._core.errors import InputError, ScopeError
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def images(size: int = 8, count: int = 3) -> list[Tensor]:
+    return list(torch.rand(count, 4, 3, size, size, generator=torch.Generator().manual_seed(0)))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(6, 4),
+    ).eval()  # fmt: skip
+
+
+def kept(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+
+
+def assert_given_back(model: nn.Module, was: dict[str, Tensor]) -> None:
+    now = kept(model)
+    assert now.keys() == was.keys()
+    for name, tensor in was.items():
+        assert torch.equal(now[name], tensor), name
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, images()[0])])
+def test_a_scripted_part_is_refused(make):
+    with pytest.raises(ScopeError, match="the part 1 of the model is scripted"):
+        tt.adapt(nn.Sequential(nn.Identity(), make(network())), "tent")
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("method", ["tent", "cotta"])
+def test_what_observers_saw_stays_as_it_was(method, used):
+    model = network().train()
+    model.qconfig = ao.get_default_qat_qconfig("fbgemm")
+    model = ao.prepare_qat(model).eval()
+    if used:
+        model(images()[1])
+    was = kept(model)
+    adapter = tt.adapt(model, method, **{"views": 2} if method == "cotta" else {})
+    for x in images():
+        adapter(x)
+    adapter.export()
+    assert_given_back(model, was)
+
+
+def test_a_model_that_is_quantised_above_what_adapts_is_refused():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    model = ao.quantize_dynamic(model.eval(), {nn.Linear})
+    with (
+        pytest.warns(UserWarning, match="autograd kernel was not registered"),
+        pytest.raises(ScopeError, match="is quantised after it"),
+    ):
+        tt.adapt(model, "tent")(images()[0])
+    tt.adapt(model, "source")(images()[0])
+
+
+@pytest.mark.slow
+def test_a_compiled_forward_answers_as_a_plain_one_and_is_not_copied():
+    torch._dynamo.reset()
+    model = network()
+    model.forward = torch.compile(model.forward, backend="eager")
+    options = {"views": 4, "threshold": 1.0, "restore": 0.0}
+    adapter, plain = (tt.adapt(m, "cotta", **options) for m in (model, network()))
+    for x in images():
+        torch.testing.assert_close(adapter(x), plain(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ScopeError, match="Compile the module itself"):
+        adapter.export()
+
+
+def test_a_forward_that_a_copy_would_share_is_not_exported():
+    model = network()
+    forward = model.forward
+    model.forward = lambda x: forward(x * 2)
+    adapter = tt.adapt(model, "tent")
+    adapter(images()[0])
+    with pytest.raises(ScopeError, match="was replaced by a function"):
+        adapter.export()
+
+
+def test_a_model_that_cannot_be_copied_says_so():
+    model = network()
+    model.lock = threading.Lock()
+    adapter = tt.adapt(model, "tent")
+    adapter(images()[0])
+    with pytest.raises(ScopeError, match="cannot be copied"):
+        adapter.export()
+
+
+@pytest.mark.parametrize("where", [lambda h: h, lambda h: [h], lambda h: {"h": h}])
+def test_what_a_training_left_behind_does_not_hinder_a_copy(where):
+    model = network()
+    nn.utils.weight_norm(model[0])
+    model[0].seen = where(model[0](images()[0]))  # and the weight has a graph
+    adapter = tt.adapt(model, "tent", lr=0.1)
+    adapter(images()[0])
+    x = images()[1]
+    torch.testing.assert_close(adapter.export()(x), adapter.predict(x))
+
+
+class Resized(nn.Module):
+    """Keeps what it derives for a size that is not its own, and what it saw with a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+        self.position = nn.Parameter(torch.rand(1, 3, 8, 8, generator=torch.Generator()))
+        self.register_buffer("mask", torch.ones(8, 8))
+        self.register_buffer("taught", torch.zeros(()))
+        self.derived: Tensor | None = None
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.taught += 1
+            self.last = x * self.position.mean()
+        if x.shape[-1] == 8:
+            return self.net((x + self.position) * self.mask[:8, :8])
+        if self.derived is None:
+            self.derived = F.interpolate(self.position, size=x.shape[2:])
+            self.mask = torch.ones(x.shape[2:]) / 2
+        return self.net((x + self.derived) * self.mask)
+
+
+@pytest.mark.parametrize("method", ["tent", "cotta", "memo", "bn-adapt"])
+def test_what_a_model_writes_at_other_sizes_or_for_a_backward_is_taken_back(method):
+    model = Resized().eval()
+    was, buffers = kept(model), dict(model.named_buffers())
+    options = {"views": 2} if method in ("cotta", "memo") else {}
+    adapter = tt.adapt(model, method, **options)
+    small, large = images(), images(12)
+    for x in (small[0], large[0], small[1], large[1]):
+        adapter(x)
+    assert_given_back(model, was)
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+    assert model.derived is None
+    assert model.last is None
+    adapter.export()
+
+
+def test_views_do_not_hang_on_the_default_type():
+    model, x = network(), images()[0]
+    expected = tt.adapt(model, "memo", views=2)(x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        answer = tt.adapt(model, "memo", views=2)(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(answer, expected)
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask
+
+
+class Named(nn.Module):
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        return x["image"]
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "says"),
+    [
+        (Named(), {"image": torch.ones(2, 3)}, "put a module around it"),
+        (TwoInputs(), torch.ones(2, 3), "put a module around it"),
+        (nn.Embedding(9, 3), torch.ones(2, 3, dtype=torch.long), "after their embedding"),
+    ],
+)
+def test_who_takes_other_than_one_tensor_is_told_the_way_out(model, x, says):
+    with pytest.raises(InputError, match=says):
+        tt.adapt(model, "source")(x)
