@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import testtime as tt
 from models import batches, tiny
@@ -17,7 +18,7 @@ from testtime.adaptation.parts.objective import (
     self_distillation,
 )
 from testtime.adaptation.parts.scope import nothing
-from testtime.adaptation.parts.statistics import AdaptiveMixture, Moments
+from testtime.adaptation.parts.statistics import AdaptiveMixture, MixedStatistics, Moments
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
 from testtime.measures import entropy as measure
@@ -62,6 +63,42 @@ def test_the_fold_answers_as_the_mixture():
             expected = reference.adamix(model)(x)
         torch.testing.assert_close(mixture(x), expected, rtol=0, atol=1e-4)
         torch.testing.assert_close(fold(x), expected, rtol=0, atol=1e-4)
+
+
+def tied() -> nn.Module:
+    model = tiny()
+    model.conv2, model.norm2 = nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)
+    model.norm2.weight, model.head = model.norm1.weight, nn.Linear(6, 5)
+    return model
+
+
+def parametrised() -> nn.Module:
+    model = tiny()
+    nn.utils.parametrize.register_parametrization(model.norm1, "weight", nn.Softplus())
+    return model
+
+
+def unscaled() -> nn.Module:
+    model = tiny()
+    old = model.norm1
+    model.norm1 = nn.BatchNorm2d(old.num_features, affine=False)
+    model.norm1.load_state_dict(old.state_dict(), strict=False)
+    return model.eval()
+
+
+@pytest.mark.parametrize("make", [tiny, tied, parametrised, unscaled])
+def test_a_copy_answers_as_the_method_where_it_makes_no_step(make):
+    model, x = make().eval(), batches(1)[0]
+    adapter = tt.adapt(model, "domainadaptor", lr=0.0)
+    adapter(x)
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.export()(x), adapter.predict(x), rtol=0, atol=1e-4)
+
+
+def test_a_scale_that_serves_two_layers_is_not_folded():
+    model, x = tied().eval(), batches(1)[0]
+    whole = tt.adapt(model, Recipe(statistics=MixedStatistics(alpha=1.0, unbiased=True)))
+    torch.testing.assert_close(tt.adapt(model, "domainadaptor", lr=0.0)(x), whole(x))
 
 
 def test_the_weight_of_the_source_falls_with_the_shift():

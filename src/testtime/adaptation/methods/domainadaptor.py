@@ -10,7 +10,7 @@ for each batch x, beginning at the source:
     return f(x) with these gamma', beta' and m_t, v_t
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine, Step
 from testtime.adaptation.evidence import Evidence
+from testtime.adaptation.layers import NormLayer
+from testtime.adaptation.loan import Places
 from testtime.adaptation.moments import moments
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.objective import (
@@ -36,6 +38,7 @@ from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
     MixedStatistics,
     Moments,
+    Statistics,
     unbiased,
 )
 from testtime.adaptation.parts.views import Augment, crop_and_flip, needs_pixels
@@ -45,6 +48,8 @@ from testtime.adaptation.state import State
 from testtime.measures.entropy import entropy
 
 Tensors = dict[str, Tensor]
+OF_THE_BATCH = MixedStatistics(alpha=1.0, unbiased=True)
+"""What layers normalise with once the mixture is folded, and those that it cannot be folded into."""
 
 
 def folded(
@@ -62,6 +67,17 @@ def folded(
     return scale, weight * (batch.mean - source.mean) / own * scale
 
 
+def own_affine(
+    layer: NormLayer, places: Places, canonical: dict[str, str], adapting: Collection[str]
+) -> tuple[str, str] | None:
+    """Names of a layer's scale and shift, where both adapt and serve no other layer."""
+    own = {name.rpartition(".")[2]: canonical[name] for name in layer.tensors}
+    scale, shift = own.get("weight"), own.get("bias")
+    if scale not in adapting or shift not in adapting:
+        return None
+    return (scale, shift) if len(places[scale]) == len(places[shift]) == 1 else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fold:
     """A pre-hook: at a layer's first batch, moves its scale and shift by the fold.
@@ -75,7 +91,7 @@ class Fold:
     source: Moments
     tensors: Tensors
     folds: Tensors
-    places: dict[str, list[tuple[dict[str, Any], str]]]
+    places: Places
     ranks: Ranks
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -102,11 +118,10 @@ def folding(engine: Engine, tensors: Tensors, folds: Tensors) -> Iterator[None]:
     """While it lasts, layers fold the mixture into their scales and shifts, and note it."""
     loan, hooks = engine.loan, []
     for layer in loan.norms:
-        own = {name.rpartition(".")[2]: loan.canonical[name] for name in layer.tensors}
-        scale, shift = own.get("weight"), own.get("bias")
-        if scale in tensors and shift in tensors:
+        own = own_affine(layer, loan.places, loan.canonical, tensors)
+        if own is not None:
             fold = Fold(
-                scale=scale, shift=shift, eps=layer.eps, source=loan.source_moments(layer),
+                scale=own[0], shift=own[1], eps=layer.eps, source=loan.source_moments(layer),
                 tensors=tensors, folds=folds, places=loan.places, ranks=engine.ranks,
             )  # fmt: skip
             hooks.append(layer.module.register_forward_pre_hook(fold, prepend=True))
@@ -143,6 +158,13 @@ class FoldThenStep:
     def passes(self) -> tuple[float, float]:
         """Forward and backward passes of a step for each sample."""
         return 2.0 + self.count, 1.0
+
+    def statistics_of(
+        self, layer: NormLayer, places: Places, canonical: dict[str, str], adapting: Collection[str]
+    ) -> Statistics:
+        """What a layer of a plain copy normalises with, which folds nothing."""
+        folds = own_affine(layer, places, canonical, adapting) is not None
+        return AdaptiveMixture() if folds else OF_THE_BATCH
 
     def step(self, engine: Engine, x: Tensor, state: State) -> Step:
         """Answers with what the batch taught."""
@@ -185,8 +207,7 @@ def _run(
 ) -> Any:
     """The model's output, under this batch's statistics."""
     engine.forwards += len(x)
-    batch = MixedStatistics(alpha=1.0, unbiased=True)
-    output, _ = engine.loan.run(x, tensors, batch, ranks=engine.ranks, tap=tap)
+    output, _ = engine.loan.run(x, tensors, OF_THE_BATCH, ranks=engine.ranks, tap=tap)
     return output
 
 
@@ -232,7 +253,8 @@ def domainadaptor(
     entropy is scaled by its own temperature.
 
     A layer without a scale and shift of its own has nothing to fold the mixture into, and uses the
-    batch's statistics.
+    batch's statistics; so does one that shares them with another layer. One that runs several times
+    in a forward is folded by what it first meets, which `export` does not repeat.
 
     Example:
         >>> domainadaptor(loss="gem-skd").passes
