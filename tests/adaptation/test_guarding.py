@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import testtime as tt
 from models import Experts, batches, tiny
-from testtime._core.errors import OptionError, StateError
+from testtime._core.errors import OptionError, StateError, TesttimeWarning
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.guarding import APART, BEGINNING, MARK, PATIENCE
 from testtime.adaptation.never_worse import NeverWorse, excess, information
@@ -251,6 +251,27 @@ def test_trust_comes_back_and_learning_with_it():
         Outcome.ADAPTED,
     ]  # fmt: skip
     assert adapter.counts.distrusted == 2
+
+
+def test_labels_that_were_asked_for_outlive_a_loss_of_trust():
+    asked: list[int] = []
+
+    def oracle(places: Tensor, x: Tensor) -> Tensor:
+        asked.extend(places.tolist())
+        return places % 5
+
+    guard = Says(False, False, True, True, False)
+    adapter = tt.adapt(
+        tiny("group"), "simatta", oracle=oracle, budget=15, clusters=5, steps=1, guard=guard
+    )
+    got = outcomes(adapter, batches(3))
+    assert got == [Outcome.ADAPTED, Outcome.ADAPTED, Outcome.ROLLED_BACK]
+    assert max(asked) >= 32  # of the batch that cost the trust, too
+    target = adapter.snapshot().memory["target"]
+    assert target["labels"].tolist() == [place % 5 for place in asked]
+    with pytest.warns(TesttimeWarning, match="all 15 labels"):
+        outcomes(adapter, batches(12))
+    assert len(asked) == len(set(asked)) == 15
 
 
 def test_most_batches_are_not_looked_at_once_a_stream_has_begun():

@@ -94,10 +94,12 @@ def guarded(
     if worse:
         if steps is not None:
             steps.close()
+        if done is not None:
+            state = _bought(engine, state, done.state)
         if first:
             state, seen = _rolled_back(engine, state, seen), {**seen, "marks": [], "since": 0}
         elif seen["since"] >= PATIENCE:
-            state, seen = _taken(engine.fresh(), state), {**seen, "since": 0}
+            state, seen = _taken(engine, engine.fresh(), state), {**seen, "since": 0}
         seen = {**seen, "since": seen["since"] + size}
         outcome = Outcome.ROLLED_BACK if first else Outcome.GUARDED
         return _given_back(engine, x, state, seen, theirs, outcome)
@@ -203,12 +205,21 @@ def _rolled_back(engine: Engine, state: State, seen: dict[str, Any]) -> State:
     """The state of at least `MARK` samples ago where one was trusted, else the source's."""
     marks = seen["marks"]
     old = replace(engine.fresh(), **marks[0]) if len(marks) > 1 else engine.fresh()
-    return _taken(old, state)
+    return _taken(engine, old, state)
 
 
-def _taken(old: State, state: State) -> State:
+def _taken(engine: Engine, old: State, state: State) -> State:
     """What was learnt of the one, with the stream of the other."""
-    return replace(old, **{name: getattr(state, name) for name in STREAM})
+    stream = {name: getattr(state, name) for name in STREAM}
+    return _bought(engine, replace(old, **stream), state)
+
+
+def _bought(engine: Engine, old: State, state: State) -> State:
+    """The old state, with what a batch cost in the other and is true all the same, such as labels."""
+    bought = getattr(engine.recipe.procedure, "bought", None)
+    if bought is None or not state.memory:
+        return old
+    return replace(old, memory=bought(old.memory, state.memory))
 
 
 def _answers(logits: Tensor, state: State) -> Tensor:

@@ -121,6 +121,10 @@ class ActiveLearning:
         own = memory["sure"]["inputs"]
         return own if len(own) else memory["target"]["inputs"]
 
+    def bought(self, old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+        """An old memory with the labels of a new one: they stay true, and count."""
+        return {**new, "sure": (old or _nothing(new["sure"]["inputs"]))["sure"]}
+
     def step(self, engine: Engine, x: Tensor, state: State) -> Step:
         """Answers, asks, remembers, learns."""
         if not engine.ranks.alone:
@@ -335,7 +339,7 @@ def simatta(
             for, and the model learns from its own sure answers alone (as with `e_high` infinite).
             Adapters with another oracle can load the same state.
         budget: labels that are asked for at most, since the source. The code knows no such bound;
-            300 is about what it needs for a stream of the paper.
+            300 is about what it needs for a stream of the paper. A guard takes no label back.
         lr: step size of SGD with momentum 0.9, which starts anew with each batch; 1e-3 (code, PACS
             and VLCS; OfficeHome and Tiny-ImageNet-C: 1e-4).
         e_high: e_h, entropy from which a sample may be asked about; 1e-2 (code, PACS; Tiny-ImageNet-C:
