@@ -196,6 +196,8 @@ class Adapter:
     def predict(self, x: Tensor) -> Any:
         """Predicts only; changes nothing. What a call would answer, where the answer comes first.
 
+        What a guard or a gate would say of this very batch is not foreseen: they are asked by calls.
+
         Raises:
             InputError: as a call.
         """
