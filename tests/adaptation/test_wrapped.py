@@ -1,10 +1,13 @@
 """Models as torch's own tools make them: scripted, compiled, quantised, observed; and their copies."""
 
 import threading
+from functools import partial, wraps
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
 import torch.ao.quantization as ao
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,6 +44,20 @@ def assert_given_back(model: nn.Module, was: dict[str, Tensor]) -> None:
 def test_a_scripted_part_is_refused(make):
     with pytest.raises(ScopeError, match="the part 1 of the model is scripted"):
         tt.adapt(nn.Sequential(nn.Identity(), make(network())), "tent")
+
+
+def test_a_model_that_meets_other_ranks_in_each_forward_is_refused(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(network())
+        adapter, plain = (tt.adapt(each, "tent") for each in (model, model.module))
+        for x in images():
+            assert torch.equal(adapter(x), plain(x))
+        model.process_group = SimpleNamespace(size=lambda: 2)
+        with pytest.raises(ScopeError, match="Give what it holds"):
+            tt.adapt(model, "tent")
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("used", [False, True])
@@ -84,14 +101,34 @@ def test_a_compiled_forward_answers_as_a_plain_one_and_is_not_copied():
         adapter.export()
 
 
-def test_a_forward_that_a_copy_would_share_is_not_exported():
+def doubled(forward, x: Tensor) -> Tensor:
+    return forward(x * 2)
+
+
+@pytest.mark.parametrize(
+    "replaced",
+    [
+        lambda m, forward: lambda x: forward(x * 2),
+        lambda m, forward: MethodType(lambda self, x: forward(x * 2), m),
+        lambda m, forward: wraps(forward)(lambda x: doubled(forward, x)),
+    ],
+)
+def test_a_forward_that_runs_the_model_in_a_copy_is_not_exported(replaced):
     model = network()
-    forward = model.forward
-    model.forward = lambda x: forward(x * 2)
+    model.forward = replaced(model, model.forward)
     adapter = tt.adapt(model, "tent")
     adapter(images()[0])
     with pytest.raises(ScopeError, match="was replaced by a function"):
         adapter.export()
+
+
+def test_a_forward_whose_arguments_are_copied_is_exported():
+    model = network()
+    model.forward = partial(doubled, model.forward)
+    adapter = tt.adapt(model, "tent", lr=0.1)
+    adapter(images()[0])
+    x = images()[1]
+    torch.testing.assert_close(adapter.export()(x), adapter.predict(x))
 
 
 def test_a_model_that_cannot_be_copied_says_so():

@@ -50,6 +50,13 @@ def check_model(model: Any) -> None:
                 f"{f'the part {name} of ' if name else ''}the model is scripted, and cannot be "
                 "lent; build it of the nn.Module that was scripted or traced"
             )
+        meets = isinstance(module, nn.parallel.DistributedDataParallel)
+        if meets and module.process_group.size() > 1:
+            raise ScopeError(
+                "a model in DistributedDataParallel meets the other ranks in each forward, and "
+                "adapters need not run it equally often. Give what it holds: "
+                "tt.adapt(model.module, ...), with process_group= for ranks that adapt together."
+            )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ScopeError(

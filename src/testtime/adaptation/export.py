@@ -36,15 +36,27 @@ def copied(model: nn.Module) -> nn.Module:
         copy = deepcopy(model, memo).eval()
     except Exception as error:
         raise ScopeError(f"{type(model).__name__} cannot be copied: {error}. {way_out}") from error
-    for name, module in model.named_modules():
-        forward = vars(module).get("forward")
-        if forward is not None and forward is vars(copy.get_submodule(name)).get("forward"):
+    lent = set(map(id, model.modules()))
+    for name, module in copy.named_modules():
+        if _reaches(vars(module).get("forward"), lent):
             raise ScopeError(
-                f"the forward of {name or type(model).__name__} was replaced by a function, which a "
-                "copy would share with the model, and run the model's own tensors. Compile the "
-                f"module itself: model = torch.compile(model). {way_out}"
+                f"the forward of {name or type(model).__name__} was replaced by a function that holds "
+                "the module it was of, so that a copy would answer as the model. Compile the module "
+                "itself, model = torch.compile(model), or put a module around it in place of the "
+                f"function. {way_out}"
             )
     return copy
+
+
+def _reaches(value: Any, modules: set[int], deep: int = 8) -> bool:
+    """Whether a callable has one of these modules in it: bound, as an argument or in a closure."""
+    if id(value) in modules or not deep:
+        return id(value) in modules
+    names = ("__self__", "__func__", "__wrapped__", "func")
+    inner = [getattr(value, name, None) for name in names]
+    cells = getattr(value, "__closure__", None) or ()
+    inner += [*getattr(value, "args", ()), *(c.cell_contents for c in cells)]
+    return any(_reaches(each, modules, deep - 1) for each in inner if callable(each))
 
 
 def exported(model: nn.Module, recipe: Recipe, state: State) -> nn.Module:

@@ -58,11 +58,12 @@ def lock_of(model: nn.Module) -> threading.RLock:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` made or changed the module, or its forward alone."""
+    """Whether `torch.compile` made or changed the module, its forward, or a function it holds."""
     dynamo = sys.modules.get("torch._dynamo")  # slow to import, and there if anything is compiled
     made = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-    forward = hasattr(module.forward, "_torchdynamo_orig_callable")
-    return made or forward or module._compiled_call_impl is not None
+    held = (module.forward, *vars(module).values())
+    functions = any(hasattr(each, "_torchdynamo_orig_callable") for each in held if callable(each))
+    return made or functions or module._compiled_call_impl is not None
 
 
 def no_features(model: nn.Module) -> ScopeError:
