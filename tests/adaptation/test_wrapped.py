@@ -6,6 +6,7 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
+import torch.ao.nn.intrinsic as fused
 import torch.ao.quantization as ao
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -74,6 +75,18 @@ def test_what_observers_saw_stays_as_it_was(method, used):
         adapter(x)
     adapter.export()
     assert_given_back(model, was)
+
+
+@pytest.mark.parametrize("method", ["tent", "bn-adapt"])
+def test_a_normalisation_that_is_fused_for_quantisation_takes_statistics_of_the_batch(method):
+    plain = network()
+    model = nn.Sequential(fused.ConvBnReLU2d(*network()[:3]), *network()[3:]).train()
+    model.qconfig = ao.get_default_qat_qconfig("fbgemm")
+    model = ao.prepare_qat(model).eval().apply(ao.disable_fake_quant)
+    adapter, expected = (tt.adapt(each, method) for each in (model, plain))
+    for x in images():
+        torch.testing.assert_close(adapter(x), expected(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(adapter.export()(x), adapter.predict(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_is_quantised_above_what_adapts_is_refused():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import ScopeError
-from testtime.adaptation.layers import NormLayer, norm_layers
+from testtime.adaptation.layers import NormLayer, norm_layers, read_above
 from testtime.adaptation.loan import Restated, places
 from testtime.adaptation.parts.prediction import from_teacher
 from testtime.adaptation.parts.statistics import (
@@ -71,14 +71,19 @@ def exported(model: nn.Module, recipe: Recipe, state: State) -> nn.Module:
             own[name].copy_(value)
         held = places(copy)
         of_layer = getattr(recipe.procedure, "statistics_of", lambda *_: recipe.statistics)
+        bound = read_above(copy)
         for layer in norm_layers(copy):
-            _settle(layer, of_layer(layer, *held, tensors), averages)
+            statistics = of_layer(layer, *held, tensors)
+            _settle(layer, statistics, averages, bound=layer.module in bound)
         traces_of(model).forget(copy)
         return copy
 
 
-def _settle(layer: NormLayer, statistics: Statistics, averages: dict[str, Tensor] | None) -> None:
+def _settle(
+    layer: NormLayer, statistics: Statistics, averages: dict[str, Tensor] | None, *, bound: bool
+) -> None:
     module: Any = layer.module
+    own = hasattr(module, "track_running_stats") and not bound
     if not layer.has_statistics:
         ours = isinstance(statistics, BatchStatistics | RunningStatistics)
         if ours and layer.kind == "instance":  # an image's own statistics, as in the loan
@@ -87,7 +92,7 @@ def _settle(layer: NormLayer, statistics: Statistics, averages: dict[str, Tensor
     elif isinstance(statistics, RunningStatistics) and averages:
         module.running_mean.copy_(averages[f"{layer.name}.mean"])
         module.running_var.copy_(averages[f"{layer.name}.var"])
-    elif isinstance(statistics, BatchStatistics) and hasattr(module, "track_running_stats"):
+    elif isinstance(statistics, BatchStatistics) and own:
         module.track_running_stats = False
         module.running_mean = module.running_var = None
     elif isinstance(statistics, BatchStatistics | MixedStatistics | AdaptiveMixture):

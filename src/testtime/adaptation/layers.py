@@ -89,6 +89,12 @@ def norm_layers(model: nn.Module, order: Sequence[str] = ()) -> list[NormLayer]:
     return sorted(found, key=lambda layer: place.get(layer.name, len(place)))
 
 
+def read_above(model: nn.Module) -> set[nn.Module]:
+    """Layers whose statistics the module above them reads: of torch's fusions for quantisation."""
+    fused = [module for module in model.modules() if hasattr(module, "freeze_bn")]
+    return {child for module in fused for child in module.children()}
+
+
 def top_of(names: Sequence[str]) -> set[str]:
     """The layers of a network's top: the last quarter of its blocks, and all that runs after them.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import ScopeError
-from testtime.adaptation.layers import NormLayer
+from testtime.adaptation.layers import NormLayer, read_above
 from testtime.adaptation.lean import Lean, kept_as
 from testtime.adaptation.moments import (
     InGroups,
@@ -92,6 +92,7 @@ class Loan:
         self.lent_statistics = {layer.name for layer in norms}
         self.named_modules = dict(model.named_modules())
         self.modules = list(self.named_modules.values())
+        self.read_above = read_above(model)
         self.traces = traces_of(model)
         self.places, self.canonical = places(model)
         self.parameters = list(model.parameters())
@@ -214,7 +215,8 @@ class Loan:
                 source = self.source_moments(layer)
                 put(buffers, "running_mean", source.mean)
                 put(buffers, "running_var", source.var)
-                if plain and isinstance(layer.module, nn.modules.batchnorm._NormBase):
+                own = isinstance(layer.module, nn.modules.batchnorm._NormBase)
+                if plain and own and layer.module not in self.read_above:
                     buffers["running_mean"] = buffers["running_var"] = None
                 elif isinstance(statistics, RunningStatistics) and averages and not learn:
                     for key, moment in (("running_mean", "mean"), ("running_var", "var")):
