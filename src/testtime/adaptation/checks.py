@@ -50,8 +50,8 @@ def check_model(model: Any) -> None:
                 f"{f'the part {name} of ' if name else ''}the model is scripted, and cannot be "
                 "lent; build it of the nn.Module that was scripted or traced"
             )
-        meets = isinstance(module, nn.parallel.DistributedDataParallel)
-        if meets and module.process_group.size() > 1:
+        wrapped = isinstance(module, nn.parallel.DistributedDataParallel)
+        if wrapped and torch.distributed.get_world_size(module.process_group) > 1:
             raise ScopeError(
                 "a model in DistributedDataParallel meets the other ranks in each forward, and "
                 "adapters need not run it equally often. Give what it holds: "

@@ -73,7 +73,7 @@ def own_affine(
     """Names of a layer's scale and shift, where both adapt and serve no other layer."""
     own = {name.rpartition(".")[2]: canonical[name] for name in layer.tensors}
     scale, shift = own.get("weight"), own.get("bias")
-    if scale not in adapting or shift not in adapting:
+    if scale is None or shift is None or not {scale, shift} <= set(adapting):
         return None
     return (scale, shift) if len(places[scale]) == len(places[shift]) == 1 else None
 
