@@ -254,8 +254,10 @@ class Engine:
         with torch.no_grad():
             if isinstance(self.recipe.statistics, RunningStatistics):
                 _, averages = self.run(x, state.tensors, averages=state.averages, learn=True)
-                moments = [t for name, t in (averages or {}).items() if name != "seen"]
-                if torch.stack([moment.isfinite().all() for moment in moments]).all():
+                told = [
+                    t.isfinite().all() for name, t in (averages or {}).items() if name != "seen"
+                ]
+                if not told or torch.stack(told).all():
                     state = replace(state, averages=averages)
                 else:
                     outcome = Outcome.NON_FINITE
