@@ -44,6 +44,20 @@ def test_a_step_waits_for_the_device_as_often_as_the_page_says(method, expected,
         assert len(found) == expected, found
 
 
+def test_a_loaded_state_waits_no_more_often(tmp_path, monkeypatch):
+    with elsewhere(monkeypatch):
+        adapter = tt.adapt(send(tiny()), "rotta", **OPTIONS["rotta"])
+        waits = []
+        for x in batches(4):
+            WAITS.clear()
+            adapter(There(x))
+            waits.append(len(WAITS))
+            if len(waits) == 2:
+                adapter.save(tmp_path / "state")
+                adapter.load(tmp_path / "state")
+        assert waits[3] == waits[1]
+
+
 def test_a_guard_and_a_gate_wait_for_the_device_once_a_question(monkeypatch):
     with elsewhere(monkeypatch):
         x = There(batches(1)[0])

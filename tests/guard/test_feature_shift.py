@@ -5,7 +5,9 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
+from elsewhere import DEVICE, There, elsewhere
 from testtime._core.errors import InputError, OptionError
+from testtime._core.seeds import generator
 from testtime.guard.densities import RIDGE, DeepDensity, Gaussian
 from testtime.guard.feature_shift import SeriesShift, feature_shift
 from testtime.guard.monitor import Monitor
@@ -99,6 +101,15 @@ def test_each_statistic_names_the_feature_that_was_permuted(statistic):
     found = feature_shift(x, attack(y, 2), statistic=statistic, bootstrap=20)
     assert found.features == (2,)
     assert found.statistic[2] > found.threshold[2]
+
+
+@pytest.mark.parametrize("statistic", [GaussianScore(), DeepScore(), ModelKS(samples=5), KnnKS()])
+def test_a_statistic_is_computed_where_its_samples_lie(statistic, monkeypatch):
+    x, y = draw(0, n=60), draw(1, n=60)
+    expected = statistic(x, y, generator(0, "statistic"))
+    with elsewhere(monkeypatch):
+        found = statistic(There(x), There(y), generator(0, "statistic", device=DEVICE))
+    torch.testing.assert_close(found.held, expected)
 
 
 def test_several_features_may_be_named_and_none_without_a_shift():

@@ -142,7 +142,11 @@ class Loan:
             groups: batches of equal size that `x` was joined from, each normalised by itself; where
                 `takes_groups` says so.
         """
-        fresh = {**averages, "seen": averages["seen"] + 1} if averages and learn else averages
+        fresh = averages
+        if (
+            averages and learn
+        ):  # a file brings the count to the device, where each layer asks for it
+            fresh = {**averages, "seen": averages["seen"].cpu() + 1}
         lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x)
         with self.lock, self.traces.hidden(self.named_modules), lent:
             worth_it = lean and self.own_functions and x.numel() >= MANY

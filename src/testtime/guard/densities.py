@@ -64,7 +64,9 @@ class Gaussian:
         covariance = away.mT @ away / (x.shape[-2] - 1)
         if not bool(covariance.isfinite().all()):
             raise InputError("squares of the samples overflow; divide the features by a constant.")
-        return Gaussian(mean, covariance + RIDGE * torch.eye(x.shape[-1], dtype=x.dtype))
+        return Gaussian(
+            mean, covariance + RIDGE * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        )
 
     def score(self, x: Tensor) -> Tensor:
         """-Σ⁻¹ (x - μ)."""
@@ -83,7 +85,8 @@ class Gaussian:
                 f"by {RIDGE:g} cannot be told apart. Standardise the features, or give more samples."
             )
         shape = (*self.covariance.shape[:-2], count, self.covariance.shape[-1])
-        noise = torch.randn(shape, generator=chance, dtype=self.mean.dtype)
+        like = self.mean
+        noise = torch.randn(shape, generator=chance, dtype=like.dtype, device=like.device)
         return self.mean + noise @ factor.mT
 
     def conditionals(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,8 +159,9 @@ class DeepDensity:
 
     def sample(self, count: int, chance: torch.Generator) -> Tensor:
         """Standard normal draws, sent back through the layers."""
-        d = self.layers[0].rotation.shape[0]
-        x = torch.randn(count, d, generator=chance, dtype=self.layers[0].mean.dtype)
+        like = self.layers[0].mean
+        shape = (count, like.numel())
+        x = torch.randn(shape, generator=chance, dtype=like.dtype, device=like.device)
         for layer in reversed(self.layers):
             u = _cdf(x).T.contiguous()
             bins = layer.heights.shape[1]

@@ -97,7 +97,8 @@ class ModelKS:
         drawn: list[Tensor] = []
         for density in (p, q):
             mean, std = density.conditionals(given)
-            noise = torch.randn(self.draws, *mean.shape, generator=chance, dtype=x.dtype)
+            shape = (self.draws, *mean.shape)
+            noise = torch.randn(shape, generator=chance, dtype=x.dtype, device=x.device)
             drawn.append(mean + std * noise)
         return ks_distance(drawn[0], drawn[1]).mean(0)
 
@@ -124,11 +125,12 @@ class KnnKS:
         if x.dim() > 2:
             return torch.stack([self(a, b, chance) for a, b in zip(x, y, strict=True)])
         picked = [
-            side[torch.randint(len(side), (self.samples,), generator=chance)] for side in (x, y)
+            side[torch.randint(len(side), (self.samples,), generator=chance, device=x.device)]
+            for side in (x, y)
         ]
         given, found = torch.cat(picked), list[Tensor]()
         for j in range(x.shape[1]):
-            rest = torch.arange(x.shape[1]) != j
+            rest = torch.arange(x.shape[1], device=x.device) != j
             near = [
                 side[:, j][
                     torch.cdist(given[:, rest], side[:, rest])
