@@ -25,8 +25,6 @@ SMALL = {name: {"views": 2} for name in ("memo", "cotta", "psmt", "petal", "vcot
 SMALL |= {"rotta": {"capacity": 16, "every": 16}, "simatta": {"e_low": 2.0, "steps": 3}}
 SMALL |= {"stamp": {"views": 2, "capacity": 16, "margin": 0.8}}
 ALL = sorted(set(tt.methods()) - {"foa"})  # foa takes transformers alone, see test_foa.py
-COMPILED = [name for name in ALL if name not in ("dent",)]
-"""Methods for compiled models: dent hooks every layer, which a compiled one does not call."""
 
 
 def adapter_of(name: str, model: nn.Module):
@@ -98,7 +96,7 @@ def test_channels_last_moves_what_adapts_alike(name):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("tent", "eta") else pytest.param(n, marks=pytest.mark.slow) for n in COMPILED],
+    [n if n in ("tent", "eta") else pytest.param(n, marks=pytest.mark.slow) for n in ALL],
 )
 def test_compiled_models_answer_as_others_do(name):
     model = model_of()

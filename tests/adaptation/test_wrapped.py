@@ -1,5 +1,7 @@
 """Models as torch's own tools make them: scripted, compiled, quantised, observed; and their copies."""
 
+import copy
+import pickle
 import threading
 from functools import partial, wraps
 from types import MethodType, SimpleNamespace
@@ -41,12 +43,12 @@ def assert_given_back(model: nn.Module, was: dict[str, Tensor]) -> None:
         assert torch.equal(now[name], tensor), name
 
 
-@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, images()[0])])
-def test_a_scripted_part_is_refused(make):
+def test_a_scripted_part_is_refused():
     with pytest.raises(ScopeError, match="the part 1 of the model is scripted"):
-        tt.adapt(nn.Sequential(nn.Identity(), make(network())), "tent")
+        tt.adapt(nn.Sequential(nn.Identity(), torch.jit.script(network())), "tent")
 
 
+@pytest.mark.slow
 def test_a_model_that_meets_other_ranks_in_each_forward_is_refused(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
     try:
@@ -112,6 +114,43 @@ def test_a_compiled_forward_answers_as_a_plain_one_and_is_not_copied():
         torch.testing.assert_close(adapter(x), plain(x), rtol=1e-4, atol=1e-4)
     with pytest.raises(ScopeError, match="Compile the module itself"):
         adapter.export()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("domainadaptor", {"lr": 0.0}), ("bn-adapt", {"prior": 16}), ("cafa", {})],
+)
+def test_a_model_that_was_compiled_before_calls_what_is_hooked_to_it(method, options):
+    torch._dynamo.reset()
+    model = torch.compile(network(), backend="eager")
+    xs = images()
+    first = tt.adapt(model, "sar", margin=2.0)
+    for x in (xs[0], xs[0][:2], xs[0][:3]):  # from here on any size runs what is compiled
+        with torch.no_grad():
+            model(x)
+        first(x)
+    answers = []
+    for each in (network(), model):
+        source = tt.fit_source(each, [(x, torch.arange(4)) for x in xs], methods=[method])
+        adapter = tt.adapt(each, method, source=source, **options)
+        answers.append([adapter(x) for x in xs])
+        with torch.no_grad():
+            torch.testing.assert_close(adapter.export()(x), adapter.predict(x))
+    for mine, theirs in zip(*answers, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_that_mixes_statistics_may_be_copied_and_pickled(again):
+    adapter, x = tt.adapt(network(), "bn-adapt", prior=16), images()[0]
+    adapter(x)
+    exported = adapter.export()
+    more = again(exported)
+    expected = exported(x)
+    exported[1].running_mean += 1
+    assert torch.equal(more(x), expected)
+    torch.testing.assert_close(expected, adapter.predict(x))
 
 
 def doubled(forward, x: Tensor) -> Tensor:

@@ -156,8 +156,15 @@ class Loan:
             apart = InGroups(groups) if groups > 1 else nullcontext()
             others = () if isinstance(statistics, SourceStatistics) else self.lent_statistics
             watched = self.traces.watched_once(self.named_modules, x, others)
-            with keeping, short, apart, tap() if tap is not None else nullcontext(), watched:
+            tapped = tap() if tap is not None else nullcontext()
+            with keeping, short, apart, tapped, watched, self._heard():
                 return self.model(x), fresh
+
+    def _heard(self) -> Any:
+        """Runs the model without its compiler where hooks are: those that came later it does not call."""
+        hooks = (module._forward_pre_hooks or module._forward_hooks for module in self.modules)
+        deaf = not self.own_functions and any(hooks)
+        return torch.compiler.set_stance("force_eager") if deaf else nullcontext()
 
     def takes_groups(self, statistics: Statistics) -> bool:
         """Whether batches may be joined in one run, and normalised each by itself.
@@ -351,17 +358,20 @@ class Normaliser:
 
 @dataclass(frozen=True)
 class Restated:
-    """A pre-hook for exported layers: scales and shifts what comes in, so that the layer, which
+    """A forward for exported layers: scales and shifts what comes in, so that the layer, which
     normalises with the statistics it stored, in effect normalises with the chosen ones.
 
-    It reads the stored ones off the layer, so that they move, change type and are saved with it.
+    It reads the stored ones off the layer, so that they move, change type and are saved with it. A
+    hook would not do: a compiler does not see one that its cache is older than.
     """
 
+    module: nn.Module
+    forward: Callable[..., Any] | None
     eps: float
     statistics: BatchStatistics | MixedStatistics | AdaptiveMixture
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0]
+    def __call__(self, x: Tensor, *args: Any) -> Any:
+        module = self.module
         stored = Moments(module._buffers["running_mean"], module._buffers["running_var"])  # type: ignore[arg-type]
         used, values = moments(x, ALONE)
         if isinstance(self.statistics, MixedStatistics):
@@ -370,4 +380,7 @@ class Restated:
             used = self.statistics.blend(x, stored, used, values=values, ranks=ALONE)
         scale = ((stored.var + self.eps) / (used.var + self.eps)).sqrt()
         centred = (x - wide(used.mean, x)) * wide(scale, x)
-        return ((centred + wide(stored.mean, x)).to(x.dtype), *args[1:])
+        restated = (centred + wide(stored.mean, x)).to(x.dtype)
+        if self.forward is not None:
+            return self.forward(restated, *args)
+        return type(module).forward(module, restated, *args)
