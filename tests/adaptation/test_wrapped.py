@@ -44,8 +44,11 @@ def assert_given_back(model: nn.Module, was: dict[str, Tensor]) -> None:
 
 
 def test_a_scripted_part_is_refused():
+    model = nn.Sequential(nn.Identity(), torch.jit.script(network()))
     with pytest.raises(ScopeError, match="the part 1 of the model is scripted"):
-        tt.adapt(nn.Sequential(nn.Identity(), torch.jit.script(network())), "tent")
+        tt.adapt(model, "tent")
+    with pytest.raises(ScopeError, match="the part 1 of the model is scripted"):
+        tt.fit_source(model, images(), methods=["eata"])
 
 
 @pytest.mark.slow
@@ -91,7 +94,43 @@ def test_a_normalisation_that_is_fused_for_quantisation_takes_statistics_of_the_
     torch.testing.assert_close(adapter.export()(x), adapter.predict(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_is_quantised_above_what_adapts_is_refused():
+class Written(nn.BatchNorm2d):
+    """Normalisation written out, which reads the statistics that it stored."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+class Frozen(nn.BatchNorm2d):
+    """Normalisation that never takes statistics of the batch by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.running_mean, self.running_var, self.weight, self.bias
+        return F.batch_norm(x, *own, False, 0.0, self.eps)
+
+
+class Named(nn.BatchNorm2d):
+    """As torch's, under another name: it takes what the others have to be given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Written, Frozen, Named])
+@pytest.mark.parametrize("method", ["tent", "bn-adapt"])
+def test_a_normalisation_with_a_forward_of_its_own_takes_statistics_of_the_batch(method, kind):
+    model, plain = network(), network()
+    model[1] = kind(6).eval()
+    adapter, expected = (tt.adapt(each, method) for each in (model, plain))
+    for x in images():
+        torch.testing.assert_close(adapter(x), expected(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(adapter.export()(x), adapter.predict(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["tent", "dent"])
+def test_a_model_that_is_quantised_above_what_adapts_is_refused(method):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.LayerNorm(8), nn.Linear(8, 4))
     model = ao.quantize_dynamic(model.eval(), {nn.Linear})
@@ -99,7 +138,7 @@ def test_a_model_that_is_quantised_above_what_adapts_is_refused():
         pytest.warns(UserWarning, match="autograd kernel was not registered"),
         pytest.raises(ScopeError, match="is quantised after it"),
     ):
-        tt.adapt(model, "tent")(images()[0])
+        tt.adapt(model, method)(images()[0])
     tt.adapt(model, "source")(images()[0])
 
 
@@ -259,7 +298,7 @@ class TwoInputs(nn.Module):
         return x * mask
 
 
-class Named(nn.Module):
+class OfNames(nn.Module):
     def forward(self, x: dict[str, Tensor]) -> Tensor:
         return x["image"]
 
@@ -267,7 +306,7 @@ class Named(nn.Module):
 @pytest.mark.parametrize(
     ("model", "x", "says"),
     [
-        (Named(), {"image": torch.ones(2, 3)}, "put a module around it"),
+        (OfNames(), {"image": torch.ones(2, 3)}, "put a module around it"),
         (TwoInputs(), torch.ones(2, 3), "put a module around it"),
         (nn.Embedding(9, 3), torch.ones(2, 3, dtype=torch.long), "after their embedding"),
     ],

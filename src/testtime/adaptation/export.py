@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import ScopeError
-from testtime.adaptation.layers import NormLayer, norm_layers, read_above
+from testtime.adaptation.layers import NormLayer, bound, norm_layers
 from testtime.adaptation.loan import Restated, places
 from testtime.adaptation.parts.prediction import from_teacher
 from testtime.adaptation.parts.statistics import (
@@ -71,19 +71,19 @@ def exported(model: nn.Module, recipe: Recipe, state: State) -> nn.Module:
             own[name].copy_(value)
         held = places(copy)
         of_layer = getattr(recipe.procedure, "statistics_of", lambda *_: recipe.statistics)
-        bound = read_above(copy)
+        keeping = bound(copy)
         for layer in norm_layers(copy):
             statistics = of_layer(layer, *held, tensors)
-            _settle(layer, statistics, averages, bound=layer.module in bound)
+            _settle(layer, statistics, averages, keeping=layer.module in keeping)
         traces_of(model).forget(copy)
         return copy
 
 
 def _settle(
-    layer: NormLayer, statistics: Statistics, averages: dict[str, Tensor] | None, *, bound: bool
+    layer: NormLayer, statistics: Statistics, averages: dict[str, Tensor] | None, *, keeping: bool
 ) -> None:
     module: Any = layer.module
-    own = hasattr(module, "track_running_stats") and not bound
+    own = hasattr(module, "track_running_stats") and not keeping
     if not layer.has_statistics:
         ours = isinstance(statistics, BatchStatistics | RunningStatistics)
         if ours and layer.kind == "instance":  # an image's own statistics, as in the loan

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from testtime._core.errors import InputError, OptionError, StateError
 from testtime._core.files import atomic, digest
 from testtime._core.registry import find
-from testtime.adaptation.checks import check_input, check_output, taking
+from testtime.adaptation.checks import check_input, check_model, check_output, taking
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
@@ -242,6 +242,7 @@ def fit_source(
     Raises:
         InputError: when the loader gives no batch, one that is not fit for the model, or no labels
             where they are needed.
+        ScopeError: when the model cannot be lent: it is scripted, has no weights yet.
         OptionError: when two methods need the same thing with other options.
 
     Example:
@@ -251,6 +252,7 @@ def fit_source(
         of 8 source samples, 24 bytes:
           eata: fisher (1.weight 3, 1.bias 3; 24 bytes)
     """
+    check_model(model)
     recipes = _recipes(methods)
     needs = _needs(recipes, gate=gate)
     norms, rank = norm_layers(model), None

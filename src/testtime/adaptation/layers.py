@@ -1,9 +1,11 @@
 """What a model is made of, found by structure and order of execution, never by name."""
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -89,10 +91,52 @@ def norm_layers(model: nn.Module, order: Sequence[str] = ()) -> list[NormLayer]:
     return sorted(found, key=lambda layer: place.get(layer.name, len(place)))
 
 
-def read_above(model: nn.Module) -> set[nn.Module]:
-    """Layers whose statistics the module above them reads: of torch's fusions for quantisation."""
+def bound(model: nn.Module) -> set[nn.Module]:
+    """Layers that cannot do without the statistics they stored.
+
+    The module above them reads these, as torch's fusions for quantisation do, or a forward of their
+    own.
+    """
     fused = [module for module in model.modules() if hasattr(module, "freeze_bn")]
-    return {child for module in fused for child in module.children()}
+    above = {child for module in fused for child in module.children()}
+    stored = [
+        m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
+    ]
+    return above | {module for module in stored if not _does_without(module)}
+
+
+_tried: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
+
+
+def _does_without(module: _BatchNorm) -> bool:
+    """Whether a layer that stores no statistics takes its batch's; a forward of others' is tried."""
+    replaced = "forward" in vars(module)
+    kind: Any = module if replaced else type(module)
+    if not replaced and kind.forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+        return True
+    if kind not in _tried:
+        _tried[kind] = _try(module)
+    return _tried[kind]
+
+
+def _try(module: _BatchNorm) -> bool:
+    places = {nn.BatchNorm1d: (), nn.BatchNorm2d: (2, 2), nn.BatchNorm3d: (2, 2, 2)}
+    sides = next((places[kind] for kind in places if isinstance(module, kind)), None)
+    mean, buffers, training = module.running_mean, module._buffers, module.training
+    if sides is None or mean is None:
+        return False
+    kept = dict(buffers)
+    try:
+        module.training = False
+        buffers["running_mean"] = buffers["running_var"] = None
+        with torch.no_grad():
+            module.forward(mean.new_zeros(2, len(mean), *sides))
+    except Exception:
+        return False
+    finally:
+        module.training = training
+        buffers.update(kept)
+    return True
 
 
 def top_of(names: Sequence[str]) -> set[str]:

@@ -165,14 +165,16 @@ def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
-def gradients(loss: Tensor, tensors: dict[str, Tensor]) -> list[Tensor]:
-    """Gradients of a loss; zero for tensors that it never meets.
+def gradients(loss: Tensor, tensors: dict[str, Tensor], *, unroll: bool = False) -> list[Tensor]:
+    """Gradients of a loss; zero for tensors that it never meets. With `unroll` they have a graph.
 
     Raises:
         ScopeError: when it meets none because the model carries no gradient.
     """
     of = list(tensors.values())
-    grads = torch.autograd.grad(loss, of, allow_unused=True) if loss.requires_grad else ()
+    grads: tuple[Tensor | None, ...] = ()
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, of, create_graph=unroll, allow_unused=True)
     if all(grad is None for grad in grads):
         raise ScopeError(
             "nothing can be learnt: the model's output carries no gradient of what adapts. Its "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import ScopeError
-from testtime.adaptation.layers import NormLayer, read_above
+from testtime.adaptation.layers import NormLayer, bound
 from testtime.adaptation.lean import Lean, kept_as
 from testtime.adaptation.moments import (
     InGroups,
@@ -92,12 +92,13 @@ class Loan:
         self.lent_statistics = {layer.name for layer in norms}
         self.named_modules = dict(model.named_modules())
         self.modules = list(self.named_modules.values())
-        self.read_above = read_above(model)
         self.traces = traces_of(model)
         self.places, self.canonical = places(model)
         self.parameters = list(model.parameters())
         self.own_functions = not any(map(is_compiled, self.modules))
         self.lock = lock_of(model)
+        with self.lock:
+            self.bound = bound(model)
         self.blocks: Any = None  # of a transformer, once somebody has looked for them
 
     def source(self, name: str) -> Tensor:
@@ -227,7 +228,7 @@ class Loan:
                 put(buffers, "running_mean", source.mean)
                 put(buffers, "running_var", source.var)
                 own = isinstance(layer.module, nn.modules.batchnorm._NormBase)
-                if plain and own and layer.module not in self.read_above:
+                if plain and own and layer.module not in self.bound:
                     buffers["running_mean"] = buffers["running_var"] = None
                 elif isinstance(statistics, RunningStatistics) and averages and not learn:
                     for key, moment in (("running_mean", "mean"), ("running_var", "var")):

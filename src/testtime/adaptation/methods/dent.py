@@ -23,7 +23,7 @@ from testtime._core.registry import register
 from testtime.adaptation.engine import Engine, Step
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import Kind, norm_layers
-from testtime.adaptation.learning import finite
+from testtime.adaptation.learning import finite, gradients
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.objective import Diversity, entropy
 from testtime.adaptation.parts.optimizer import AdaMod
@@ -124,13 +124,11 @@ class EachItsOwn:
                     loss = loss + evidence.ask(recipe.batch_objective)
             told["loss"] = loss.detach()
             engine.backwards += len(x)
-            grads = torch.autograd.grad(
-                loss, list(own.values()), create_graph=unroll, materialize_grads=True
-            )
-            if not finite(loss, list(grads)):
+            grads = gradients(loss, own, unroll=unroll)
+            if not finite(loss, grads):
                 return own, Outcome.NON_FINITE, told
             with torch.set_grad_enabled(unroll):
-                moved, moments = recipe.optimizer.step(moments, list(own.values()), list(grads))
+                moved, moments = recipe.optimizer.step(moments, list(own.values()), grads)
             own = dict(zip(own, moved, strict=True))
         return own, Outcome.ADAPTED, told
 
