@@ -48,11 +48,11 @@ class Traces:
             if key in module.__dict__
         }
         self.caches: set[tuple[str, str]] = set()
-        # torch's kernel writes to what observers hold without a trace in their versions
+        # observers of quantisation write now and then, and without a trace in their versions
         self.buffers: set[tuple[str, str]] = {
             (f"{name}.{below}".strip("."), key)
             for name, module in model.named_modules()
-            if "observer_enabled" in module._buffers
+            if not {"observer_enabled", "min_val"}.isdisjoint(module._buffers)
             for below, part in module.named_modules()
             for key in part._buffers
         }
