@@ -16,6 +16,8 @@ class Guard(Protocol):
     def update(self, adapted: Tensor, source: Tensor, /) -> Any:
         """Takes a batch in; true: the source model is to answer, and what was learnt is dropped.
 
+        None: nobody knows yet; the source model is to answer, and the adapter goes on learning.
+
         Args:
             adapted: (n, C) logits of the adapted model.
             source: (n, C) logits of the source model for the same samples.

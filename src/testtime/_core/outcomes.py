@@ -15,5 +15,6 @@ class Outcome(StrEnum):
     NON_FINITE = "loss or gradient was not finite; nothing changed"
     GUARDED = "answered by the source model; the guard does not trust what was learnt"
     ROLLED_BACK = "the guard lost its trust: an earlier state was restored, and the source answered"
+    UNSURE = "adapted; the source model answered, since the guard does not know yet"
     TRUSTED = "answered; the guard trusts what was learnt again"
     RECOVERED = "the loss had collapsed; the source was restored"

@@ -142,6 +142,7 @@ class Adapter:
                 self._counts = self._counts.after(
                     step.outcome, samples=len(x), forwards=engine.forwards - forwards,
                     backwards=engine.backwards - backwards, restored=state is not was,
+                    distrusted=distrusted(step.state),
                 )  # fmt: skip
                 event = Event(self._counts.steps, step.outcome, len(x), step.measured)
                 self._events.append(event)

@@ -80,10 +80,12 @@ def adapt(
             plain inference. True is `SourceLike()`; a monitor of `testtime.guard` will do. Before
             a shift a batch is asked for each time, after it every fourth time.
         guard: compares what was learnt with the source model, and takes it back: while it sees
-            harm, an earlier state is restored, nothing is learnt and the source model answers. True
-            is `NeverWorse()`; a monitor of two models' answers as `testtime.guard` has them will do.
-            It costs a forward of the source model on all of the first 512 samples, and on a quarter
-            of those after; of what it does not trust, on a quarter a forward of the adapted model.
+            harm, an earlier state is restored, nothing is learnt and the source model answers; while
+            it does not know, the source model answers, and what is learnt is kept. True is
+            `NeverWorse()`; a monitor of two models' answers as `testtime.guard` has them will do.
+            It costs a forward of the source model on all of the first 512 samples and while it does
+            not know, and on a quarter of those after; of what it does not trust, on a quarter a
+            forward of the adapted model.
         budget: what adapting may cost beyond plain inference, as a share of a forward: 0.5 is half
             a forward for each batch. Layers are left out by counting, then updates by the clock, so
             that runs repeat only as far as their times do; `plan().spending` tells what was chosen

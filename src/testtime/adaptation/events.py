@@ -14,7 +14,8 @@ class Counts(NamedTuple):
     `forwards` and `backwards` count samples that went through the model, so that
     `forwards / samples` is the number of forward passes for each sample. `skipped` are batches that
     could teach nothing, `spared` those that were not asked to,
-    `distrusted` those that the source model answered because a guard did not trust what was learnt.
+    `distrusted` those that the source model answered because a guard did not trust what was learnt, or
+    did not know yet.
     """
 
     steps: int = 0
@@ -28,7 +29,14 @@ class Counts(NamedTuple):
     distrusted: int = 0
 
     def after(
-        self, outcome: Outcome, *, samples: int, forwards: int, backwards: int, restored: bool
+        self,
+        outcome: Outcome,
+        *,
+        samples: int,
+        forwards: int,
+        backwards: int,
+        restored: bool,
+        distrusted: bool,
     ) -> "Counts":
         """The counts after one more step."""
         return Counts(
@@ -36,11 +44,12 @@ class Counts(NamedTuple):
             samples=self.samples + samples,
             forwards=self.forwards + forwards,
             backwards=self.backwards + backwards,
-            updates=self.updates + (outcome in (Outcome.ADAPTED, Outcome.RECOVERED)),
+            updates=self.updates
+            + (outcome in (Outcome.ADAPTED, Outcome.UNSURE, Outcome.RECOVERED)),
             skipped=self.skipped + (outcome in (Outcome.NOTHING_RELIABLE, Outcome.NON_FINITE)),
             resets=self.resets + (restored or outcome is Outcome.RECOVERED),
             spared=self.spared + (outcome in (Outcome.NOT_DUE, Outcome.LIKE_SOURCE)),
-            distrusted=self.distrusted + (outcome in (Outcome.GUARDED, Outcome.ROLLED_BACK)),
+            distrusted=self.distrusted + (distrusted and outcome is not Outcome.LIKE_SOURCE),
         )
 
 

@@ -44,7 +44,8 @@ def judge(gate: Gate, engine: Engine, x: Tensor, state: State) -> tuple[State, S
         output, logits = engine.frozen(x, tap=watching)
         logits = rows(logits)
         entropies = entropy(logits)
-        alarm, memory = asked(gate, seen["memory"], entropies / most_entropy(logits))
+        said, memory = asked(gate, seen["memory"], entropies / most_entropy(logits))
+        alarm = bool(said)
         if not engine.ranks.alone:  # all learn, or none
             alarm = float(engine.ranks.sum(x.new_tensor(float(alarm)))) > 0
     state = replace(state, gate={"left": alarm * (AGAIN - 1), "memory": memory})

@@ -2,8 +2,9 @@
 
 answer as the adapted model does while the guard trusts it: so long the source model runs on
 every fourth run of samples only
-else  roll back to a state that was trusted, learn nothing, and answer as the source model does,
-      until a trial on every fourth run of samples is trusted again
+while the guard does not know  learn all the same, and answer as the source model does
+when it distrusts  roll back to a state that was trusted, learn nothing, and answer as the source
+      model does, until a trial on every fourth run of samples is not lost any more
 after `PATIENCE` samples without trust, go back to the source
 """
 
@@ -47,8 +48,8 @@ def check_guard(guard: Any) -> Guard | None:
 
 
 def distrusted(state: State) -> bool:
-    """Whether the source model answers now."""
-    return bool(state.guard and state.guard["worse"])
+    """Whether the source model answers now: also while the guard does not know."""
+    return bool(state.guard) and state.guard["worse"] is not False
 
 
 def guarded(
@@ -87,8 +88,8 @@ def guarded(
     theirs = engine.frozen(x)
     worse, memory = _asked(guard, engine, seen, adapted, theirs[1], state)
     # what was learnt before there was a guard is on trial, since this is the first it sees of it
-    first = worse and not seen["worse"] and bool(state.guard)
-    trusted = 0.0 if worse else seen["trusted"] + size
+    first = bool(worse) and not seen["worse"] and bool(state.guard)
+    trusted = seen["trusted"] + size if worse is False else 0.0
     seen = {**seen, "memory": memory, "worse": worse, "trusted": trusted}
     seen = _looked(seen, before + size, size)
     if worse:
@@ -104,13 +105,11 @@ def guarded(
         outcome = Outcome.ROLLED_BACK if first else Outcome.GUARDED
         return _given_back(engine, x, state, seen, theirs, outcome)
     if steps is None:
-        measured: dict[str, Any] = {"entropy": entropy(rows(adapted)).mean(), "used": 0}
-        step = Step(output, rows(adapted), state, Outcome.TRUSTED, measured)
-        return _watched(seen, engine.settled(step, x, state), size)
+        return _tried(engine, x, state, seen, (output, rows(adapted)), theirs, size)
     if done is None:
-        yield output
+        yield theirs[0] if worse is None else output
         done = ended(steps)
-    return _watched(seen, done, size)
+    return _unsure(seen, done, theirs, size) if worse is None else _watched(seen, done, size)
 
 
 def _sizes(engine: Engine, x: Tensor, state: State) -> tuple[float, float]:
@@ -135,7 +134,7 @@ def _asked(
     adapted: Tensor,
     source: Tensor,
     state: State,
-) -> tuple[bool, Any]:
+) -> tuple[bool | None, Any]:
     """The guard's word, the same on all ranks, where one that distrusts is enough; and its memory.
 
     It is asked of samples that both models answer. A model that gives no number where its source
@@ -157,7 +156,9 @@ def _asked(
     if not engine.ranks.agree(complaint, engine.device):
         raise complaint or InputError("the guard of another rank raised an error")
     if not engine.ranks.alone:
-        worse = float(engine.ranks.sum(torch.tensor(float(worse), device=engine.device))) > 0
+        words = [float(worse is True), float(worse is None)]
+        bad, unsure = engine.ranks.sum(torch.tensor(words, device=engine.device)).tolist()
+        worse = True if bad else None if unsure else False
     return worse, memory
 
 
@@ -168,7 +169,7 @@ def _looked(seen: dict[str, Any], samples: float, size: float) -> dict[str, Any]
     if run < RUN:
         return {**seen, "run": run, "batches": batches}
     young = samples < BEGINNING or 0 < seen["trusted"] < BEGINNING
-    left = 0 if young else (APART - 1) * batches
+    left = 0 if young or seen["worse"] is None else (APART - 1) * batches
     return {**seen, "run": 0, "batches": 0, "left": left}
 
 
@@ -182,6 +183,31 @@ def _watched(seen: dict[str, Any], done: Step, size: float) -> Step:
         kept = {f.name: getattr(done.state, f.name) for f in fields(State) if f.name not in STREAM}
         seen, since = {**seen, "marks": [*seen["marks"][-1:], kept], "looked": False}, 0
     return done._replace(state=replace(done.state, guard={**seen, "since": since}))
+
+
+def _tried(
+    engine: Engine,
+    x: Tensor,
+    state: State,
+    seen: dict[str, Any],
+    ours: tuple[Any, Tensor],
+    theirs: tuple[Any, Tensor],
+    size: float,
+) -> Step:
+    """A trial that was not lost; where it was not won either, one learns again, unheard."""
+    if seen["worse"] is None:
+        seen = {**seen, "since": seen["since"] + size}
+        return _given_back(engine, x, state, seen, theirs, Outcome.GUARDED)
+    measured: dict[str, Any] = {"entropy": entropy(ours[1]).mean(), "used": 0}
+    step = Step(*ours, state, Outcome.TRUSTED, measured)
+    return _watched(seen, engine.settled(step, x, state), size)
+
+
+def _unsure(seen: dict[str, Any], done: Step, theirs: tuple[Any, Tensor], size: float) -> Step:
+    """The step was taken, and the source answers. Its state is none to roll back to."""
+    outcome = Outcome.UNSURE if done.outcome is Outcome.ADAPTED else done.outcome
+    state = replace(done.state, guard={**seen, "since": seen["since"] + size})
+    return Step(theirs[0], rows(theirs[1]), state, outcome, done.measured)
 
 
 def _given_back(

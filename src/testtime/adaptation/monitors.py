@@ -55,8 +55,8 @@ def check_memory(what: str, monitor: Any, memory: Any, state: str) -> None:
         ) from error
 
 
-def asked(monitor: Any, memory: Any, *values: Tensor) -> tuple[bool, Any]:
-    """What a monitor says of a batch, and what it remembers then.
+def asked(monitor: Any, memory: Any, *values: Tensor) -> tuple[bool | None, Any]:
+    """What a monitor says of a batch, None where it does not know, and what it remembers then.
 
     Args:
         monitor: asked from `memory` on; from the beginning where that is None.
@@ -68,4 +68,5 @@ def asked(monitor: Any, memory: Any, *values: Tensor) -> tuple[bool, Any]:
             monitor.reset()
         else:
             monitor.load_state_dict(memory)
-        return bool(monitor.update(*values)), monitor.state_dict()
+        said = monitor.update(*values)
+        return None if said is None else bool(said), monitor.state_dict()

@@ -14,6 +14,8 @@ RUN = 48
 """Samples in a row that are looked at before others are let go."""
 SHUFFLES = 4
 """Random orders that give what two sequences of answers share by chance."""
+SURE = 2.0
+"""Standard errors below nought from which a difference is no chance, and what was learnt goes."""
 
 
 class NeverWorse:
@@ -22,43 +24,48 @@ class NeverWorse:
         of the last `memory` samples, with the answers a of the adapted and s of the source model:
             kept    = ( I(a; s) - chance ) / ( H(s) - chance )    # chance: I with a in random order
             spread  = H(a) - H(s)                                 # of the last `recent` samples
-            runs_x  = share of neighbours in time with equal x, less what the counts of the classes
-                      among `block` samples make one expect
+            runs_x  = share of neighbours in time with equal x, less chance
             told_x  = I( x; its neighbour in time ) - chance      # x in random order in each block
-        trusted if kept >= `kept`, and
-            runs_a >= runs_s and told_a >= told_s  where runs_s > `runs`,  else spread >= 0
+            lead    = spread, or min( runs_a - runs_s, told_a - told_s ) where runs_s > `runs`,
+                      each in units of its standard error
+        dropped if kept < `kept` or lead < -2
+        trusted if lead >= 0; where labels come in an order, if lead >= 1, and >= 0 of the last
+                2 `recent` samples as well
+        else nobody knows yet: the source answers, the adapter goes on learning
 
     What each says. An adapted model is worth nothing once its answers have nothing to do with the
     source's (`kept`): single samples on batch statistics, garbage, collapse. Where labels come in
     an order, so do a good model's answers, and the better follows it more closely: its neighbours
     are equal more often (`runs`), and each tells more of the next (`told`). Better answers show
     both, and each can be had without them: equal neighbours by crowding into few classes, what
-    neighbours tell by errors that come in an order. Where labels do not, a model in a shift it was not made for confuses classes and crowds its answers into
-    few, so that more even ones are better (`spread`).
+    neighbours tell by errors that come in an order. Where labels do not, a model in a shift it was
+    not made for confuses classes and crowds its answers into few, so that more even ones are better
+    (`spread`). As long as the two models answer alike there is nothing to judge by, and the source
+    may as well answer.
 
     This is heuristic. It fails where the source model gives one and the same answer for hundreds of
     samples, which it does not trust anybody to mend; it holds back gains that narrow the answers
-    rightly, as on long-tailed streams; and it trusts answers that follow an order of labels as
-    closely as the source's do, and are less right.
+    rightly, as on long-tailed streams; and it trusts answers that follow an order of labels more
+    closely than the source's do, or are more even, and are less right.
 
     Args:
         kept: share of what the source's answers tell that the adapted ones must tell as well.
         runs: excess of equal neighbours from which labels count as ordered.
         memory: samples that are judged together.
-        recent: samples whose spread is judged; it changes with the conditions.
+        recent: samples whose spread is judged, which changes with the conditions, and half of those
+            within which an order must still be followed.
         block: samples in a row within which neighbours are counted.
 
     Raises:
         OptionError: an option is out of its range.
 
     Example:
-        >>> guard = NeverWorse()
-        >>> source = 5.0 * torch.eye(10).repeat(64, 1)
-        >>> guard.update(source, source), guard.update(source.roll(7, 0), source)
-        (False, False)
-        >>> chance = torch.Generator().manual_seed(0)
-        >>> [guard.update(torch.randn(640, 10, generator=chance), source) for _ in range(2)]
-        [True, True]
+        >>> guard, chance = NeverWorse(), torch.Generator().manual_seed(0)
+        >>> even, crowded = torch.randn(2, 256, 10, generator=chance)
+        >>> crowded = even + torch.eye(10)[0]
+        >>> guard.update(even, even)  # nobody knows
+        >>> guard.update(even, crowded), guard.update(crowded, even)
+        (False, True)
 
     Reference: Vinh, Epps, Bailey, Information Theoretic Measures for Clusterings Comparison, JMLR
     2010, for the adjustment for chance.
@@ -79,8 +86,8 @@ class NeverWorse:
         self.memory, self.recent = memory, recent
         self.reset()
 
-    def update(self, adapted: Tensor, source: Tensor, /) -> bool:
-        """Whether the adapted model is not to be trusted: never before a block of samples was seen.
+    def update(self, adapted: Tensor, source: Tensor, /) -> bool | None:
+        """Whether to drop what was learnt; None: not known yet, as before a block was seen.
 
         Args:
             adapted: logits (n, classes) of the adapted model; one that is NaN is not trusted.
@@ -109,62 +116,71 @@ class NeverWorse:
         self._answers = torch.cat([self._answers, block], 1)[:, -most:]
         number = torch.full((block.shape[1],), self._seen)
         self._blocks = torch.cat([self._blocks, number])[-most:]
-        row = torch.tensor([[block.shape[1], *(excess(answers) for answers in block)]])
-        rows = torch.cat([self._order, row.double()])
-        newest = rows[:, 0].flip(0).cumsum(0).flip(0) - rows[:, 0]  # samples that came later
-        self._order = rows[newest < self.memory]
         self._seen += block.shape[1]
         self._worse = self._judge(classes)
         return self._worse
 
-    def _judge(self, classes: int) -> bool:
+    def _judge(self, classes: int) -> bool | None:
         ours, theirs = self._answers
         if torch.equal(ours, theirs):
-            return False
+            return None
         shared, _, known = information(ours, theirs, classes)
         random = generator(self._seen, "guard")
         orders = [torch.randperm(len(ours), generator=random) for _ in range(SHUFFLES)]
         chance = sum(information(ours[o], theirs, classes)[0] for o in orders) / SHUFFLES
         if known - chance <= 1e-6 or (shared - chance) / (known - chance) < self.kept:
             return True
-        runs = (self._order[:, :1] * self._order[:, 1:]).sum(0) / self._order[:, 0].sum()
-        if runs[1] > self.runs:
-            return bool(runs[0] < runs[1]) or self._told(ours, classes) < self._told(
-                theirs, classes
-            )
-        return _entropy_of(ours[-self.recent :]) < _entropy_of(theirs[-self.recent :])
+        recent = self._answers[:, -self.recent :]
+        if torch.equal(*recent) and self._worse is not False:
+            return None
+        if self._runs(theirs) > self.runs:
+            lead = self._lead(classes, self.memory)
+            good = lead >= 1 and self._lead(classes, 2 * self.recent) >= -1
+        else:
+            gained = surprise(recent[0]) - surprise(recent[1])
+            lead = errors(gained.mean(), gained)
+            good = lead >= 0
+        return False if good else True if lead < -SURE else None
 
-    def _told(self, answers: Tensor, classes: int) -> float:
-        """What an answer tells of the next in its block, less what it tells in random order."""
-        random = generator(self._seen, "guard", "order")
-        near = self._blocks[1:] == self._blocks[:-1]
-        found = []
-        for shuffled in range(SHUFFLES + 1):
-            if shuffled:
-                order = torch.randperm(len(answers), generator=random)
-                answers = answers[order[self._blocks[order].argsort(stable=True)]]
-            found.append(information(answers[:-1][near], answers[1:][near], classes)[0])
-        return found[0] - sum(found[1:]) / SHUFFLES
+    def _runs(self, answers: Tensor) -> float:
+        """How much more often neighbours are equal than by chance, on the mean of the blocks."""
+        sizes = self._blocks.unique_consecutive(return_counts=True)[1].tolist()
+        return sum(len(x) * excess(x) for x in answers.split(sizes)) / len(answers)
+
+    def _lead(self, classes: int, last: int) -> float:
+        """By how many standard errors the adapted answers follow an order more closely."""
+        blocks = self._blocks[-last:]
+        near = blocks[1:] == blocks[:-1]
+        found: list[Tensor] = []  # of each model: whether neighbours are equal, what each tells
+        chance: list[Tensor] = []
+        for answers in self._answers[:, -last:]:
+            random = generator(self._seen, "guard", "order")
+            orders = [torch.randperm(len(answers), generator=random) for _ in range(SHUFFLES)]
+            orders = [order[blocks[order].argsort(stable=True)] for order in orders]
+            found.append(_neighbours(answers, near, classes))
+            shuffled = [_neighbours(answers[order], near, classes).mean(1) for order in orders]
+            chance.append(torch.stack(shuffled).mean(0))
+        each = found[0] - found[1]
+        gained = each.mean(1) - (chance[0] - chance[1])
+        return min(map(errors, gained, each))
 
     def reset(self) -> None:
         """Forgets the stream."""
         self._block = self._answers = torch.zeros(2, 0, dtype=torch.long)
         self._blocks = torch.zeros(0, dtype=torch.long)
-        self._order = torch.zeros(0, 3, dtype=torch.float64)
-        self._seen, self._worse = 0, True
+        self._seen, self._worse = 0, None
 
     def state_dict(self) -> dict[str, Any]:
-        """The answers that are judged together, and the order of those of each block."""
+        """The answers that are judged together, and what was said of them."""
         return {
             "block": self._block, "answers": self._answers, "blocks": self._blocks,
-            "order": self._order, "seen": self._seen, "worse": self._worse,
+            "seen": self._seen, "worse": self._worse,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Goes on where `state_dict` was taken."""
         self._block, self._answers = state["block"].cpu(), state["answers"].cpu()
-        self._blocks, self._order = state["blocks"].cpu(), state["order"].cpu()
-        self._seen, self._worse = state["seen"], state["worse"]
+        self._blocks, self._seen, self._worse = state["blocks"].cpu(), state["seen"], state["worse"]
 
 
 def information(a: Tensor, b: Tensor, classes: int) -> tuple[float, float, float]:
@@ -177,6 +193,34 @@ def information(a: Tensor, b: Tensor, classes: int) -> tuple[float, float, float
     """
     both, one, other = (_entropy_of(each) for each in (a * classes + b, a, b))
     return one + other - both, one, other
+
+
+def surprise(values: Tensor) -> Tensor:
+    """Minus the logarithm of each value's share; the mean is the entropy, in nats.
+
+    Example:
+        >>> surprise(torch.tensor([3, 3, 0, 3])).exp()
+        tensor([1.3333, 1.3333, 4.0000, 1.3333], dtype=torch.float64)
+    """
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    return math.log(len(values)) - counts.double().log()[place]
+
+
+def errors(difference: Tensor, each: Tensor) -> float:
+    """A difference in units of the standard error of the mean of `each`.
+
+    Example:
+        >>> errors(torch.tensor(0.5), torch.tensor([0.0, 1.0, 0.0, 1.0]))
+        1.7320...
+    """
+    return float(difference) / max(float(each.std()) / math.sqrt(len(each)), 1e-9)
+
+
+def _neighbours(answers: Tensor, near: Tensor, classes: int) -> Tensor:
+    """Of each pair of neighbours: whether they are equal, and what one tells of the other (2, n)."""
+    one, other = answers[:-1][near], answers[1:][near]
+    told = surprise(one) + surprise(other) - surprise(one * classes + other)
+    return torch.stack([(one == other).double(), told])
 
 
 def _entropy_of(values: Tensor) -> float:
@@ -192,6 +236,8 @@ def excess(answers: Tensor) -> float:
         (0.4, -0.4)
     """
     n = len(answers)
+    if n < 2:
+        return 0.0
     counts = answers.unique(return_counts=True)[1].double()
     equal = float((answers[1:] == answers[:-1]).double().mean())
     return equal - float((counts * (counts - 1)).sum()) / (n * (n - 1))
