@@ -69,12 +69,11 @@ def test_what_cannot_be_judged_is_refused(call):
 def test_a_guard_refuses_answers_that_it_cannot_compare_and_remembers_nothing_of_them():
     guard = NeverWorse(block=2)
     guard.update(X, X)
-    before = guard.state_dict()
+    before = str(guard.state_dict())
     for ours, theirs in ((X[:3], X), (X[:, :3], X), (X[0], X[0]), (X[:0], X[:0]), (X > 0, X > 0)):
         with pytest.raises(InputError, match="of the same shape"):
             guard.update(ours, theirs)
-    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(before[k]))
-               for k, v in guard.state_dict().items())  # fmt: skip
+    assert str(guard.state_dict()) == before
 
 
 def test_fewer_samples_than_features_and_constant_ones_are_no_error():
