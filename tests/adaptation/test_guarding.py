@@ -91,7 +91,8 @@ def test_a_lead_below_its_error_is_none():
     source = blurred(labels, 0.2)
     few = source.clone()
     wrong = (few != labels).nonzero()[:, 0]
-    few[wrong[-3:]] = labels[wrong[-3:]]  # right, but too few to be told from chance
+    right = wrong[-len(wrong) // 2 :][:: len(wrong) // 4][:2]
+    few[right] = labels[right]  # ahead, but by too few to be told from chance
     assert said(few, source)[-1] is None
     few[wrong[::2]] = labels[wrong[::2]]
     assert said(few, source)[-1] is False
@@ -130,6 +131,20 @@ def test_where_they_do_not_narrower_answers_are_not_trusted():
     crowded = torch.where((labels > 5) & (drawn(1280, 3) < 5), 0, labels)
     assert all(said(crowded, labels)[2:])
     assert trusts(said(labels, crowded))
+
+
+def test_trust_that_was_earned_lasts_as_long_as_the_lead():
+    labels = torch.arange(10).repeat(64)
+    crowded, barely = labels.clone(), labels.clone()
+    crowded[(labels == 1) & (torch.arange(640) % 3 > 0)] = 0
+    barely[600] = 1  # of 0: a lead of the other, below its standard error
+    earned = said(torch.cat([labels, labels]), torch.cat([crowded, barely]))
+    unearned = said(labels, barely)
+    assert trusts(earned)
+    assert set(unearned) == {None}
+    behind = said(torch.cat([labels, barely]), torch.cat([crowded, labels]))
+    assert behind[9] is False
+    assert behind[-1] is None
 
 
 def test_one_answer_for_all_trusts_nobody():

@@ -29,8 +29,8 @@ class NeverWorse:
             lead    = spread, or min( runs_a - runs_s, told_a - told_s ) where runs_s > `runs`,
                       each in units of its standard error
         dropped if kept < `kept` or lead < -2
-        trusted if lead >= 0; where labels come in an order, if lead >= 1, and >= 0 of the last
-                2 `recent` samples as well
+        trusted if lead >= 1, and once it is as long as lead >= 0; where labels come in an order, as
+                long as lead >= 1, and >= -1 of the last 2 `recent` samples alone
         else nobody knows yet: the source answers, the adapter goes on learning
 
     What each says. An adapted model is worth nothing once its answers have nothing to do with the
@@ -130,16 +130,13 @@ class NeverWorse:
         chance = sum(information(ours[o], theirs, classes)[0] for o in orders) / SHUFFLES
         if known - chance <= 1e-6 or (shared - chance) / (known - chance) < self.kept:
             return True
-        recent = self._answers[:, -self.recent :]
-        if torch.equal(*recent) and self._worse is not False:
-            return None
         if self._runs(theirs) > self.runs:
             lead = self._lead(classes, self.memory)
             good = lead >= 1 and self._lead(classes, 2 * self.recent) >= -1
         else:
-            gained = surprise(recent[0]) - surprise(recent[1])
+            gained = surprise(ours[-self.recent :]) - surprise(theirs[-self.recent :])
             lead = errors(gained.mean(), gained)
-            good = lead >= 0
+            good = lead >= 1 or (lead >= 0 and self._worse is False)
         return False if good else True if lead < -SURE else None
 
     def _runs(self, answers: Tensor) -> float:
