@@ -114,9 +114,10 @@ answer that is NaN or infinite where the source's is not is not given, and what 
 
 No assumption is needed for the first three. That `NeverWorse` tells harm from help is heuristic: without
 labels nobody can know. Its thresholds (0.3 of the information kept, 0.1 for ordered labels, 1,024 samples)
-were set on six corruptions with the methods of this page, the window of 128 samples for evenness and the
-standard errors on six others, what neighbours tell on both; the table below is of a third six and another
-order of samples, but that the last 256 samples count as well was found on it. All of it is one data set and
+were set on six corruptions with the methods of this page, the window of 128 samples for evenness on six others,
+what neighbours tell and its standard error on both. The table below is of a third six and another order of
+samples, but two things were changed with it in sight: that trust takes a standard error also where labels come
+in no order, and that the last 256 samples count where they come in one. All of it is one data set and
 two small networks; other thresholds may suit others. Where it errs:
 
 - more even answers that are less right are trusted, where labels come in no order, as of `rotta` on the inverse
