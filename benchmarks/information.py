@@ -4,8 +4,8 @@
     python benchmarks/information.py --seconds N stops after the run that passes N seconds
     python benchmarks/information.py --page      only the figure, from the file of numbers
 
-Writes `benchmarks/information.json`, one estimate for each law, truth, estimator and seed, and the
-figure `docs/images/information.svg` of their means.
+Writes `benchmarks/information.json`, one estimate for each law, truth, estimator and seed, none where the
+training diverged, and the figure `docs/images/information.svg` of their means.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from testtime._core.errors import InputError
 from testtime._core.seeds import generator
 from testtime.measures.information import bounds, laws
 from testtime.measures.information.minde import minde
@@ -69,11 +70,14 @@ def main() -> None:
         for level, make in enumerate(levels):
             random = generator(seed, "information", law, level)
             x, y, truth = make(SAMPLES, dims=DIMS, generator=random)
-            found = ESTIMATORS[name](x, y, seed=seed)
-            rows.append({
-                "law": law, "truth": round(truth, 6), "estimator": name, "seed": seed,
-                "value": round(found.value, 5), "standard_error": round(found.standard_error, 5),
-            })  # fmt: skip
+            row = {"law": law, "truth": round(truth, 6), "estimator": name, "seed": seed}
+            try:
+                found = ESTIMATORS[name](x, y, seed=seed)
+            except InputError:  # the training diverged, as that of NWJ does on heavy tails
+                rows.append(row | {"value": None, "standard_error": None})
+                continue
+            value, error = round(found.value, 5), round(found.standard_error, 5)
+            rows.append(row | {"value": value, "standard_error": error})
         NUMBERS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         if time.monotonic() > until:
             break
@@ -135,7 +139,7 @@ def panel(law: str, rows: list[dict[str, Any]], left: float, top: float) -> list
             f'<text x="{left - 6}" y="{float(y) + 4}" text-anchor="end">{tick:g}</text>',
         ]
     for name, colour in COLOURS.items():
-        mine_ = [row for row in rows if row["estimator"] == name]
+        mine_ = [r for r in rows if r["estimator"] == name and r["value"] is not None]
         truths = sorted({row["truth"] for row in mine_})
         points = [at(t, fmean(r["value"] for r in mine_ if r["truth"] == t)) for t in truths]
         parts.append(
