@@ -22,7 +22,7 @@ import torch
 
 from testtime._core.files import atomic
 from testtime.bench.machine import describe_machine
-from testtime.decode.language import Question, answer_questions
+from testtime.decode.labels import Question, answer_questions
 from testtime.decode.models import load_language_model
 from testtime.decode.uncertainty import error_prediction
 

@@ -16,7 +16,8 @@ import torch
 
 from testtime.bench.machine import describe_machine
 from testtime.decode import prefixes
-from testtime.decode.language import Sampler, yes_verifier
+from testtime.decode.labels import yes_verifier
+from testtime.decode.language import Sampler
 from testtime.decode.models import load_language_model
 from testtime.decode.search import Found
 from testtime.decode.strategies import beam_search

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from testtime._core.errors import InputError, OptionError
-from testtime.decode.language import (
+from testtime.decode.labels import (
     Question,
-    Sampler,
     answer_questions,
     question_prompt,
     read_labels,
     yes_verifier,
 )
+from testtime.decode.language import Sampler
 from testtime.decode.search import Path, Step
 from testtime.decode.strategies import beam_search, best_of_n, lookahead_search, revise
 
@@ -91,6 +91,8 @@ def test_same_seed_same_paths_and_global_chance_is_untouched(parts, monkeypatch)
     assert first == drawn(0) != drawn(1)
     assert first[0] != first[1]
     assert not others
+    alone = Sampler(*parts, "once", max_new_tokens=6, seed=0)([Path()])
+    assert alone == first[0][:1]  # what other paths draw does not matter
 
 
 def test_every_search_runs_on_a_model(parts):
@@ -151,7 +153,8 @@ def test_bad_calls_are_refused(parts):
         Sampler(model, tokenizer, "")
     with pytest.raises(InputError, match="context of 128"):
         Sampler(model, tokenizer, "x" * 100, max_new_tokens=64)([Path()])
-    for bad in ({"temperature": 0}, {"max_new_tokens": 0}, {"top_p": 1.5}, {"stop": ""}):
+    for bad in ({"temperature": 0}, {"max_new_tokens": 0}, {"top_p": 1.5}, {"stop": ""},
+                {"stop": 3}, {"seed": "x"}, {"seed": 1.5}, {"temperature": "x"}):  # fmt: skip
         with pytest.raises(OptionError):
             Sampler(model, tokenizer, "x", **bad)
     for pair in (["a"], ["a", "a"], ["a", "ab"]):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from testtime._core.errors import InputError, OptionError
+from testtime.decode.padding import bears_padding
 from testtime.decode.pairwise import PairwiseJudge
 from testtime.decode.ranking import rank
 
@@ -33,10 +34,14 @@ def test_answers_of_a_padded_batch_are_those_of_single_prompts_in_both_orders(mo
     assert judge([]) == []
     braces = PairwiseJudge(model, tokenizer, "q", PASSAGES, prompt="{" + PROMPT, answers=("y", "n"))
     assert set(braces(pairs)) <= {-1, 0, 1}  # a brace of a prompt's own is no place to fill
+    second = PairwiseJudge(model, tokenizer, "q", PASSAGES, prompt=PROMPT, answers=("@y", "@n"))
+    at = PairwiseJudge(model, tokenizer, "q", PASSAGES, prompt=PROMPT + "@", answers=("y", "n"))
+    assert second(pairs) == at(pairs)  # answers are compared where they differ
 
 
 def test_ranking_asks_the_model_once_for_each_inference(llama, tokenizer):
     judge = PairwiseJudge(llama, tokenizer, "q", PASSAGES, prompt=PROMPT, answers=("y", "n"))
+    assert bears_padding(llama)  # which is asked once
     passes = []
     hook = llama.register_forward_pre_hook(lambda *_: passes.append(1))
     found = rank(judge, len(PASSAGES), k=3, batch_size=2)
@@ -50,8 +55,11 @@ def test_wrong_calls_are_refused(llama, tokenizer):
         PairwiseJudge(llama, tokenizer, "q", [])
     with pytest.raises(OptionError, match=r"no \{second\}"):
         PairwiseJudge(llama, tokenizer, "q", ["a"], prompt="{query} {first}")
-    with pytest.raises(OptionError, match="same token"):
-        PairwiseJudge(llama, tokenizer, "q", ["a"])  # bytes: both begin with a blank
+    with pytest.raises(OptionError, match="two different ones"):
+        PairwiseJudge(llama, tokenizer, "q", ["a"], answers=("y", "y"))
     judge = PairwiseJudge(llama, tokenizer, "q" * 200, ["a", "b"], answers=("y", "n"))
-    with pytest.raises(InputError, match="the model reads 128"):
+    with pytest.raises(InputError, match="context of 128"):
+        judge([(0, 1)])
+    judge = PairwiseJudge(llama, tokenizer, "q", ["a", "b"], prompt=PROMPT, answers=("y", "yn"))
+    with pytest.raises(InputError, match="told apart"):
         judge([(0, 1)])

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from testtime._core.seeds import derive
-from testtime.decode.language import Sampler, read_labels, yes_verifier
+from testtime._core.seeds import derive, generator
+from testtime.decode.labels import read_labels, yes_verifier
+from testtime.decode.language import Sampler
 from testtime.decode.prefixes import Prefixes
 from testtime.decode.search import Path, Step
 from testtime.decode.strategies import beam_search, lookahead_search, revise
@@ -29,14 +30,21 @@ class Forgetful:
 
     def __call__(self, paths):
         self.calls += 1
-        with torch.random.fork_rng([]):
-            torch.manual_seed(derive(0, "sampler", self.calls))
-            return self.steps(paths, do_sample=True, temperature=0.8, top_k=0)
+        seeds = [derive(0, "sampler", self.calls, row) for row in range(len(paths))]
+        chances = [generator(seed, "token") for seed in seeds]
+
+        def draw(_tokens, logits):
+            sums = (logits / 0.8).softmax(1).cumsum(1)
+            marks = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in chances])
+            chosen = (sums < marks * sums[:, -1:]).sum(1, keepdim=True)
+            return torch.full_like(logits, -torch.inf).scatter(1, chosen, 0.0)
+
+        return self.steps(paths, draw)
 
     def greedy(self, paths):
-        return self.steps(paths, do_sample=False)
+        return self.steps(paths)
 
-    def steps(self, paths, **drawn):
+    def steps(self, paths, *processors):
         rows = [self.prefix(path) for path in paths]
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
@@ -53,7 +61,8 @@ class Forgetful:
 
         out = self.model.generate(
             input_ids=ids, attention_mask=mask, use_cache=False, max_new_tokens=LONGEST,
-            stopping_criteria=[done], pad_token_id=0, eos_token_id=END, **drawn,
+            stopping_criteria=[done], pad_token_id=0, eos_token_id=END, do_sample=False,
+            logits_processor=list(processors),
         )  # fmt: skip
         return [
             Step(tuple(row[:n]), tokens=n, final=self.stop is None or row[n - 1] == END)

@@ -1,6 +1,7 @@
 """A decoding method as a value: steps that change the logits in order, then a token is chosen."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -86,24 +87,16 @@ def through_generate(job: Job, steps: tuple[Step, ...], *, draw: bool) -> None:
     global random state is neither read nor changed: the token that a row's own generator chose is
     the only one left possible, so that the most probable token is that one.
     """
-    drawer = Drawer(job.seeds if draw else None)
-
-    def processor(tokens: Tensor, logits: Tensor) -> Tensor:
-        changed = change(steps, tokens, logits)
-        if not draw:
-            return changed
-        chosen = drawer(changed)[:, None]
-        return torch.full_like(changed, -torch.inf).scatter_(-1, chosen, 0)
 
     def stopping(tokens: Tensor, logits: Any, **_: Any) -> Tensor:
         ended = [job.writing.add(row, token) for row, token in enumerate(tokens[:, -1].tolist())]
         return torch.tensor(ended, device=tokens.device)
 
-    with torch.no_grad(), evaluating(job.model), own_settings(job.model):
-        job.model.generate(
+    with torch.no_grad(), evaluating(job.model):
+        borrowed(job.model).generate(
             inputs=job.prompts.ids,
             attention_mask=job.prompts.mask,
-            logits_processor=[processor],
+            logits_processor=[choosing(steps, Drawer(job.seeds if draw else None))],
             stopping_criteria=[stopping],
             do_sample=False,
             max_new_tokens=job.limit,
@@ -125,22 +118,31 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-@contextlib.contextmanager
-def own_settings(model: Any) -> Iterator[None]:
-    """The model with no settings of generation but the tokens that it forbids; afterwards as it was."""
+def choosing(steps: tuple[Step, ...], drawer: Drawer) -> Step:
+    """A processor for the greedy search of transformers: only the token that was chosen is left."""
+
+    def choose(tokens: Tensor, logits: Tensor) -> Tensor:
+        changed = change(steps, tokens, logits)
+        return torch.full_like(changed, -torch.inf).scatter_(-1, drawer(changed)[:, None], 0)
+
+    return choose
+
+
+def borrowed(model: Any) -> Any:
+    """A model that shares all with another but its settings of generation.
+
+    Of these only the tokens that are forbidden are taken. The other model is left alone, so that
+    several threads can write with it.
+    """
     try:
         from transformers import GenerationConfig  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtra("transformers", "lm") from error
-    before = model.generation_config
-    forbidden = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
-    model.generation_config = GenerationConfig(
-        **{name: getattr(before, name, None) for name in forbidden}
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = before
+    own = copy.copy(getattr(model, "_orig_mod", model))  # a compiled model hands on what it is told
+    names = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+    kept = {name: getattr(model.generation_config, name, None) for name in names}
+    own.generation_config = GenerationConfig(**kept)
+    return own
 
 
 def forbidden(model: Any) -> list[int]:

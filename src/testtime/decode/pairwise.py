@@ -13,12 +13,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, final
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from testtime._core.errors import InputError, OptionError
-from testtime.decode.models import check_pair, context_length
+from testtime.decode.labels import read_labels
+from testtime.decode.models import check_pair
 from testtime.decode.ranking import Pair
 
 PROMPT = (
@@ -37,11 +34,11 @@ class PairwiseJudge:
         query: what the passages are ranked for.
         passages: at least one.
         prompt: text with `{query}`, `{first}` and `{second}`, after which the answer follows.
-        answers: what follows when the first, or the second, passage is better; their first tokens
-            are compared.
+        answers: what follows when the first, or the second, passage is better; they are compared
+            at the first token in which they differ.
 
     Raises:
-        OptionError: the prompt lacks a place, or the answers begin with the same token.
+        OptionError: the prompt lacks a place, or the answers are the same.
         InputError: no passage, or a tokenizer that is not the model's.
 
     Example:
@@ -72,14 +69,11 @@ class PairwiseJudge:
         for place in ("{query}", "{first}", "{second}"):
             if place not in prompt:
                 raise OptionError(f"the prompt has no {place}: {prompt!r}")
-        first, second = (
-            tokenizer(answer, add_special_tokens=False)["input_ids"][0] for answer in answers
-        )
-        if first == second:
-            raise OptionError(f"the answers {answers} begin with the same token; give two others")
+        if len(set(answers)) != 2:
+            raise OptionError(f"the answers are {answers}; expected two different ones")
         self._model, self._tokenizer = model, tokenizer
         self._query, self._passages, self._prompt = query, list(passages), prompt
-        self._answers = torch.tensor([first, second])
+        self._answers = list(answers)
 
     def __call__(self, pairs: Sequence[Pair]) -> list[int]:
         """For each pair +1 if its first passage is better, -1 if its second is, 0 if undecided.
@@ -90,34 +84,14 @@ class PairwiseJudge:
         if not pairs:
             return []
         prompts = [self._filled(*order) for a, b in pairs for order in ((a, b), (b, a))]
-        logits = self._logits(
-            [self._tokenizer(text, verbose=False)["input_ids"] for text in prompts]
-        )
-        if logits.isnan().any():
-            raise InputError("the model's logits are NaN; it cannot judge")
-        lead = (logits[:, 0] - logits[:, 1]).reshape(-1, 2) * torch.tensor([1, -1])
-        return ((lead > 0).all(1).long() - (lead < 0).all(1).long()).tolist()
+        found = read_labels(
+            self._model, self._tokenizer, prompts, [self._answers] * len(prompts),
+            batch_size=len(prompts),
+        )  # fmt: skip
+        lead = [first - second for first, second in (each.log_probs for each in found)]
+        return [(a > 0 > b) - (a < 0 < b) for a, b in zip(lead[::2], lead[1::2], strict=True)]
 
     def _filled(self, first: int, second: int) -> str:
         places = {"query": self._query, "first": self._passages[first],
                   "second": self._passages[second]}  # fmt: skip
         return re.sub("{(query|first|second)}", lambda found: places[found[1]], self._prompt)
-
-    @torch.inference_mode()
-    def _logits(self, rows: list[list[int]]) -> Float[Tensor, "rows 2"]:
-        """Logits of the two answers after each prompt; prompts are padded at the left."""
-        longest, context = max(map(len, rows)), context_length(self._model)
-        if context is not None and longest > context:
-            raise InputError(
-                f"a prompt has {longest} tokens and the model reads {context}; shorten the passages"
-            )
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-        ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-        device = next(self._model.parameters()).device
-        found = self._model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
-            logits_to_keep=1,
-        )
-        return found.logits[:, -1, self._answers.to(device)].cpu()

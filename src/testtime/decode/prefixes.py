@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from testtime.decode.caching import cache_name, forward, keys_alone
+from testtime.decode.prompts import padded
 
 Ids = tuple[int, ...]
 
@@ -140,20 +141,6 @@ def last_logits(
     if read is not None:
         read.add(rows, found)
     return found.logits[:, -1].float()
-
-
-def padded(rows: Sequence[Ids], *, device: Any, pad: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask of rows, padded at the left.
-
-    Example:
-        >>> padded([(5, 6), (7,)], device="cpu")[0]
-        tensor([[5, 6],
-                [0, 7]])
-    """
-    width = max(map(len, rows))
-    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _shared(one: Ids, other: Ids) -> int:

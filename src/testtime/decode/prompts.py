@@ -49,11 +49,48 @@ def read_prompts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Prompts:
                 f"prompt {place} has {len(row)} tokens, and the model looks at {limit}, prompt and "
                 f"answer together. Shorten the prompt to at most {limit - 1} tokens."
             )
-    length = max(map(len, rows))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = [[pad] * (length - len(row)) + row for row in rows]
-    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
-    return Prompts(torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device))
+    return padded(rows, device=model.device, pad=tokenizer.pad_token_id or 0)
+
+
+def padded(rows: Sequence[Sequence[int]], *, device: Any, pad: int = 0) -> Prompts:
+    """Rows of tokens, padded at the left.
+
+    Example:
+        >>> padded([(5, 6), (7,)], device="cpu").ids
+        tensor([[5, 6],
+                [0, 7]])
+    """
+    width = max(map(len, rows))
+    ids = [[*[pad] * (width - len(row)), *row] for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return Prompts(torch.tensor(ids, device=device), torch.tensor(mask, device=device))
+
+
+def read_prompt(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Tokens of one text, as `read_text`.
+
+    Raises:
+        InputError: there is none.
+    """
+    ids = tuple(read_text(tokenizer, text)) if text else ()
+    if not ids:
+        raise InputError("the prompt is empty; expected at least one token. Give it some text.")
+    return ids
+
+
+def fitted(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], *, room: int) -> Prompts:
+    """Rows of tokens on the model's device, padded at the left, with room for new ones.
+
+    Raises:
+        InputError: they do not fit the model's context.
+    """
+    width, context = max(map(len, rows)), context_length(model)
+    if context is not None and width + room > context:
+        raise InputError(
+            f"{width} tokens and {room} new ones do not fit the model's context of {context}. "
+            "Shorten the prompt, or ask for fewer or shorter steps."
+        )
+    return padded(rows, device=model.device, pad=tokenizer.pad_token_id or 0)
 
 
 def read_text(tokenizer: Any, text: str) -> list[int]:
