@@ -3,6 +3,8 @@
 import copy
 import itertools
 import math
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from reference import decode as reference
 from testtime._core.errors import InputError, OptionError, UnknownName
 from testtime.decode.caching import Reader
 from testtime.decode.decoding import Decoding
+from testtime.decode.methods.classical import typical
 from testtime.decode.methods.ead import Switch, ead
 from testtime.decode.methods.em_inf import LowerEntropy
 from testtime.decode.methods.uscd import uscd, without_examples
@@ -156,6 +159,46 @@ def test_text_ends_at_the_token_of_end_and_at_the_context(llama, tokenizer):
     assert (len(long.tokens), long.ended) == (128 - 121, "length")
 
 
+@pytest.mark.parametrize("method", ["sample", "ead", "uscd"])
+def test_a_prompt_that_fills_the_context_leaves_the_others_their_room(model, tokenizer, method):
+    prompts = ["x" * 120, "ab", "y" * 100, "z" * 120]
+    more = {"lame": ["b", "c" * 110, "b", "b"]} if method == "uscd" else {}
+    more |= {"large": model} if method == "ead" else {}
+    found = tt.decode.generate(model, tokenizer, prompts, method, max_new_tokens=20, **more)
+    room = {"sample": [7, 20, 20, 7], "ead": [7, 20, 20, 7], "uscd": [7, 17, 20, 7]}[method]
+    assert [len(each.tokens) for each in found] == room
+    alone = tt.decode.generate(
+        model, tokenizer, prompts[0], method, max_new_tokens=20,
+        **{name: value[0] if name == "lame" else value for name, value in more.items()},
+    )  # fmt: skip
+    assert alone == found[0]
+
+
+def test_two_threads_write_with_one_model(llama, tokenizer):
+    model, both, first_done, second = copy.deepcopy(llama), threading.Event(), threading.Event(), []
+    settings = model.generation_config
+
+    def wait(row, piece):
+        both.set()
+        assert first_done.wait(30)
+
+    thread = threading.Thread(
+        target=lambda: second.append(write(model, tokenizer, "c", "sample", on_text=wait))
+    )
+
+    def begin(row, piece):
+        if not thread.ident:
+            thread.start()
+            assert both.wait(30)
+
+    first = write(model, tokenizer, "ab", "sample", on_text=begin)
+    first_done.set()
+    thread.join()
+    assert first == write(llama, tokenizer, "ab", "sample")
+    assert second == [write(llama, tokenizer, "c", "sample")]
+    assert model.generation_config is settings
+
+
 def test_a_stream_gives_the_same_text_and_ends_when_it_is_left(llama, tokenizer):
     found = write(llama, tokenizer, PROMPTS, "sample", seed=1)
     texts = ["", "", ""]
@@ -169,6 +212,21 @@ def test_a_stream_gives_the_same_text_and_ends_when_it_is_left(llama, tokenizer)
         next(tt.decode.stream(llama, tokenizer, ""))
 
 
+def test_a_stream_that_is_left_ends_though_no_text_comes(llama, tokenizer):
+    steps = []
+
+    def silent(tokens, logits):  # one letter, then nothing but tokens without text
+        steps.append(time.sleep(0.01 * bool(steps)))
+        only = torch.full_like(logits, -math.inf)
+        only[:, 3 if len(steps) > 1 else 70] = 0
+        return only
+
+    pieces = tt.decode.stream(llama, tokenizer, "ab", Decoding(steps=(silent,)), max_new_tokens=99)
+    next(pieces)
+    pieces.close()
+    assert len(steps) < 99
+
+
 @pytest.mark.parametrize("text", ["Łódź ☃ 😀!", "plain", "a\ufffdb", "\n\n  x"])
 def test_pieces_join_to_the_text_and_no_character_is_broken(text, tokenizer):
     row = Row(tokenizer, [2], ["zz"], 100)
@@ -177,13 +235,12 @@ def test_pieces_join_to_the_text_and_no_character_is_broken(text, tokenizer):
     assert row.ended == "end"
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
-    assert row.add(50) == ""
 
 
 def test_what_may_become_a_stop_string_is_held_back(tokenizer):
     row = Row(tokenizer, [2], ["END", "EQ"], 100)
-    pieces = [row.add(token) for token in tokenizer("aEENx ENDy")["input_ids"][1:]]
-    assert pieces == ["a", "", "E", "", "ENx", " ", "", "", "", ""]
+    pieces = [row.add(token) for token in tokenizer("aEENx END")["input_ids"][1:]]
+    assert pieces == ["a", "", "E", "", "ENx", " ", "", "", ""]
     assert (row.text, row.ended) == ("aEENx ", "stop")
 
 
@@ -336,11 +393,27 @@ def test_wrong_calls_are_refused_before_anything_runs(llama, tokenizer, monkeypa
         tt.decode.generate(model, tokenizer, "a", "uscd", lame="c" * 200)
     with pytest.raises(UnknownName, match="did you mean min-p"):
         tt.decode.generate(model, tokenizer, "a", "minp")
-    with pytest.raises(InputError, match="the prompt is None"):
+    with pytest.raises(InputError, match="prompt is None"):
         tt.decode.generate(model, tokenizer, None)
-    for wrong in ({"max_new_tokens": 0}, {"stop": [""]}, {"stop": 3}, {"stop": [3]}, {"q": 3}):
+    for prompt in (b"ab", 3):
+        with pytest.raises(InputError, match="expected a text"):
+            tt.decode.generate(model, tokenizer, prompt)
+        with pytest.raises(InputError, match="expected a text"):
+            tt.decode.generate(model, tokenizer, "a", "uscd", lame=prompt)
+    for wrong in (
+        {"max_new_tokens": 0}, {"max_new_tokens": 2.0}, {"stop": [""]}, {"stop": 3}, {"stop": [3]},
+        {"q": 3}, {"seed": "x"}, {"seed": 1.5}, {"seed": None}, {"seed": True}, {"on_text": "x"},
+        {"temperature": "x"}, {"temperature": math.nan}, {"large": llama}, {"lame": "b"},
+        {"num_return_sequences": 2},
+    ):  # fmt: skip
         with pytest.raises(OptionError):
             tt.decode.generate(model, tokenizer, "a", **wrong)
+    for method, option in (
+        (ead, {"threshold": "x"}), (ead, {"threshold": math.nan}), (ead, {"signal": "both"}),
+        (typical, {"mass": "x"}), (typical, {"mass": 1}),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=str(*option)):
+            method(**option)
 
 
 def test_logits_that_are_nan_are_refused(llama, tokenizer):

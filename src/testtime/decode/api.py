@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
 from testtime._core.errors import InputError, OptionError
-from testtime._core.options import whole
+from testtime._core.options import check_types, whole
 from testtime._core.registry import entries, find
 from testtime._core.seeds import derive
 from testtime.decode.decoding import Job, Method
@@ -75,11 +75,13 @@ def generate(
             one, and never twice.
         method: name of a decoding method, or its value.
         max_new_tokens: at most; fewer where the model's context ends earlier.
-        stop: strings that end a text; they are not part of it.
+        stop: strings that end a text; they are not part of it, and are not looked for in the prompt.
         seed: of what is drawn. Each prompt of a batch draws for itself: the first as it would alone.
         large: the large model, for `ead`.
         lame: prompts without their examples, for `uscd`. None: the prompt, without its doctests.
-        on_text: called with the index of a prompt and each new piece of its text.
+        on_text: called for each new token with the index of its prompt and the text that it made
+            certain, which may be empty: a character may take several tokens, and what may become a
+            stop string is held back.
         options: of the method, when it is named.
 
     Returns:
@@ -98,11 +100,13 @@ def generate(
         ...              "greedy", max_new_tokens=8))                      # doctest: +SKIP
         ' the capital of the country of France.'
     """
-    if not isinstance(prompt, Iterable):
-        raise InputError(f"the prompt is {prompt!r}; expected a text, or a list of texts.")
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = _several("prompt", prompt)
     chosen, needs = _method(method, options)
     whole(1, max_new_tokens=max_new_tokens)
+    check_types({"seed": seed, "on_text": on_text}, {"seed": int, "on_text": OnText | None})
+    for name, given in (("large", large), ("lame", lame)):
+        if given is not None and isinstance(method, str) and name not in needs:
+            raise OptionError(f"{method} takes no {name}=; leave it out")
     words = _words(stop)
     check_pair(model, tokenizer)
     read = read_prompts(model, tokenizer, prompts)
@@ -116,22 +120,22 @@ def generate(
         raise InputError(
             f"{method} needs a second model; give large=, a larger one of the same tokenizer."
         )
-    taken = max(p.ids.shape[1] for p in (read, spared) if p is not None)
-    lengths = [context_length(m) for m in (model, large) if m is not None]
-    limit = min([max_new_tokens, *(length - taken for length in lengths if length is not None)])
+    kinds = [p for p in (read, spared) if p is not None]
+    lengths = list(zip(*(p.mask.sum(1).tolist() for p in kinds), strict=True))
+    contexts = [c for m in (model, large) if m is not None and (c := context_length(m)) is not None]
+    limits = [min([max_new_tokens, *(c - max(each) for c in contexts)]) for each in lengths]
     ends = end_tokens(model, tokenizer)
     rows = [
         Row(tokenizer, ends, words, limit, ids[at.bool()].tolist())
-        for ids, at in zip(read.ids, read.mask, strict=True)
+        for limit, ids, at in zip(limits, read.ids, read.mask, strict=True)
     ]
     seeds = [derive(seed, "row", row) for row in range(len(prompts))]
-    kinds = [p for p in (read, spared) if p is not None]
-    for places in together(model, list(zip(*(p.mask.sum(1).tolist() for p in kinds), strict=True))):
+    for places in together(model, lengths, limits):
         chosen.run(
             Job(
                 model=model, prompts=read.of(places), seeds=[seeds[place] for place in places],
-                ends=ends, limit=limit, writing=Writing(rows, places, on_text), large=large,
-                lame=None if spared is None else spared.of(places),
+                ends=ends, limit=limits[places[0]], writing=Writing(rows, places, on_text),
+                large=large, lame=None if spared is None else spared.of(places),
             )
         )  # fmt: skip
     found = [row.result() for row in rows]
@@ -169,7 +173,8 @@ def stream(
     left = threading.Event()
 
     def told(row: int, text: str) -> None:
-        pieces.put(Piece(row, text))
+        if text:
+            pieces.put(Piece(row, text))
         if left.is_set():
             raise _Left
 
@@ -214,6 +219,12 @@ def _method(method: str | Method, options: dict[str, Any]) -> tuple[Method, tupl
     return method, ()
 
 
+def _several(name: str, given: Any) -> list[str]:
+    if isinstance(given, bytes) or not isinstance(given, Iterable):
+        raise InputError(f"{name} is {given!r}; expected a text, or a list of texts.")
+    return [given] if isinstance(given, str) else list(given)
+
+
 def _words(stop: str | Sequence[str]) -> list[str]:
     several = isinstance(stop, Iterable) and not isinstance(stop, str)
     words: list[Any] = list(stop) if several else [stop]
@@ -237,7 +248,7 @@ def _lame(
                 "lame=, the prompt without what helps most."
             )
     else:
-        lame = [given] if isinstance(given, str) else list(given)
+        lame = _several("lame", given)
     if len(lame) != len(prompts):
         raise InputError(f"{len(lame)} lame prompts for {len(prompts)} prompts; expected as many.")
     return read_prompts(model, tokenizer, lame)

@@ -13,18 +13,22 @@ from testtime.decode.models import vocabulary_size
 _FOUND: WeakKeyDictionary[Any, dict[torch.dtype, bool]] = WeakKeyDictionary()
 
 
-def together(model: Any, lengths: Sequence[Hashable]) -> list[list[int]]:
+def together(
+    model: Any, lengths: Sequence[Hashable], limits: Sequence[int] | None = None
+) -> list[list[int]]:
     """Places of the rows of each batch: of all rows, or of those of one length where padding harms.
 
     Args:
         model: a causal model of transformers.
         lengths: how many tokens each row has (of several prompts, if it has several).
+        limits: of new tokens, where they are not the same for all; rows of a batch have one.
     """
-    if len(set(lengths)) < 2 or bears_padding(model):
-        return [list(range(len(lengths)))]
+    keys: list[Hashable] = [None] * len(lengths) if limits is None else [*limits]
+    if len(set(lengths)) > 1 and not bears_padding(model):
+        keys = list(zip(keys, lengths, strict=True))
     groups: dict[Hashable, list[int]] = {}
-    for place, length in enumerate(lengths):
-        groups.setdefault(length, []).append(place)
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
     return list(groups.values())
 
 

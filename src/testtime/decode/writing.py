@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 Ended = Literal["end", "stop", "length"]
 OnText = Callable[[int, str], None]
-"""Called with the index of a prompt and the next piece of its text."""
+"""Called for each new token with the index of its prompt and the text that it made certain, often one
+token's and sometimes none."""
 BEFORE = 4
 """Tokens of the prompt that are read before the first new one."""
 
@@ -67,9 +68,7 @@ class Row:
         self._from, self._read, self._given = 0, len(self._all), 0
 
     def add(self, token: int) -> str:
-        """Takes the next token; returns the text that has become certain."""
-        if self.ended is not None:
-            return ""
+        """Takes the next token of a text that has not ended; returns what has become certain of it."""
         self.tokens.append(token)
         self._all.append(token)
         if token in self._ends:
@@ -128,7 +127,8 @@ class Writing:
 
     def add(self, row: int, token: int) -> bool:
         """Takes the next token of a row of the batch; returns whether that row has ended."""
-        piece = self.rows[row].add(token)
-        if piece and self._on_text is not None:
-            self._on_text(self._places[row], piece)
+        if self.rows[row].ended is None:
+            piece = self.rows[row].add(token)
+            if self._on_text is not None:
+                self._on_text(self._places[row], piece)
         return self.rows[row].ended is not None

@@ -160,6 +160,7 @@ def eta(*, cut: float = 3e-4, temperature: float = 1.0) -> Decoding:
 
 
 def _inside(**options: float) -> None:
+    in_range(0, 1, **options)
     for name, value in options.items():
-        if not 0 < value < 1:
+        if value in (0, 1):
             raise OptionError(f"{name} is {value}; expected a number between 0 and 1")

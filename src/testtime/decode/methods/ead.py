@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from testtime._core.errors import InputError, OptionError
-from testtime._core.options import whole
+from testtime._core.options import check_types, whole
 from testtime._core.registry import register
 from testtime.decode.caching import Reader
 from testtime.decode.decoding import Job, Step, change, evaluating, forbidden
@@ -168,7 +168,8 @@ def ead(
     Reference: Simonds, Entropy Adaptive Decoding: Dynamic Model Switching for Efficient Inference,
     2025.
     """
-    if not threshold >= 0:
+    check_types({"threshold": threshold, "signal": signal}, {"threshold": float, "signal": Signal})
+    if threshold < 0:
         raise OptionError(f"threshold is {threshold}; expected bits, at least 0")
     whole(1, window=window)
     whole(0, dwell=dwell)
