@@ -1,3 +1,4 @@
+import copy
 import struct
 import zlib
 
@@ -8,11 +9,14 @@ from hypothesis import strategies as st
 
 from testtime._core import errors
 from testtime._core.errors import InputError, OptionError, StateError, WorkFailed
-from testtime.decode import compression
-from testtime.decode.compression import compress, decompress, inspect
+from testtime.decode import compression, container
+from testtime.decode.compression import compress, decompress
+from testtime.decode.container import inspect
 from testtime.decode.lossless_tokens import BREAK, from_tokens, to_tokens
 from testtime.decode.windows import WindowedModel
 from toys import ToyModel, ToyTokenizer
+
+from .conftest import tiny_model
 
 TOKENIZER = ToyTokenizer()
 TEXT = b"the thin text, Then ~ and \xff\x00 more of that \xe2\x82\xac \xed\xa0\x80 text"
@@ -48,7 +52,9 @@ def test_compression_gives_the_same_bytes(content, lanes, window, data):
                     stride=stride)  # fmt: skip
     assert decompress(made.data, model, TOKENIZER) == content
     header = inspect(made.data)
-    assert (header.length, header.tokens, header.window) == (len(content), made.tokens, window)
+    assert (header.lanes, header.tokens) == (lanes or 1, made.tokens)
+    assert (header.window, header.stride) == (window, stride or window // 2)
+    assert len(made.data) - len(header.payload) <= 56
     payload = 8 * len(header.payload)
     assert payload <= made.bound * max(made.characters, 1) * 1.001 + 64
 
@@ -152,24 +158,53 @@ def test_other_probabilities_are_noticed_and_never_answered_with_other_bytes(mon
 def test_another_environment_is_said_before_the_work(monkeypatch):
     model = ToyModel()
     data = compress(TEXT, model, TOKENIZER).data
-    monkeypatch.setattr(compression, "_environment", lambda: "torch 9")
-    with pytest.warns(errors.TesttimeWarning, match="torch 9"):
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, "versions", lambda: (9, 8, 0, 300, 0, 0, 0, 0, 1))
+        with pytest.warns(
+            errors.TesttimeWarning, match=r"this is torch 9\.8\.0, transf.* 300\.0\.0"
+        ):
+            assert decompress(data, model, TOKENIZER) == TEXT
+    monkeypatch.setattr(compression, "machine", lambda _: b"cuda")
+    with pytest.warns(errors.TesttimeWarning, match="on another machine or build"):
         assert decompress(data, model, TOKENIZER) == TEXT
+
+
+def sealed(data):
+    return data[:-4] + struct.pack("<I", zlib.crc32(data[:-4]))
 
 
 def test_a_file_of_another_version_is_refused():
     data = bytearray(compress(b"a", ToyModel(), TOKENIZER).data)
-    data[4] = 9
-    data[-4:] = struct.pack("<I", zlib.crc32(data[:-4]))
-    with pytest.raises(StateError, match="version 09; this testtime reads 1"):
-        inspect(bytes(data))
+    for version in (1, 9):
+        data[4] = version
+        with pytest.raises(StateError, match=f"version {version}, and this testtime reads 2"):
+            inspect(sealed(bytes(data)))
+
+
+@given(st.binary(max_size=40))
+def test_a_head_that_no_file_has_is_refused_though_its_checksum_fits(numbers):
+    data = compress(b"", ToyModel(), TOKENIZER).data[: container.FIXED.size]
+    try:
+        found = inspect(sealed(data + numbers + bytes(4)))
+    except StateError:
+        return
+    assert 0 < found.stride < found.window
+    assert 0 < found.lanes < 2**16
+
+
+def test_a_model_in_train_mode_is_put_aside_its_chance(tokenizer):
+    model = copy.deepcopy(tiny_model("gpt2")).train()  # it has dropout
+    data = compress(TEXT, model, tokenizer).data
+    assert decompress(data, model, tokenizer) == TEXT
+    assert all(module.training for module in model.modules())
 
 
 def test_wrong_calls_are_refused():
     with pytest.raises(InputError, match="Encode text first"):
         compress("text", ToyModel(), TOKENIZER)
     for options in ({"lanes": 0}, {"lanes": 2**16}, {"window": 1}, {"window": 4, "stride": 4},
-                    {"stride": 0}):  # fmt: skip
+                    {"stride": 0}, {"window": "x"}, {"window": 9.0}, {"stride": 1.5},
+                    {"lanes": "2"}, {"lanes": True}):  # fmt: skip
         with pytest.raises(OptionError):
             compress(b"ab", ToyModel(), TOKENIZER, **options)
     broken = ToyModel()

@@ -158,9 +158,11 @@ def test_nothing_to_count_is_never_a_watermark():
 
 def test_wrong_calls_are_refused():
     for options in ({"gamma": 0.0}, {"gamma": 1.0}, {"gamma": 0.001}, {"delta": 0.0},
-                    {"delta": math.nan}, {"tau": math.nan}, {"key": 0}, {"key": 2**62}):  # fmt: skip
+                    {"delta": math.nan}, {"tau": math.nan}, {"key": 0}, {"key": 2**62},
+                    {"gamma": "x"}, {"delta": None}, {"tau": "x"}, {"key": 1.5},
+                    {"vocabulary": 9.0}):  # fmt: skip
         with pytest.raises(OptionError):
-            Watermark(vocabulary=V, **options)
+            Watermark(**{"vocabulary": V} | options)
     mark = Watermark(vocabulary=V)
     for ids, scores, says in (
         (torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, V), "0 tokens"),

@@ -78,7 +78,7 @@ def decompress(
     """
     from testtime._core.errors import OptionError  # noqa: PLC0415
     from testtime.decode.compression import decompress as run  # noqa: PLC0415
-    from testtime.decode.compression import inspect  # noqa: PLC0415
+    from testtime.decode.container import inspect  # noqa: PLC0415
 
     data = read(file)
     inspect(data)  # a damaged file is told before a model is loaded

@@ -8,20 +8,15 @@ The decoder must find the very probabilities of the encoder, so both run the sam
 batch of lanes, the same cache, the same number of threads. That holds on one machine with the same
 versions; elsewhere sums may round otherwise. A file therefore carries the fingerprint of the model, a
 checksum of itself, one of the content, and what it was made with: a wrong model or a damaged file is
-refused before the work, and wrong content is never returned.
+refused before the work, and wrong content is never returned (`testtime.decode.container`).
 
 Reference: Valmeekam et al., LLMZip: Lossless Text Compression using Large Language Models, 2023.
 """
 
-import hashlib
-import platform
-import struct
 import warnings
-import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -34,22 +29,22 @@ from testtime._core.errors import (
     TesttimeWarning,
     WorkFailed,
 )
+from testtime._core.options import whole
 from testtime.decode.coding import Progress, decode, encode
-from testtime.decode.lossless_tokens import from_tokens, to_tokens
-from testtime.decode.models import (
-    check_pair,
-    context_length,
-    fingerprint,
-    tokenizer_fingerprint,
+from testtime.decode.container import (
+    File,
+    digest,
+    identity,
+    inspect,
+    machine,
+    named,
+    versions,
 )
+from testtime.decode.decoding import evaluating
+from testtime.decode.lossless_tokens import from_tokens, to_tokens
+from testtime.decode.models import check_pair, context_length
 from testtime.decode.windows import WindowedModel, start_token
 
-MAGIC = b"TTLZ"
-VERSION = 1
-HEADER = struct.Struct("<4sBxHHHII16s16sQQ")
-"""Magic, version, lanes, threads, bytes of environment, window, stride, fingerprint of model and
-tokenizer, digest of the content, its length, number of tokens. The environment follows, then the
-payload, then a CRC-32 of all before it."""
 WINDOW = 512
 """Tokens of context with the start token; LLMZip's longest has 511."""
 LANE = 1024
@@ -91,7 +86,7 @@ def compress(
 
     Args:
         content: any bytes.
-        model: a Hugging Face causal model, in eval mode.
+        model: a Hugging Face causal model.
         tokenizer: its tokenizer.
         window: tokens of context at most; None: 512, or the model's context if that is shorter.
         stride: tokens dropped when the window is full; half a window when None.
@@ -120,22 +115,22 @@ def compress(
     check_pair(model, tokenizer)
     context = context_length(model)
     window = min(WINDOW, context or WINDOW) if window is None else window
+    whole(2, window=window)
     if context is not None and window > context:
         raise OptionError(f"window={window} is more than the model's context of {context} tokens")
+    predictor = _predictor(model, tokenizer, window, stride)
     tokens = to_tokens(content, tokenizer)
     lanes = min(max(len(tokens) // LANE, 1), LANES) if lanes is None else lanes
-    stride = max(window // 2, 1) if stride is None else stride
-    if not 1 <= lanes < 2**16:
-        raise OptionError(f"lanes={lanes}: expected 1 to 65535")
-    predictor = _predictor(model, tokenizer, window, stride)
-    coded = encode(tokens, predictor, lanes=lanes, on_progress=on_progress)
-    made_with = _environment().encode()
-    head = HEADER.pack(
-        MAGIC, VERSION, lanes, torch.get_num_threads(), len(made_with), window, stride,
-        identity(model, tokenizer), _short(content), len(content), len(tokens),
-    )  # fmt: skip
-    data = head + made_with + coded.payload
-    data += struct.pack("<I", zlib.crc32(data))
+    whole(1, lanes=lanes)
+    if lanes >= 2**16:
+        raise OptionError(f"lanes={lanes}: expected 65535 at most")
+    with evaluating(model):
+        coded = encode(tokens, predictor, lanes=lanes, on_progress=on_progress)
+    data = File(
+        lanes=lanes, threads=torch.get_num_threads(), window=window, stride=predictor.stride,
+        tokens=len(tokens), versions=versions(), fingerprint=identity(model, tokenizer),
+        digest=digest(content), machine=machine(model), payload=coded.payload,
+    ).pack()  # fmt: skip
     characters = len(content.decode("utf-8", "surrogateescape"))
     return Compressed(
         data=data,
@@ -174,15 +169,20 @@ def decompress(
             "the file was compressed with another model or tokenizer: their fingerprint is "
             f"{file.fingerprint.hex()}, and that of these is {own.hex()}"
         )
-    if file.made_with != _environment():
+    elsewhere = file.machine != machine(model)
+    made_with = (
+        f"It was made with {named(file.versions)}{' on another machine or build' * elsewhere}; "
+        f"this is {named(versions())}."
+    )
+    if elsewhere or file.versions != versions():
         warnings.warn(
-            f"the file was made with {file.made_with}, this is {_environment()}: probabilities may "
-            "differ in their last bits, and then it cannot be read here",
+            "probabilities may differ here in their last bits, and then the file cannot be read. "
+            + made_with,
             TesttimeWarning,
             stacklevel=2,
         )
     try:
-        with _threads(file.threads):
+        with _threads(file.threads), evaluating(model):
             predictor = _predictor(model, tokenizer, file.window, file.stride)
             tokens = decode(
                 file.payload, file.tokens, predictor, lanes=file.lanes, on_progress=on_progress
@@ -190,81 +190,16 @@ def decompress(
         content = from_tokens(tokens, tokenizer)
     except WorkFailed:
         content = None
-    if content is None or len(content) != file.length or _short(content) != file.digest:
+    if content is None or digest(content) != file.digest:
         raise WorkFailed(
             "the content is not what was compressed, though the file is whole: the model gave other "
-            f"probabilities here. It was made with {file.made_with}; this is {_environment()}."
+            f"probabilities here. {made_with}"
         )
     return content
 
 
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """What a compressed file says of itself."""
-
-    lanes: int
-    threads: int
-    window: int
-    stride: int
-    fingerprint: bytes
-    digest: bytes
-    length: int
-    tokens: int
-    made_with: str
-    payload: bytes
-
-
-def inspect(data: bytes) -> Header:
-    """Reads a compressed file as far as no model is needed.
-
-    Raises:
-        StateError: it is no such file, or damaged.
-
-    Example:
-        >>> inspect(b"PK...")
-        Traceback (most recent call last):
-        testtime._core.errors.StateError: this is no file of testtime compress: it does not begin
-        with b'TTLZ'
-    """
-    if data[:4] != MAGIC:
-        raise StateError(f"this is no file of testtime compress: it does not begin with {MAGIC!r}")
-    if data[4:5] != bytes([VERSION]):
-        raise StateError(
-            f"the file has version {data[4:5].hex() or 'none'}; this testtime reads {VERSION}"
-        )
-    if len(data) < HEADER.size + 4 or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
-        raise StateError(
-            f"the file is damaged or cut short: its checksum does not fit its {len(data)} bytes"
-        )
-    _, _, lanes, threads, extent, window, stride, fingerprint, digest, length, tokens = (
-        HEADER.unpack_from(data)
-    )
-    end = HEADER.size + extent
-    return Header(
-        lanes=lanes, threads=threads, window=window, stride=stride, fingerprint=fingerprint,
-        digest=digest, length=length, tokens=tokens, made_with=data[HEADER.size : end].decode(),
-        payload=data[end:-4],
-    )  # fmt: skip
-
-
-def identity(model: nn.Module, tokenizer: Any) -> bytes:
-    """16 bytes that stand for the weights, the configuration and the tokenizer's rules."""
-    return _short((fingerprint(model) + tokenizer_fingerprint(tokenizer)).encode())
-
-
-def _predictor(model: nn.Module, tokenizer: Any, window: int, stride: int) -> WindowedModel:
+def _predictor(model: nn.Module, tokenizer: Any, window: int, stride: int | None) -> WindowedModel:
     return WindowedModel(model, start=start_token(tokenizer), window=window, stride=stride)
-
-
-def _short(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _environment() -> str:
-    """What the last bits of a sum depend on, as far as it has a name."""
-    versions = ("torch", "transformers", "constriction")
-    named = " ".join(f"{name} {version(name)}" for name in versions)
-    return f"{named} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 @contextmanager

@@ -23,6 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError, OptionError
+from testtime._core.options import check_types, whole
+from testtime.decode.decoding import evaluating
 from testtime.decode.drawing import check_logits
 from testtime.decode.models import check_pair, context_length
 from testtime.decode.windows import read, start_token
@@ -71,15 +73,14 @@ class Watermark:
     key: int = KEY
 
     def __post_init__(self) -> None:
+        check_types(vars(self), type(self).__annotations__)
         if not 0 < self.gamma < 1 or not int(self.gamma * self.vocabulary) >= 1:
             raise OptionError(
                 f"gamma={self.gamma} of vocabulary={self.vocabulary} tokens leaves no green or no "
                 "red token; expected a share between 0 and 1, e.g. gamma=0.25"
             )
-        if not 0 < self.delta < math.inf or (self.tau is not None and math.isnan(self.tau)):
-            raise OptionError(
-                f"delta={self.delta}, tau={self.tau}: expected delta > 0 and a number"
-            )
+        if not 0 < self.delta < math.inf:
+            raise OptionError(f"delta={self.delta}: expected a number above 0")
         if not 0 < self.key < 2**63 // self.vocabulary:
             raise OptionError(
                 f"key={self.key}: key * token must fit 63 bits; "
@@ -180,6 +181,7 @@ def detect(
         >>> detect([4, 0, 1, 2, 3], mark)
         Detection(z=0.0, p_value=0.5, scored=4, green=2)
     """
+    whole(0, prompt=prompt)
     if watermark.tau is not None and (entropies is None or len(entropies) != len(tokens)):
         raise InputError(
             f"tau={watermark.tau} counts tokens by their entropy, but there are {len(tokens)} "
@@ -233,14 +235,16 @@ def token_entropies(
         raise InputError(
             f"{len(tokens)} tokens, but the model reads 1 to {context}; split the text"
         )
+    whole(1, chunk=chunk)
     found, cache = [0.0], None
-    for at in range(0, len(tokens) - 1, chunk):
-        part = torch.tensor([list(tokens[at : min(at + chunk, len(tokens) - 1)])])
-        logits, cache = read(model, part, cache, last=0)
-        check_logits(logits[0])
-        found += entropy(logits[0].float()).tolist()
-        if on_progress is not None:
-            on_progress(len(found), len(tokens))
+    with evaluating(model):
+        for at in range(0, len(tokens) - 1, chunk):
+            part = torch.tensor([list(tokens[at : min(at + chunk, len(tokens) - 1)])])
+            logits, cache = read(model, part, cache, last=0)
+            check_logits(logits[0])
+            found += entropy(logits[0].float()).tolist()
+            if on_progress is not None:
+                on_progress(len(found), len(tokens))
     return found
 
 

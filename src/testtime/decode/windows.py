@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError, OptionError
+from testtime._core.options import whole
 from testtime.decode.caching import go_on
 
 
@@ -42,13 +43,13 @@ class WindowedModel:
     def __init__(
         self, model: nn.Module, *, start: int, window: int = 512, stride: int | None = None
     ) -> None:
-        stride = max(window // 2, 1) if stride is None else stride
-        if window < 2 or not 1 <= stride < window:
-            raise OptionError(
-                f"window={window}, stride={stride}: expected window >= 2, 1 <= stride < window"
-            )
-        self.filler = start
-        self._model, self._window, self._stride = model, window, stride
+        whole(2, window=window)
+        stride = window // 2 if stride is None else stride
+        whole(1, stride=stride)
+        if stride >= window:
+            raise OptionError(f"stride={stride}: expected less than the window of {window} tokens")
+        self.filler, self.stride = start, stride
+        self._model, self._window = model, window
         self._tokens = torch.empty(0, 0, dtype=torch.long)
         self._cache: Any = None
 
@@ -69,7 +70,7 @@ class WindowedModel:
             )
         self._tokens = torch.cat([self._tokens, symbols[:, None]], 1)
         if self._tokens.shape[1] > self._window:
-            kept = self._tokens[:, 1 + self._stride :]
+            kept = self._tokens[:, 1 + self.stride :]
             self._tokens = torch.cat([torch.full_like(kept[:, :1], self.filler), kept], 1)
             return self._read_window()
         return self._forward(self._tokens[:, -1:])
