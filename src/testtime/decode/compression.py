@@ -8,7 +8,8 @@ The decoder must find the very probabilities of the encoder, so both run the sam
 batch of lanes, the same cache, the same number of threads. That holds on one machine with the same
 versions; elsewhere sums may round otherwise. A file therefore carries the fingerprint of the model, a
 checksum of itself, one of the content, and what it was made with: a wrong model or a damaged file is
-refused before the work, and wrong content is never returned (`testtime.decode.container`).
+refused before the work, and wrong content is never returned (`testtime.decode.container`). What the
+model expects so little that nothing would be gained is kept as it is.
 
 Reference: Valmeekam et al., LLMZip: Lossless Text Compression using Large Language Models, 2023.
 """
@@ -126,10 +127,11 @@ def compress(
         raise OptionError(f"lanes={lanes}: expected 65535 at most")
     with evaluating(model):
         coded = encode(tokens, predictor, lanes=lanes, on_progress=on_progress)
+    kept = len(coded.payload) >= len(content)
     data = File(
         lanes=lanes, threads=torch.get_num_threads(), window=window, stride=predictor.stride,
-        tokens=len(tokens), versions=versions(), fingerprint=identity(model, tokenizer),
-        digest=digest(content), machine=machine(model), payload=coded.payload,
+        tokens=0 if kept else len(tokens), versions=versions(), fingerprint=identity(model, tokenizer),
+        digest=digest(content), machine=machine(model), payload=bytes(content) if kept else coded.payload,
     ).pack()  # fmt: skip
     characters = len(content.decode("utf-8", "surrogateescape"))
     return Compressed(
@@ -174,28 +176,35 @@ def decompress(
         f"It was made with {named(file.versions)}{' on another machine or build' * elsewhere}; "
         f"this is {named(versions())}."
     )
-    if elsewhere or file.versions != versions():
+    if file.tokens and (elsewhere or file.versions != versions()):
         warnings.warn(
             "probabilities may differ here in their last bits, and then the file cannot be read. "
             + made_with,
             TesttimeWarning,
             stacklevel=2,
         )
-    try:
-        with _threads(file.threads), evaluating(model):
-            predictor = _predictor(model, tokenizer, file.window, file.stride)
-            tokens = decode(
-                file.payload, file.tokens, predictor, lanes=file.lanes, on_progress=on_progress
-            )
-        content = from_tokens(tokens, tokenizer)
-    except WorkFailed:
-        content = None
+    content = _decoded(file, model, tokenizer, on_progress) if file.tokens else file.payload
     if content is None or digest(content) != file.digest:
         raise WorkFailed(
             "the content is not what was compressed, though the file is whole: the model gave other "
             f"probabilities here. {made_with}"
         )
     return content
+
+
+def _decoded(
+    file: File, model: nn.Module, tokenizer: Any, on_progress: Progress | None
+) -> bytes | None:
+    """The content, or None where the model's probabilities cannot be those of the file."""
+    try:
+        with _threads(file.threads), evaluating(model):
+            predictor = _predictor(model, tokenizer, file.window, file.stride)
+            tokens = decode(
+                file.payload, file.tokens, predictor, lanes=file.lanes, on_progress=on_progress
+            )
+    except WorkFailed:
+        return None
+    return from_tokens(tokens, tokenizer)
 
 
 def _predictor(model: nn.Module, tokenizer: Any, window: int, stride: int | None) -> WindowedModel:

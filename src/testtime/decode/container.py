@@ -35,7 +35,7 @@ class File:
         threads: that torch had.
         window: tokens of context at most.
         stride: tokens dropped when the window is full.
-        tokens: how many were coded.
+        tokens: how many were coded; 0 where the payload is the content itself.
         versions: three numbers of each package.
         fingerprint: of model and tokenizer.
         digest: of the content.
