@@ -1,84 +1,140 @@
 """Tokens per second of each decoding method against plain `generate`, same model, same run.
 
-python benchmarks/decode.py --model gemma:270m --json benchmarks/decode.json
+    python benchmarks/decode.py --tokens 32 --rounds 5      as many rounds as are missing to five
+    python benchmarks/decode.py --page                      only the table in docs/decode.md
+
+In a round plain `generate` and all methods write one after another, so that a slow moment of the
+machine meets all alike; ratios are formed within a round, and their median is shown. Times are those of
+the processor, all threads together, in which a busy machine counts for less. Each round is written down
+when it is done, and the same command goes on from there. Tokens that end a text are forbidden, so that
+all write as many.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import testtime as tt
 from testtime.bench.machine import describe_machine
+from testtime.decode.models import end_tokens
 
 PROMPT = "The history of the city begins with"
-METHODS = ("greedy", "sample", "top-p", "typical", "min-p", "edt", "em-inf", "uscd", "ead")
+PLAIN = "plain generate"
+NOTES = {
+    "greedy": "",
+    "sample": "a draw here is quicker than that of torch, with 262,144 tokens",
+    "min-p": "",
+    "edt": "",
+    "em-inf": "five steps of Adam at most, for all rows at once, where a token is unsure",
+    "top-p": "transformers sorts the vocabulary",
+    "typical": "the same",
+    "uscd": "two prompts are read",
+    "ead": "with the same model in both places",
+}
+NUMBERS = Path(__file__).with_name("decode.json")
+PAGE = Path(__file__).parents[1] / "docs/decode.md"
+BEGIN, END = "<!-- decode: begin -->", "<!-- decode: end -->"
+
+
+def contestants(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> dict[str, Any]:
+    """What is measured, by name: each writes so many tokens after each prompt."""
+    model.generation_config.suppress_tokens = end_tokens(model, tokenizer)
+    inputs = tokenizer(prompts, return_tensors="pt")
+    needs = {"ead": {"large": model}, "uscd": {"lame": ["The"] * len(prompts)}}
+
+    def plain() -> None:
+        model.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=tokens)
+
+    def ours(method: str) -> Callable[[], None]:
+        def write() -> None:
+            found = tt.decode.generate(
+                model, tokenizer, prompts, method, max_new_tokens=tokens, **needs.get(method, {})
+            )
+            if any(len(each.tokens) != tokens for each in found):
+                raise RuntimeError(f"{method} has not written {tokens} tokens")
+
+        return write
+
+    return {PLAIN: plain} | {method: ours(method) for method in NOTES}
+
+
+def summary(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Of each method its tokens per second, and its time against plain `generate`."""
+    written, plain = found["tokens"] * found["prompts"], found["seconds"][PLAIN]
+    return {
+        name: {
+            "tokens per second": written / statistics.median(own),
+            "time against plain": statistics.median(
+                a / b for a, b in zip(own, plain, strict=False)
+            ),
+        }
+        for name, own in found["seconds"].items()
+    }
+
+
+def page(path: Path, found: dict[str, Any]) -> None:
+    """Writes the table between the marks of a page."""
+    rows, rounds = summary(found), len(found["seconds"][PLAIN])
+    lines = ["| method | time | tokens a processor second | |", "|---|--:|--:|---|"]
+    for name, note in {PLAIN: "", **NOTES}.items():
+        own = rows[name]
+        shown = name if name == PLAIN else f"`{name}`"
+        lines.append(
+            f"| {shown} | {own['time against plain']:.2f} | {own['tokens per second']:.1f} | {note} |"
+        )
+    lines += [
+        "",
+        f"{found['model']} in float32, {found['tokens']} tokens after each of {found['prompts']} prompts,",
+        f"median of {rounds} rounds; {found['machine']},",
+        f"threads: {found['threads']}.",
+    ]
+    before, rest = path.read_text("utf-8").split(BEGIN)
+    text = f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}"
+    path.write_text(text, "utf-8")
 
 
 def main() -> None:
-    """Rounds in turn, so that a busy moment of the machine meets all; the median of their ratios."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="gemma:270m")
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5, help="in all, those of --out among them")
+    parser.add_argument("--out", type=Path, default=NUMBERS)
+    parser.add_argument("--page", action="store_true", help="measure nothing, write the table")
     asked = parser.parse_args()
-    model, tokenizer = tt.decode.load_language_model(asked.model)
-    model.generation_config.eos_token_id = None  # all write as many tokens
-    prompts = [PROMPT] * asked.rows
-    inputs = tokenizer(prompts, return_tensors="pt")
-
-    def plain() -> int:
-        out = model.generate(
-            **inputs, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=asked.tokens,
-            min_new_tokens=asked.tokens,
-        )  # fmt: skip
-        return (out.shape[1] - inputs["input_ids"].shape[1]) * asked.rows
-
-    def ours(method: str) -> int:
-        more = {"ead": {"large": model}, "uscd": {"lame": "The"}}.get(method, {})
-        if "lame" in more:
-            more = {"lame": ["The"] * asked.rows}
-        found = tt.decode.generate(
-            model, tokenizer, prompts, method, max_new_tokens=asked.tokens, **more
-        )
-        return sum(len(each.tokens) for each in found)
-
-    names = ["plain generate", *asked.methods.split(",")]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    plain()
-    for _ in range(asked.rounds):
-        for name in names:
-            begun = time.perf_counter()
-            written = plain() if name == names[0] else ours(name)
-            seconds[name].append((time.perf_counter() - begun) / written)
-    rows = [
-        {
-            "method": name,
-            "tokens per second": 1 / statistics.median(each),
-            "time against plain": statistics.median(
-                a / b for a, b in zip(each, seconds[names[0]], strict=True)
-            ),
-        }
-        for name, each in seconds.items()
-    ]
-    for row in rows:
-        print(f"{row['method']:<16}{row['tokens per second']:8.2f}{row['time against plain']:8.3f}")
-    if asked.json:
-        settings = {"model": asked.model, "tokens": asked.tokens, "prompts": asked.rows,
-                    "rounds": asked.rounds, "threads": torch.get_num_threads()}  # fmt: skip
-        asked.json.write_text(
-            json.dumps(
-                {"machine": describe_machine(torch.device("cpu")), **settings, "rows": rows},
-                indent=1,
-            )
-            + "\n"
-        )
+    if asked.page:
+        page(PAGE, json.loads(asked.out.read_text("utf-8")))
+        return
+    about = {
+        "machine": describe_machine(torch.device("cpu")), "threads": torch.get_num_threads(),
+        "model": asked.model, "tokens": asked.tokens, "prompts": asked.prompts,
+    }  # fmt: skip
+    held = json.loads(asked.out.read_text("utf-8")) if asked.out.exists() else {}
+    if any(held.get(name) != value for name, value in about.items()):
+        held = {**about, "seconds": {name: [] for name in (PLAIN, *NOTES)}}
+    todo: dict[str, Callable[[], None]] = {}
+    if len(held["seconds"][PLAIN]) < asked.rounds:
+        loaded = tt.decode.load_language_model(asked.model)
+        todo = contestants(*loaded, [PROMPT] * asked.prompts, asked.tokens)
+        todo[PLAIN]()  # the first call of all is slower
+    while len(held["seconds"][PLAIN]) < asked.rounds:
+        times: dict[str, float] = {}
+        for name, write in todo.items():
+            begun = time.process_time()
+            write()
+            times[name] = time.process_time() - begun
+        for name, value in times.items():
+            held["seconds"][name].append(value)
+        asked.out.write_text(json.dumps(held, indent=1) + "\n", "utf-8")
+        print(f"round {len(held['seconds'][PLAIN])} of {asked.rounds}", flush=True)
+    for name, row in summary(held).items():
+        print(f"{name:<16}{row['tokens per second']:8.2f}{row['time against plain']:8.3f}")
 
 
 if __name__ == "__main__":
