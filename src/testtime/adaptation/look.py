@@ -105,7 +105,7 @@ def _head(ran: list[tuple[nn.Module, torch.Size]], *, classes: int) -> nn.Module
 def _first_run(model: nn.Module, loan: Loan, x: Tensor) -> Any:
     """Runs the source model, and notes what that leaves behind in it."""
     taken = False
-    with loan.lock, loan.traces.watched(loan.named_modules):
+    with loan.lock, loan.traces.watched(loan.named_modules, x):
         try:
             with loan.traces.emptied(model) as taken:
                 return loan.run(x, {}, SourceStatistics(), ranks=Ranks())[0]

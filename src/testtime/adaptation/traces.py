@@ -10,7 +10,7 @@ import copy
 import operator
 import weakref
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,23 +62,22 @@ class Traces:
     def watched_once(
         self, modules: dict[str, nn.Module], x: Tensor, lent: Collection[str]
     ) -> Iterator[None]:
-        """The same for the first forward of a kind: by shape, type, and with or without a gradient."""
-        kind = x.shape[1:], x.dtype, torch.is_grad_enabled()
-        if kind in self.kinds:
+        """The same for the first forward of a kind, where none that watches is under way."""
+        with nullcontext() if _kind(x) in self.kinds else self.watched(modules, x, lent):
             yield
-            return
-        with self.watched(modules, lent):
-            yield
-        self.kinds.add(kind)
 
     @contextmanager
-    def watched(self, modules: dict[str, nn.Module], lent: Collection[str] = ()) -> Iterator[None]:
+    def watched(
+        self, modules: dict[str, nn.Module], x: Tensor, lent: Collection[str] = ()
+    ) -> Iterator[None]:
         """Notes what a forward within changes, and takes it back.
 
         Args:
             modules: of the model, by name.
-            lent: those whose buffers are others' now.
+            x: the batch.
+            lent: modules whose buffers are others' now.
         """
+        self.kinds.add(_kind(x))
         attributes = {
             name: {
                 key: (value, copy.copy(value) if isinstance(value, dict | list) else value)
@@ -96,6 +95,9 @@ class Traces:
         ]
         try:
             yield
+        except BaseException:
+            self.kinds.discard(_kind(x))
+            raise
         finally:
             self._take_back(modules, attributes, buffers)
 
@@ -184,6 +186,10 @@ class Traces:
         modules = dict(copied.named_modules())
         for name, key in self.caches:
             modules[name].__dict__[key] = type(modules[name].__dict__[key])()
+
+
+def _kind(x: Tensor) -> Any:
+    return x.shape[1:], x.dtype, torch.is_grad_enabled()
 
 
 def _put_back(holder: dict[str, Any], key: str, value: Any, inside: Any, *, absent: bool) -> None:
