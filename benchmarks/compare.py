@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from pages import write_between
+
 Rows = list[dict[str, Any]]
 OURS = ("inference", "minimal step", "textbook")
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def key_of(row: dict[str, Any]) -> tuple[str, int, str]:
@@ -108,6 +109,4 @@ def page(path: Path, found: dict[str, Any]) -> None:
             f"{value:.2f} for `{name}`" for name, value in found["overhead_ms"].items()
         )
         lines += ["", f"Beyond the work itself a call costs, in milliseconds: {told}."]
-    text = path.read_text()
-    before, rest = text.split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+    write_between(path, "measured", lines)

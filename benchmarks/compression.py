@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from pages import write_between
 from testtime.bench.machine import describe_machine
 from testtime.decode.compression import compress, decompress
 from testtime.decode.models import load_language_model
@@ -36,7 +37,6 @@ from testtime.decode.models import load_language_model
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS = ROOT / "benchmarks/compression.json"
 PAGE = ROOT / "docs/decode-codes.md"
-BEGIN, END = "<!-- compression: begin -->", "<!-- compression: end -->"
 PAGES = ("getting-started", "how-to-choose", "deploying", "measures", "monitors")
 USUAL: dict[str, Callable[[bytes], bytes]] = {
     "zlib -9": lambda content: zlib.compress(content, 9),
@@ -109,9 +109,7 @@ def page(path: Path, found: dict[str, Any]) -> None:
         sizes = " | ".join(f"{row[column]:,}" for column in columns)
         rival = 8 * row["xz -9"] / row["characters"]
         lines.append(f"| {name} | {sizes} | {row['bits per character']:.2f} | {rival:.2f} |")
-    before, rest = path.read_text("utf-8").split(BEGIN)
-    text = f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}"
-    path.write_text(text, "utf-8")
+    write_between(path, "compression", lines)
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ import torchvision
 
 import testtime as tt
 from cost import METHODS
+from pages import write_between
 from testtime._core.registry import find
 
-BEGIN, END = "<!-- counted: begin -->", "<!-- counted: end -->"
 ALSO = ("dent", "tesla")
 
 
@@ -56,11 +56,7 @@ def main() -> None:
     lines = table()
     print("\n".join(lines))
     if chosen.page:
-        text = chosen.page.read_text()
-        before, rest = text.split(BEGIN)
-        chosen.page.write_text(
-            f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}"
-        )
+        write_between(chosen.page, "counted", lines)
 
 
 if __name__ == "__main__":

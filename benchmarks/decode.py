@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import testtime as tt
+from pages import write_between
 from testtime.bench.machine import describe_machine
 from testtime.decode.models import end_tokens
 
@@ -39,7 +40,6 @@ NOTES = {
 }
 NUMBERS = Path(__file__).with_name("decode.json")
 PAGE = Path(__file__).parents[1] / "docs/decode.md"
-BEGIN, END = "<!-- decode: begin -->", "<!-- decode: end -->"
 
 
 def contestants(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> dict[str, Any]:
@@ -94,9 +94,7 @@ def page(path: Path, found: dict[str, Any]) -> None:
         f"median of {rounds} rounds; {found['machine']},",
         f"threads: {found['threads']}.",
     ]
-    before, rest = path.read_text("utf-8").split(BEGIN)
-    text = f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}"
-    path.write_text(text, "utf-8")
+    write_between(path, "decode", lines)
 
 
 def main() -> None:

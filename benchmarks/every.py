@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import testtime as tt
 from compare import join
 from cost import Confident, machine, peak_megabytes, seconds, told
+from pages import write_between
 from testtime._core.errors import ScopeError, TesttimeWarning
 from testtime._core.registry import entries, find
 from testtime.bench.models import load_model
@@ -36,7 +37,6 @@ from testtime.streams.corruptions import corrupt
 from testtime.streams.data import load_data
 from textbook import plain
 
-BEGIN, END = "<!-- every: begin -->", "<!-- every: end -->"
 HEAVY = (
     "memo", "vcotta", "petal", "psmt", "cotta", "tesla", "dent", "stamp", "simatta", "foa",
 )  # fmt: skip
@@ -248,8 +248,7 @@ def page(path: Path, found: dict[str, Any]) -> None:
             "",
         ]
     lines.append(f"{about['cpu']}, one thread of {about['cores']} cores, torch {about['torch']}.")
-    before, rest = path.read_text().split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+    write_between(path, "every", lines)
 
 
 def line(row: dict[str, Any]) -> str:

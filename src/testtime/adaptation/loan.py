@@ -144,9 +144,8 @@ class Loan:
                 `takes_groups` says so.
         """
         fresh = averages
-        if (
-            averages and learn
-        ):  # a file brings the count to the device, where each layer asks for it
+        if averages and learn:
+            # a file brings the count to the device, where each layer would wait for it
             fresh = {**averages, "seen": averages["seen"].cpu() + 1}
         lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x)
         with self.lock, self.traces.hidden(self.named_modules), lent:

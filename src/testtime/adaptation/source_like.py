@@ -228,8 +228,8 @@ class Signals:
                 hook.remove()
         found["entropy"] = relative(rows(read_logits(output)))[:, None]
         new = dict(total)
-        for name, own in found.items():
-            own = own.double()  # noqa: PLW2901
+        for name, each in found.items():
+            own = each.double()
             for what, value in ((".sum", own.sum(0)), (".square", own.square().sum(0))):
                 new[name + what] = new.get(name + what, 0) + value
             count = f"{name}.count"
