@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pages import write_between
+from between import write_between
 
 Rows = list[dict[str, Any]]
 OURS = ("inference", "minimal step", "textbook")

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from pages import write_between
+from between import write_between
 from testtime.bench.machine import describe_machine
 from testtime.decode.compression import compress, decompress
 from testtime.decode.models import load_language_model

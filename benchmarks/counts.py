@@ -13,8 +13,8 @@ import torch
 import torchvision
 
 import testtime as tt
+from between import write_between
 from cost import METHODS
-from pages import write_between
 from testtime._core.registry import find
 
 ALSO = ("dent", "tesla")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import testtime as tt
-from pages import write_between
+from between import write_between
 from testtime.bench.machine import describe_machine
 from testtime.decode.models import end_tokens
 

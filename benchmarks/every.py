@@ -26,9 +26,9 @@ import torchvision
 from torch import Tensor, nn
 
 import testtime as tt
+from between import write_between
 from compare import join
 from cost import Confident, machine, peak_megabytes, seconds, told
-from pages import write_between
 from testtime._core.errors import ScopeError, TesttimeWarning
 from testtime._core.registry import entries, find
 from testtime.bench.models import load_model

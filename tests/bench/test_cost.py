@@ -3,12 +3,12 @@
 import copy
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from scripts import script
+
 ROW = {
     "model": "m", "batch": 4, "name": "tent", "to_inference": [2.0, 1.9, 2.1], "megabytes": 100.0,
 }  # fmt: skip
@@ -16,11 +16,8 @@ FILE = {"machine": {"cpu": "c", "cores": 2, "threads": 2, "torch": "t"}, "rows":
 
 
 @pytest.fixture
-def cost(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import cost
-
-    return cost
+def cost():
+    return script("cost")
 
 
 def changed(**figures):

@@ -3,24 +3,17 @@
 import copy
 import json
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
 import testtime as tt
 from decode.conftest import byte_tokenizer, tiny_model
+from scripts import script
 from testtime._core.errors import WorkFailed
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"decode": "decode.md", "compression": "decode-codes.md"}
-
-
-def benchmark(name):
-    spec = spec_from_file_location(f"benchmark_of_{name}", ROOT / f"benchmarks/{name}.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def toy(loads):
@@ -32,7 +25,7 @@ def toy(loads):
 
 
 def test_rounds_are_kept_and_only_those_that_are_missing_run(tmp_path, monkeypatch, capsys):
-    bench, out, loads = benchmark("decode"), tmp_path / "d.json", []
+    bench, out, loads = script("decode"), tmp_path / "d.json", []
     monkeypatch.setattr(tt.decode, "load_language_model", toy(loads), raising=False)
     for rounds in (1, 2, 2):
         words = f"decode.py --model toy --tokens 3 --prompts 2 --rounds {rounds} --out {out}"
@@ -49,7 +42,7 @@ def test_rounds_are_kept_and_only_those_that_are_missing_run(tmp_path, monkeypat
 
 
 def test_a_file_that_was_made_is_read_by_the_next_call(tmp_path, monkeypatch):
-    bench, out, loads = benchmark("compression"), tmp_path / "c.json", []
+    bench, out, loads = script("compression"), tmp_path / "c.json", []
     words = f"c.py --model toy --texts a,b --lanes 2 --out {out} --work {tmp_path}"
     monkeypatch.setattr(sys, "argv", words.split())
     monkeypatch.setattr(bench, "load_language_model", toy(loads))
@@ -78,7 +71,7 @@ def test_a_file_that_was_made_is_read_by_the_next_call(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_page_is_that_of_the_numbers(name, tmp_path):
-    bench, page, docs = benchmark(name), tmp_path / "page.md", ROOT / "docs" / PAGES[name]
+    bench, page, docs = script(name), tmp_path / "page.md", ROOT / "docs" / PAGES[name]
     page.write_text(docs.read_text())
     bench.page(page, json.loads((ROOT / f"benchmarks/{name}.json").read_text()))
     assert page.read_text() == docs.read_text()

@@ -1,17 +1,15 @@
 """The table of what every method costs: its counts, seen from outside the library, and its page."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from models import batches, tiny
+from scripts import BENCHMARKS, script
 from testtime._core.registry import entries, find
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NUMBERS = BENCHMARKS / "every.json"
 OPEN = ("stamp", "simatta")
 """Methods that learn from what they remember: its size, or when it is learnt, says how often."""
@@ -23,11 +21,7 @@ SIZE = 8
 
 @pytest.fixture(scope="module")
 def every():
-    sys.path.insert(0, str(BENCHMARKS))
-    import every
-
-    yield every
-    sys.path.remove(str(BENCHMARKS))
+    return script("every")
 
 
 class Transformer(nn.Module):

@@ -1,9 +1,9 @@
 """The page of reproductions, written from the numbers of the checks."""
 
-from benchmarks.reproductions import page
-
+from scripts import script
 from testtime._core.registry import entries
 
+page = script("reproductions").page
 CHECKS = {entry.paper: entry for entry in entries("check").values()}
 
 
