@@ -105,12 +105,18 @@ def test_compiled_models_answer_as_others_do(name):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["tent", "eta", "sar", "bn-adapt"])
-def test_traced_backwards_learn_as_others_do(name):
-    """With torch's compiler down to the traced backward; code generation needs a C++ compiler."""
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("aot_eager", marks=pytest.mark.slow),
+        pytest.param("inductor", marks=pytest.mark.extra),  # needs a C++ compiler
+    ],
+)
+@pytest.mark.parametrize("name", ["tent", "eta", "sar", "deyo", "rotta", "bn-adapt"])
+def test_traced_backwards_learn_as_others_do(name, backend):
+    """With torch's compiler down to the traced backward, and to generated code."""
     model = model_of()
-    adapter, expected = compiled(name, model, "aot_eager"), adapter_of(name, model)
+    adapter, expected = compiled(name, model, backend), adapter_of(name, model)
     for mine, theirs in zip(go(adapter, batches(3)), go(expected, batches(3)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
