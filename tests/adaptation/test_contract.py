@@ -535,7 +535,7 @@ PASSES = {  # forward and backward passes for each sample, as the algorithms nee
     "source": (1, 0), "bn-adapt": (1, 0), "lame": (1, 0), "tent": (1, 1), "eta": (1, 1),
     "eata": (1, 1), "rdumb": (1, 1), "sar": (2, 2), "deyo": (2, 1), "ostta": (2, 1),
     "cotta": (2 + 1 + 1, 1), "memo": (2 + 1, 2), "rotta": (3, 1), "cafa": (1, 1), "adanpc": (1, 0),
-    "vcotta": (2 * 3 + 1, 1), "tesla": (2 + 3 + 2 + 1, 1 + 2),
+    "vcotta": (2 * 3 + 1, 1), "tesla": (3 + 1 + 1 + 2, 1 + 2),
     "sade": (3, 0), "rmt": (3, 2), "roid": (2, 2), "psmt": (3 + 2, 2), "petal": (2 + 2, 1),
     "lerm": (1, 1), "sqrl": (1, 1), "dent": (7, 6), "domainadaptor": (2, 1),
 }  # fmt: skip

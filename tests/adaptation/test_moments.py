@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from testtime.adaptation.moments import moments, normalise, normalise_blended
-from testtime.adaptation.parts.statistics import Moments
+from testtime.adaptation.parts.statistics import Moments, RunningStatistics
 from testtime.adaptation.ranks import Ranks
 
 SHAPES = [(6, 3), (5, 3, 7), (4, 3, 5, 2), (2, 3, 2, 3, 2)]
@@ -91,3 +91,23 @@ def test_gradients_that_are_not_contiguous():
     used = Moments(torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
     (grad,) = torch.autograd.grad(normalise(x, used, 0.0).mT.sum(), x)
     torch.testing.assert_close(grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0, None])
+@pytest.mark.parametrize("seen", [0, 1, 9])
+def test_averages_move_again_by_a_batch_that_is_not_seen_again(momentum, seen):
+    statistics, values = RunningStatistics(momentum=momentum), 64.0
+    start, shown, other = (Moments(*pair) for pair in 5 * draw(3, 2, 1000).abs())
+
+    def moved(averages: dict, by: Moments) -> dict:
+        old = Moments(averages["norm.mean"], averages["norm.var"])
+        new = statistics.update(old, by, seen=int(averages["seen"]), values=values)
+        return {"seen": averages["seen"] + 1, "norm.mean": new.mean, "norm.var": new.var}
+
+    before = {"seen": torch.tensor(seen), "norm.mean": start.mean, "norm.var": start.var}
+    after = moved(before, shown)
+    between = moved(after, other)
+    again, expected = statistics.repeat(between, before, after), moved(between, shown)
+    assert again.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-6)

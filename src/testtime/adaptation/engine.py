@@ -14,11 +14,11 @@ from testtime._core.seeds import generator
 from testtime.adaptation import learning
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import NormLayer
-from testtime.adaptation.loan import Averages, Loan
+from testtime.adaptation.loan import Loan
 from testtime.adaptation.look import answers_alone
 from testtime.adaptation.outputs import read_logits, with_logits
 from testtime.adaptation.parts.prediction import from_teacher, student
-from testtime.adaptation.parts.statistics import RunningStatistics, SourceStatistics
+from testtime.adaptation.parts.statistics import Averages, RunningStatistics, SourceStatistics
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe, reads
 from testtime.adaptation.replay import Recorded

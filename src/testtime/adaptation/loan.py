@@ -24,6 +24,7 @@ from testtime.adaptation.moments import (
 )
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
+    Averages,
     BatchStatistics,
     MixedStatistics,
     Moments,
@@ -40,8 +41,6 @@ ALONE = Ranks()
 ABSENT = object()
 MANY = 1 << 19
 """Values of a batch from which on the memory of a backward is worth some of its time."""
-Averages = dict[str, Tensor]
-"""Moving averages: '<layer>.mean' and '<layer>.var' -> tensor, and 'seen' -> batches."""
 Places = dict[str, list[tuple[dict[str, Any], str]]]
 """Tensor name -> the dictionaries of modules that hold it, and its key there."""
 

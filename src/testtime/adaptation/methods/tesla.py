@@ -16,10 +16,12 @@ for each batch x:
     return teacher(x), with its moving averages
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +108,20 @@ def refined(features: Tensor, queue: tuple[Tensor, Tensor], neighbours: int) -> 
     return probs[nearest].mean(1)
 
 
+class Said(NamedTuple):
+    """What the teacher said of a view, and its moving averages before and after it.
+
+    Attributes:
+        features, levels: those that were asked for.
+    """
+
+    logits: Tensor
+    features: list[Tensor]
+    levels: list[Tensor]
+    before: Any
+    after: Any
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdversarialTeacher:
     """A student that learns from its teacher's views, and on images that are hard for the teacher.
@@ -132,21 +148,23 @@ class AdversarialTeacher:
 
     @property
     def passes(self) -> tuple[float, float]:
-        """Teacher: twice for the policy, on all views, and to answer; student: twice."""
-        return self.count + 6.0, 3.0
+        """Teacher: on all views, on hard images, and to answer; student: twice."""
+        return self.count + 5.0, 3.0
 
     def step(self, engine: Engine, x: Tensor, state: State) -> Step:
         """Makes the policy harder, learns from views and hard images, and answers."""
         memory = state.memory or self._begin(x)
         views = [x] + [self.augment(x, engine.generator) for _ in range(self.count)]
-        chosen = torch.randint(len(views), (), generator=engine.generator, device=x.device)
-        shown = views[int(chosen)]
-        policy, averages, sound = self._harden(engine, shown, state, memory)
+        drawn = torch.randint(len(views), (1,), generator=engine.generator, device=x.device)
+        place = int(engine.ranks.gather(drawn)[0])  # ranks run it together
+        shown = views[place]
+        said = self._teach(engine, shown, state, state.teacher_averages, watch=True)
+        policy, averages, sound = self._harden(engine, shown, said, state, memory)
         told: dict[str, Any] = {"used": len(x)}
         if not sound:
             return self._answer(engine, x, state, Outcome.NON_FINITE, told)
         hard = self._hard(engine, shown, policy)
-        labels, queue, averages = self._label(engine, views, state, memory, averages)
+        labels, queue, averages = self._label(engine, views, place, said, state, averages)
         leaves = engine.leaves(state)
         with torch.enable_grad():
             loss = self._loss(engine, shown, hard, labels, leaves)
@@ -191,24 +209,28 @@ class AdversarialTeacher:
         return Step(output, logits, state, outcome, told)
 
     def _teach(
-        self, engine: Engine, x: Tensor, state: State, averages: Any, tap: Any = None
-    ) -> tuple[Tensor, Any]:
-        """The teacher's logits, and its moving averages after them."""
-        output, averages = engine.run(
-            x, state.teacher or {}, averages=averages, learn=True, tap=tap
-        )
-        return at_least_single(rows(read_logits(output))), averages
+        self, engine: Engine, x: Tensor, state: State, averages: Any, *, watch: bool = False
+    ) -> Said:
+        """What the teacher says of a view; `watch` notes what its layers are given."""
+        levels: list[Tensor] = []
+        features: list[Tensor] = []
+        loan, layer = engine.loan, engine.feature_layer
+
+        @contextmanager
+        def tap() -> Iterator[None]:
+            recording = loan.recording(layer, features) if self.queue else nullcontext()
+            with watched(norm_layers(loan.model) if watch else [], levels), recording:
+                yield
+
+        teacher = state.teacher or {}
+        output, after = engine.run(x, teacher, averages=averages, learn=True, tap=tap)
+        logits = at_least_single(rows(read_logits(output)))
+        return Said(logits, features, levels, averages, after)
 
     def _harden(
-        self, engine: Engine, shown: Tensor, state: State, memory: dict[str, Any]
+        self, engine: Engine, shown: Tensor, said: Said, state: State, memory: dict[str, Any]
     ) -> tuple[dict[str, Any], Any, bool]:
         """The policy after a step, the teacher's averages, and whether the step was finite."""
-        layers = norm_layers(engine.loan.model)
-        plain: list[Tensor] = []
-        changed: list[Tensor] = []
-        _, averages = self._teach(
-            engine, shown, state, state.teacher_averages, lambda: watched(layers, plain)
-        )
         which = sub_policies(self.operations).to(shown.device)
         drawn = torch.randint(
             len(which), (len(shown),), generator=engine.generator, device=shown.device
@@ -217,17 +239,16 @@ class AdversarialTeacher:
         with torch.enable_grad():
             shares = leaves["sizes"].sigmoid()[drawn]
             hard = augmented(shown, which[drawn], shares, engine.generator)
-            logits, averages = self._teach(
-                engine, hard, state, averages, lambda: watched(layers, changed)
-            )
-            losses = self.likeness * shift(changed, plain, len(shown)) - entropy(logits)
+            strained = self._teach(engine, hard, state, said.after, watch=True)
+            moved = shift(strained.levels, said.levels, len(shown))
+            losses = self.likeness * moved - entropy(strained.logits)
             scores = losses.detach() * leaves["selection"].log_softmax(0)[drawn]
             loss = engine.ranks.mean(losses + scores)
         grads = engine.gradient(loss, leaves, samples=len(shown))
         tensors = [tensor.detach() for tensor in leaves.values()]
-        moved, optimizer = POLICY.step(memory["optimizer"], tensors, grads)
-        policy = {"selection": moved[0], "sizes": moved[1], "optimizer": optimizer}
-        return policy, averages, finite(loss, grads)
+        tensors, optimizer = POLICY.step(memory["optimizer"], tensors, grads)
+        policy = {"selection": tensors[0], "sizes": tensors[1], "optimizer": optimizer}
+        return policy, strained.after, finite(loss, grads)
 
     def _hard(self, engine: Engine, shown: Tensor, policy: dict[str, Any]) -> Tensor:
         """Images under sub-policies drawn from the learned distribution."""
@@ -240,25 +261,33 @@ class AdversarialTeacher:
         self,
         engine: Engine,
         views: list[Tensor],
+        place: int,
+        said: Said,
         state: State,
-        memory: dict[str, Any],
         averages: Any,
     ) -> tuple[Tensor, list[Tensor] | None, Any]:
-        """Soft labels (B, C), the queue with the batch in it, and the teacher's averages."""
-        probs: list[Tensor] = []
-        seen: list[Tensor] = []
-        recording = lambda: engine.loan.recording(engine.feature_layer, seen)  # noqa: E731
-        for view in reversed(views):  # so that the plain batch counts most in the averages
-            logits, averages = self._teach(
-                engine, view, state, averages, recording if self.queue else None
-            )
-            probs.append(logits.softmax(-1))
-        labels = torch.stack(probs).mean(0)
+        """Soft labels (B, C), the queue with the batch in it, and the teacher's averages.
+
+        What the teacher said of the view at `place` holds: it moves them again without a forward.
+        """
+        statistics = engine.recipe.statistics
+        heard: list[Said] = []
+        for number in reversed(range(len(views))):  # so that the plain batch counts most in them
+            if number != place:
+                heard.append(self._teach(engine, views[number], state, averages))
+                averages = heard[-1].after
+                continue
+            heard.append(said)
+            if isinstance(statistics, RunningStatistics):
+                averages = statistics.repeat(averages, said.before, said.after)
+        labels = torch.stack([each.logits.softmax(-1) for each in heard]).mean(0)
         if not self.queue:
             return labels, None, averages
-        features = torch.stack([at_least_single(each.flatten(1)) for each in seen]).mean(0)
+        seen = [at_least_single(each.features[-1].flatten(1)) for each in heard]
+        features = torch.stack(seen).mean(0)
         gather = engine.ranks.gather
-        queue = remember(memory["queue"], (gather(features), gather(labels)), self.queue)
+        queue = state.memory["queue"] if state.memory else None
+        queue = remember(queue, (gather(features), gather(labels)), self.queue)
         return refined(features, queue, self.neighbours), list(queue), averages
 
     def _loss(
@@ -306,7 +335,7 @@ def tesla(
 
     Use when: batches are large, calibration matters, and there is time for a few passes.
 
-    Not when: answers must be quick, or batches are small: it takes ten forwards and three
+    Not when: answers must be quick, or batches are small: it takes nine forwards and three
     backwards, and normalises with the batch's statistics while it learns.
 
     Args:

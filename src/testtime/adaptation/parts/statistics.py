@@ -12,6 +12,9 @@ from torch import Tensor
 from testtime._core.options import in_range
 from testtime.adaptation.ranks import Ranks
 
+Averages = dict[str, Tensor]
+"""Moving averages: '<layer>.mean' and '<layer>.var' -> tensor, and 'seen' -> batches."""
+
 
 class Moments(NamedTuple):
     """Mean and variance of each channel."""
@@ -80,13 +83,37 @@ class RunningStatistics:
         if self.momentum is not None:
             in_range(0, 1, momentum=self.momentum)
 
+    def share(self, seen: int) -> float:
+        """The step a of the batch after `seen` others."""
+        return 1 / (seen + 1) if self.momentum is None else self.momentum
+
     def update(self, old: Moments, batch: Moments, *, seen: int, values: float) -> Moments:
         """The average after one more batch; `seen` batches came before."""
-        share = self.momentum if self.momentum is not None else 1 / (seen + 1)
+        share = self.share(seen)
         var = batch.var * (values / max(values - 1, 1)) if self.unbiased else batch.var
         return Moments(
             (1 - share) * old.mean + share * batch.mean, (1 - share) * old.var + share * var
         )
+
+    def repeat(self, averages: Averages, before: Averages, after: Averages) -> Averages:
+        """The averages after a batch like the one that led from `before` to `after`.
+
+        Its moments are m = before + (after - before) / a, so that it need not be seen again.
+
+        Example:
+            >>> import torch
+            >>> seen = [{"seen": torch.tensor(n), "norm.mean": torch.tensor(n * 1.0)} for n in (0, 1)]
+            >>> RunningStatistics(momentum=0.5).repeat(seen[1], *seen)  # m = 2
+            {'seen': tensor(2), 'norm.mean': tensor(1.5000)}
+        """
+        first, share = (self.share(int(each["seen"])) for each in (before, averages))
+        ratio = share / first if first else 0.0
+        moved = {
+            name: now + share * (before[name] - now) + ratio * (after[name] - before[name])
+            for name, now in averages.items()
+            if name != "seen"
+        }
+        return {"seen": averages["seen"] + 1, **moved}
 
 
 @dataclass(frozen=True, kw_only=True)
