@@ -12,29 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testtime._core.errors import (
-    InputError,
-    OptionError,
-    StateError,
-    TesttimeWarning,
-)
+from testtime._core.errors import InputError, OptionError, StateError, TesttimeWarning
 from testtime._core.gates import Gate
 from testtime._core.guards import Guard
 from testtime._core.options import whole
-from testtime._core.seeds import generator
 from testtime.adaptation.budget import Ration
 from testtime.adaptation.checks import check_held, check_input, check_model, check_output, taking
-from testtime.adaptation.deferred import Behind, Give, Job, Lane, autocasting, check_deferred
+from testtime.adaptation.deferred import Behind, Give, Job, Lane, check_deferred
 from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.export import copied, exported
 from testtime.adaptation.gating import check_gate, judge
 from testtime.adaptation.guarding import check_guard, distrusted, guarded
-from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
+from testtime.adaptation.knowledge import SourceKnowledge
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import lock_of
 from testtime.adaptation.look import check_backward, look, named_layer
-from testtime.adaptation.monitors import check_memory
+from testtime.adaptation.modes import autocasting, computing
 from testtime.adaptation.needs import (
     check_covered,
     check_kind,
@@ -43,14 +37,13 @@ from testtime.adaptation.needs import (
     known_of,
 )
 from testtime.adaptation.outputs import detached, read_logits
-from testtime.adaptation.parts.statistics import (
-    BatchStatistics,
-)
+from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.plan import Plan, planned
 from testtime.adaptation.ranks import Ranks
-from testtime.adaptation.recipe import Recipe, describe
+from testtime.adaptation.recipe import Recipe
+from testtime.adaptation.resuming import owner, resumed
 from testtime.adaptation.source_like import Signals, SourceLike
-from testtime.adaptation.state import State, check_state, load_state, save_state
+from testtime.adaptation.state import State, load_state, save_state
 
 
 class Adapter:
@@ -126,11 +119,11 @@ class Adapter:
             InputError: when the batch is empty, not finite, or of the wrong rank, type or device;
                 nothing has changed then.
         """
-        with self._settled(), _computing():
+        with self._settled(), computing():
             x = self._admit(x, teaches=True)
             before = self._engine.forwards, self._engine.backwards
             was = self._state
-            state = self._due(was)
+            state = self._engine.due(was)
             later = self._deferred and not self._behind.inside
             mine = self._lane.take(x, state) if later else x
             steps = self._steps(mine, state)
@@ -180,7 +173,7 @@ class Adapter:
         casting = autocasting(self._engine.device)
 
         def job(give: Give) -> None:
-            with _computing(), casting(), self._lane.computing():
+            with computing(), casting(), self._lane.computing():
                 output, step = self._taking(x, lambda: begun(steps))
                 if not give(self._lane.give(output)):
                     steps.close()
@@ -202,7 +195,7 @@ class Adapter:
         Raises:
             InputError: as a call.
         """
-        with self._settled(), _computing():
+        with self._settled(), computing():
             x = self._admit(x)
             engine, state = self._engine, self._state
             asked = engine.frozen if distrusted(state) else lambda x: engine.predict(x, state)
@@ -259,12 +252,12 @@ class Adapter:
             StateError: when the mark is of another method, or of a model of other shapes.
         """
         with self._settled():
-            self._state = self._own(mark, "this snapshot")
+            self._state = self._resumed(mark, "this snapshot")
 
     def save(self, path: str | Path) -> None:
         """Writes the state as safetensors, wholly or not at all."""
         with self._settled(), self._engine.loan.lock:
-            save_state(self._state, path, owner=self._owner())
+            save_state(self._state, path, owner=owner(self.model, self.recipe))
 
     def load(self, path: str | Path) -> None:
         """Goes on where `save` left off, bit for bit; on another kind of device, up to rounding and
@@ -275,8 +268,9 @@ class Adapter:
                 is of another model or method. The adapter's own state is unchanged then.
         """
         with self._settled(), self._engine.loan.lock:
-            state = load_state(path, owner=self._owner(), device=self._engine.device)
-            self._state = self._own(state, str(path))
+            mine = owner(self.model, self.recipe)
+            state = load_state(path, owner=mine, device=self._engine.device)
+            self._state = self._resumed(state, str(path))
 
     def export(self) -> nn.Module:
         """A plain copy of the model with what was learned, in eval mode.
@@ -298,7 +292,7 @@ class Adapter:
 
         Layers are in order of execution once a batch, or `x`, was seen.
         """
-        with self._settled(), _computing():
+        with self._settled(), computing():
             if x is not None:
                 self._admit(x)
             spending = self._ration and self._ration.told(self._state.account)
@@ -387,57 +381,8 @@ class Adapter:
     def _taking(self, x: Tensor, run: Callable[[], Any]) -> Any:
         return run() if self._seen == (x.shape[1:], x.dtype) else taking(self.model, x, run)
 
-    def _due(self, state: State) -> State:
-        """The state a step begins with: the source's where the recipe says so."""
-        recipe = self.recipe
-        every = recipe.reset_every
-        if state.steps and (recipe.episodic or (every and state.steps % every == 0)):
-            return replace(
-                self._engine.fresh(),
-                steps=state.steps, samples=state.samples, generator=state.generator,
-                gate=state.gate, account=state.account, guard=state.guard,
-            )  # fmt: skip
-        return state
-
-    def _owner(self) -> dict[str, str]:
-        return {"model": fingerprint(self.model), "method": describe(self.recipe)}
-
-    def _own(self, state: State, what: str) -> State:
-        """The state, checked to be one that this adapter can go on from."""
-        engine = self._engine
-        loan = engine.loan
-        check_state(
-            state, describe(self.recipe),
-            lambda name: loan.source(name) if name in loan.canonical else None, what,
+    def _resumed(self, state: State, what: str) -> State:
+        return resumed(
+            state, self._engine, what,
+            seen=self._seen is not None, gate=self._gate, guard=self._watch,
         )  # fmt: skip
-        chance = generator(self._seed, "adapter", state.steps, device=engine.device).get_state()
-        if state.generator is not None and state.generator.shape != chance.shape:
-            state = replace(state, generator=chance)  # of another kind of device, which keeps other
-        if not state.steps:  # the order of execution may not have been known to who made it
-            return replace(engine.fresh(), generator=state.generator)
-        if self._seen and set(state.tensors) != set(engine.names):
-            raise StateError(f"{what} belongs to another model: it adapts other tensors.")
-        if self._gate is not None and state.gate is not None:
-            check_memory("gate", self._gate, state.gate["memory"], what)
-        if state.guard is None:
-            return state
-        if self._watch is None:  # nobody is left to distrust it
-            return replace(state, guard=None)
-        check_memory("guard", self._watch, state.guard["memory"], what)
-        return state
-
-
-@contextmanager
-def _computing() -> Iterator[None]:
-    """No gradient but where the engine asks for one, whatever the caller's modes.
-
-    Autocast's cache is off: within one long region of autocast it would keep a copy, and the graph,
-    of every tensor that ever adapted.
-    """
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)

@@ -252,25 +252,3 @@ def _used_in(part: Tensor, stream: Any) -> Tensor:
     if part.device.type == stream.device.type:  # an output or a state may hold some of the CPU
         part.record_stream(stream)
     return part
-
-
-def autocasting(device: torch.device) -> Callable[[], ExitStack]:
-    """The caller's autocast, to be entered in another thread: modes of torch belong to a thread.
-
-    Args:
-        device: of the model.
-    """
-    found = [
-        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        for kind in {"cpu", device.type}
-        if torch.amp.is_autocast_available(kind)
-    ]
-
-    def enter() -> ExitStack:
-        with ExitStack() as entered:
-            for kind, dtype, enabled in found:
-                cast = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-                entered.enter_context(cast)
-            return entered.pop_all()
-
-    return enter

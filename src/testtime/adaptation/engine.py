@@ -22,7 +22,7 @@ from testtime.adaptation.parts.statistics import Averages, RunningStatistics, So
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe, reads
 from testtime.adaptation.replay import Recorded
-from testtime.adaptation.state import State
+from testtime.adaptation.state import State, rejoined
 from testtime.measures.entropy import entropy
 
 WORTH = 1 << 17
@@ -143,6 +143,13 @@ class Engine:
             generator=generator(self.seed, "adapter", device=self.device).get_state(),
             method=describe(recipe),
         )
+
+    def due(self, state: State) -> State:
+        """The state a step begins with: the source's where the recipe says so."""
+        every = self.recipe.reset_every
+        if state.steps and (self.recipe.episodic or (every and state.steps % every == 0)):
+            return rejoined(self.fresh(), state)
+        return state
 
     def _source_averages(self) -> Averages | None:
         if not isinstance(self.recipe.statistics, RunningStatistics):

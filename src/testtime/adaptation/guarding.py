@@ -22,7 +22,7 @@ from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
 from testtime.adaptation.monitors import asked, check_monitor
 from testtime.adaptation.never_worse import RUN, NeverWorse, answered
 from testtime.adaptation.outputs import read_logits, rows
-from testtime.adaptation.state import State
+from testtime.adaptation.state import STREAM, State, rejoined
 from testtime.measures.entropy import entropy
 
 APART = 4
@@ -33,8 +33,6 @@ MARK = 512
 """Samples between two states to which one can roll back."""
 PATIENCE = 1024
 """Samples without trust after which the source is restored."""
-STREAM = ("guard", "gate", "account", "generator", "steps", "samples", "method")
-"""What belongs to the stream and not to what was learnt."""
 
 
 def check_guard(guard: Any) -> Guard | None:
@@ -236,8 +234,7 @@ def _rolled_back(engine: Engine, state: State, seen: dict[str, Any]) -> State:
 
 def _taken(engine: Engine, old: State, state: State) -> State:
     """What was learnt of the one, with the stream of the other."""
-    stream = {name: getattr(state, name) for name in STREAM}
-    return _bought(engine, replace(old, **stream), state)
+    return _bought(engine, rejoined(old, state), state)
 
 
 def _bought(engine: Engine, old: State, state: State) -> State:

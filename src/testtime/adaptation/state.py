@@ -15,6 +15,8 @@ from testtime._core.errors import StateError
 from testtime._core.files import atomic, digest
 
 FORMAT = "testtime-state-1"
+STREAM = ("guard", "gate", "account", "generator", "steps", "samples", "method")
+"""What of a state belongs to the stream and not to what was learnt."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class State:
     steps: int = 0
     samples: int = 0
     method: str = ""
+
+
+def rejoined(learnt: State, stream: State) -> State:
+    """What was learnt in the one state, in the stream of the other."""
+    return replace(learnt, **{name: getattr(stream, name) for name in STREAM})
 
 
 def save_state(state: State, path: str | Path, *, owner: dict[str, str]) -> None:
