@@ -52,6 +52,17 @@ class Entry:
         return self.factory(**options)
 
 
+@dataclass(frozen=True)
+class Info:
+    """What an entry says of itself: name, paper (slug of the catalogue), summary, options, needs."""
+
+    name: str
+    paper: str
+    summary: str
+    options: dict[str, Any]
+    needs: tuple[str, ...]
+
+
 def register(
     kind: str, *, paper: str, name: str = "", needs: tuple[str, ...] = ()
 ) -> Callable[[F], F]:
@@ -80,6 +91,14 @@ def entries(kind: str) -> Mapping[str, Entry]:
             point.load()
         _loaded.add(kind)
     return dict(sorted(_entries[kind].items()))
+
+
+def infos(kind: str) -> dict[str, Info]:
+    """What all entries of a kind say of themselves, by name."""
+    return {
+        name: Info(name, entry.paper, entry.summary, entry.options, entry.needs)
+        for name, entry in entries(kind).items()
+    }
 
 
 def find(kind: str, name: str) -> Entry:

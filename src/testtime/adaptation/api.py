@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -10,35 +9,21 @@ from torch import nn
 from testtime._core.errors import NeedsSource, OptionError
 from testtime._core.gates import Gate
 from testtime._core.guards import Guard
-from testtime._core.registry import entries, find
+from testtime._core.registry import Info, find, infos
 from testtime.adaptation.adapter import Adapter
 from testtime.adaptation.events import Event
 from testtime.adaptation.knowledge import SourceKnowledge
 from testtime.adaptation.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class MethodInfo:
-    """A method: its name, paper (slug of the catalogue), summary, options with defaults, needs."""
-
-    name: str
-    paper: str
-    summary: str
-    options: dict[str, Any]
-    needs: tuple[str, ...]
-
-
-def methods() -> dict[str, MethodInfo]:
+def methods() -> dict[str, Info]:
     """All methods by name.
 
     Example:
         >>> methods()["tent"].options["lr"]
         0.001
     """
-    return {
-        name: MethodInfo(name, entry.paper, entry.summary, entry.options, entry.needs)
-        for name, entry in entries("method").items()
-    }
+    return infos("method")
 
 
 def adapt(

@@ -3,12 +3,11 @@
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, overload
 
 from testtime._core.errors import InputError, OptionError
 from testtime._core.options import check_types, whole
-from testtime._core.registry import entries, find
+from testtime._core.registry import Info, find, infos
 from testtime._core.seeds import derive
 from testtime.decode.decoding import Job, Method
 from testtime.decode.methods.uscd import without_examples
@@ -20,28 +19,14 @@ from testtime.decode.writing import Generation, OnText, Row, Writing
 END = object()
 
 
-@dataclass(frozen=True)
-class DecodingInfo:
-    """A decoding method: name, paper (slug of the catalogue), summary, options, what it needs."""
-
-    name: str
-    paper: str
-    summary: str
-    options: dict[str, Any]
-    needs: tuple[str, ...]
-
-
-def decodings() -> dict[str, DecodingInfo]:
+def decodings() -> dict[str, Info]:
     """All decoding methods by name.
 
     Example:
         >>> decodings()["min-p"].options
         {'p': 0.1, 'temperature': 1.0}
     """
-    return {
-        name: DecodingInfo(name, e.paper, e.summary, e.options, e.needs)
-        for name, e in entries("decoding").items()
-    }
+    return infos("decoding")
 
 
 @overload

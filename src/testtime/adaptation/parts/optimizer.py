@@ -84,18 +84,15 @@ class Adam:
         self, state: OptimizerState, tensors: list[Tensor], grads: list[Tensor]
     ) -> tuple[list[Tensor], OptimizerState]:
         """Tensors and state after one step against the gradients."""
-        steps = state["steps"] + 1
-        one, two = self.betas
-        first = torch._foreach_lerp(state["first"], grads, 1 - one)
-        second = torch._foreach_mul(state["second"], two)
-        torch._foreach_addcmul_(second, grads, grads, 1 - two)
+        steps, (one, two) = state["steps"] + 1, self.betas
+        first, second = _moments(state, grads, self.betas)
         scale = torch._foreach_sqrt(second)
         torch._foreach_div_(scale, (1 - two**steps) ** 0.5)
         torch._foreach_add_(scale, self.eps)
         if self.weight_decay:
             tensors = list(torch._foreach_mul(tensors, 1 - self.lr * self.weight_decay))
         moved = torch._foreach_addcdiv(tensors, first, scale, -self.lr / (1 - one**steps))
-        return list(moved), {"steps": steps, "first": list(first), "second": list(second)}
+        return list(moved), {"steps": steps, "first": first, "second": second}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +130,8 @@ class AdaMod:
         self, state: OptimizerState, tensors: list[Tensor], grads: list[Tensor]
     ) -> tuple[list[Tensor], OptimizerState]:
         """Tensors and state after one step against the gradients."""
-        steps = state["steps"] + 1
-        one, two = self.betas
-        first = torch._foreach_lerp(state["first"], grads, 1 - one)
-        second = torch._foreach_mul(state["second"], two)
-        torch._foreach_addcmul_(second, grads, grads, 1 - two)
+        steps, (one, two) = state["steps"] + 1, self.betas
+        first, second = _moments(state, grads, self.betas)
         # the root of zero has no slope, which attacks that differentiate through steps would meet
         root = torch._foreach_sqrt(torch._foreach_clamp_min(second, 1e-30))
         rate = torch._foreach_reciprocal(torch._foreach_add(root, self.eps))
@@ -146,7 +140,7 @@ class AdaMod:
         moved = torch._foreach_addcmul(
             tensors, torch._foreach_minimum(rate, bound), first, value=-1
         )
-        kept = {"first": list(first), "second": list(second), "bound": list(bound)}
+        kept = {"first": first, "second": second, "bound": list(bound)}
         return list(moved), {"steps": steps, **kept}
 
 
@@ -236,3 +230,14 @@ def rate_for_batch(lr: float, batch_size: int) -> float:
     in_range(0, lr=lr)
     whole(1, batch_size=batch_size)
     return lr * min(1.0, batch_size / 32) * (2 if batch_size == 1 else 1)
+
+
+def _moments(
+    state: OptimizerState, grads: list[Tensor], betas: tuple[float, float]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Moving averages of the gradients, and of their squares."""
+    one, two = betas
+    first = torch._foreach_lerp(state["first"], grads, 1 - one)
+    second = torch._foreach_mul(state["second"], two)
+    torch._foreach_addcmul_(second, grads, grads, 1 - two)
+    return list(first), list(second)
