@@ -10,43 +10,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import testtime as tt
+from battery import ALL, adapter_of, alike, recipe_of
 from models import batches, tiny
 from testtime._core.errors import InputError, OptionError, StateError
-from testtime._core.outcomes import Outcome
-from testtime._core.registry import find
 from testtime.adaptation.deferred import Behind, answers_last
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.events import Counts
 
-SMALL = {"memo": {"views": 2}, "cotta": {"views": 2}, "petal": {"views": 2}, "psmt": {"views": 2}}
-SMALL |= {"vcotta": {"views": 2}, "tesla": {"views": 2}}
-ALL = sorted(set(tt.methods()) - {"foa", "simatta"})
-WHY = {name: answers_last(find("method", name).build()) for name in ALL}
-ANSWER_FIRST = [name for name in ALL if WHY[name] is None]
-ANSWER_LAST = [name for name in ALL if WHY[name] is not None]
-
-
-def adapter_of(name: str, model: nn.Module | None = None, **more):
-    model = tiny() if model is None else model
-    loader = [(x, torch.arange(len(x)) % 5) for x in batches(2)]
-    source = tt.fit_source(model, loader, methods=[name]) if tt.methods()[name].needs else None
-    return tt.adapt(model, name, source=source, **{**SMALL.get(name, {}), **more})
-
-
-def alike(one, two) -> bool:
-    """Whether two trees hold the same, to the last bit."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, two)
-    if isinstance(one, dict):
-        return one.keys() == two.keys() and all(alike(one[key], two[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(two) and all(map(alike, one, two))
-    return one == two
-
-
+WHY = {name: answers_last(recipe_of(name)) for name in ALL if name != "simatta"}
+ANSWER_FIRST = [name for name, why in WHY.items() if why is None]
+ANSWER_LAST = [name for name, why in WHY.items() if why is not None]
 first = pytest.mark.parametrize("name", ANSWER_FIRST)
 
 
@@ -371,52 +346,3 @@ def test_a_dropped_adapter_leaves_no_thread():
     del adapter
     own.join(30)
     assert not own.is_alive()
-
-
-# --- every k-th batch -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["tent", "sar", "cotta", "memo", "adanpc"])
-@pytest.mark.parametrize("deferred", [False, True])
-def test_of_k_batches_the_first_teaches(name, deferred):
-    if deferred and name in ANSWER_LAST:
-        return
-    adapter = adapter_of(name, every=3, deferred=deferred)
-    plain, xs = adapter_of(name), batches(7)
-    for number, x in enumerate(xs):
-        if number % 3 == 0:
-            assert torch.equal(adapter(x), plain(x))
-            continue
-        mark, before = adapter.snapshot(), adapter.counts
-        told = adapter.predict(x)
-        spent = adapter.counts.forwards - before.forwards if name != "memo" else 0
-        before = adapter.counts
-        assert torch.equal(adapter(x), told)
-        assert adapter.counts.backwards == before.backwards
-        if name not in ("memo", "cotta"):
-            assert adapter.counts.forwards - before.forwards == len(x) == spent or spent == 0
-        assert adapter.events[-1].outcome is Outcome.NOT_DUE
-        assert alike(mark.tensors, adapter.snapshot().tensors)
-        mine = adapter.snapshot()
-        plain.restore(mine)
-    assert adapter.counts.spared == 4
-    assert adapter.counts.steps == 7
-
-
-def test_thinning_goes_on_where_a_file_left_off(tmp_path):
-    xs = batches(6)
-    one, two = (tt.adapt(tiny(), "tent", every=2) for _ in range(2))
-    for x in xs[:3]:
-        one(x)
-    one.save(tmp_path / "state")
-    two.load(tmp_path / "state")
-    assert all(torch.equal(one(x), two(x)) for x in xs[3:])
-    assert [e.outcome for e in two.events] == [Outcome.NOT_DUE, Outcome.ADAPTED, Outcome.NOT_DUE]
-
-
-def test_a_method_with_an_every_of_its_own_keeps_it():
-    assert tt.adapt(tiny(), "rotta", every=16, capacity=16).recipe.procedure.every == 16
-    assert tt.adapt(tiny(), "rotta", every=16, capacity=16)._every == 1
-    for wrong in (0, 1.5, "a", True):
-        with pytest.raises(OptionError, match="every is"):
-            tt.adapt(tiny(), "tent", every=wrong)

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+PROMPTS = ["ab", "a longer prompt, with more to read", "☃ snow"]
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 

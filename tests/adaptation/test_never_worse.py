@@ -1,0 +1,194 @@
+"""What the guard of `guard=True` looks at, and what it says of it."""
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import mutual_info_score
+from torch import Tensor, nn
+
+from testtime._core.errors import OptionError
+from testtime.adaptation.never_worse import NeverWorse, excess, information
+
+answers = st.lists(st.integers(0, 3), min_size=4, max_size=40)
+
+
+def logits(labels: Tensor, classes: int = 10) -> Tensor:
+    return 5.0 * nn.functional.one_hot(labels, classes).float()
+
+
+def drawn(count: int, seed: int = 0, classes: int = 10) -> Tensor:
+    return torch.randint(classes, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def blurred(labels: Tensor, share: float, seed: int = 1) -> Tensor:
+    """The same labels, a share of them drawn anew."""
+    chance = torch.Generator().manual_seed(seed)
+    anew = torch.rand(len(labels), generator=chance) < share
+    return torch.where(anew, drawn(len(labels), seed + 1), labels)
+
+
+def said(adapted: Tensor, source: Tensor, size: int = 64) -> list[bool | None]:
+    guard = NeverWorse()
+    pairs = zip(adapted.split(size), source.split(size), strict=True)
+    return [guard.update(logits(a), logits(s)) for a, s in pairs]
+
+
+def trusts(words: list[bool | None]) -> bool:
+    return all(word is False for word in words)
+
+
+@given(answers, st.randoms(use_true_random=False))
+def test_information_is_that_of_counts(a, chance):
+    b = [chance.choice([x, 0, 2]) for x in a]
+    shared, one, other = information(torch.tensor(a), torch.tensor(b), 4)
+    assert shared == pytest.approx(mutual_info_score(a, b), abs=1e-9)
+    assert one == pytest.approx(mutual_info_score(a, a), abs=1e-9)
+    assert other == pytest.approx(mutual_info_score(b, b), abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=5, max_size=12))
+def test_the_excess_is_nought_on_the_mean_of_all_orders(a):
+    chance = random.Random(0)
+    means = [excess(torch.tensor(chance.sample(a, len(a)))) for _ in range(600)]
+    assert sum(means) / len(means) == pytest.approx(0, abs=0.06)
+
+
+def test_answers_that_have_nothing_to_do_with_the_source_s_are_not_trusted():
+    labels = drawn(1280)
+    assert all(said(drawn(1280, 5), labels)[1:])
+    same = blurred(labels, 0.3)
+    assert set(said(same, same)) == {None}  # nothing differs, so that nobody knows
+
+
+def test_where_labels_come_in_order_the_better_follows_it():
+    labels = torch.arange(10).repeat_interleave(25).repeat(6)
+    for better, worse in ((0.1, 0.3), (0.0, 0.2)):
+        good, bad = blurred(labels, better), blurred(labels, worse, 7)
+        assert trusts(said(good, bad)[4:])
+        assert all(said(bad, good)[4:])
+
+
+def test_a_lead_below_its_error_is_none():
+    labels = torch.arange(10).repeat_interleave(25).repeat(6)
+    source = blurred(labels, 0.2)
+    few = source.clone()
+    wrong = (few != labels).nonzero()[:, 0]
+    right = wrong[-len(wrong) // 2 :][:: len(wrong) // 4][:2]
+    few[right] = labels[right]  # ahead, but by too few to be told from chance
+    assert said(few, source)[-1] is None
+    few[wrong[::2]] = labels[wrong[::2]]
+    assert said(few, source)[-1] is False
+
+
+def test_what_is_lost_of_late_is_not_made_up_for_by_what_was_gained_before():
+    labels = torch.arange(10).repeat_interleave(25).repeat(6)[:1408]
+    source, good = blurred(labels, 0.3), blurred(labels, 0.0)
+    late = torch.cat([good[:1152], blurred(labels, 0.7, 9)[1152:]])
+    words = said(late, source)
+    assert words[17] is False
+    assert words[-1] is not False
+
+
+def test_a_few_answers_less_even_are_no_proof_of_harm():
+    labels = drawn(256)
+    narrower = labels.clone()
+    counts = labels[-128:].bincount()  # of those that evenness is judged by
+    narrower[(labels == counts.argmin()).nonzero()[-1]] = counts.argmax()
+    assert said(narrower, labels)[-1] is None
+
+
+def test_equal_neighbours_are_not_enough_where_labels_come_in_order():
+    labels = drawn(1344 // 4).repeat_interleave(4)
+    source, crowded = blurred(labels, 0.1), labels // 2
+    blocks = [
+        (excess(a), excess(s)) for a, s in zip(crowded.split(64), source.split(64), strict=True)
+    ]
+    assert sum(a for a, _ in blocks) > sum(s for _, s in blocks)
+    assert said(crowded, source)[-1] is not False
+    assert said(labels, source)[-1] is False
+
+
+def test_where_they_do_not_narrower_answers_are_not_trusted():
+    labels = drawn(1280)
+    crowded = torch.where((labels > 5) & (drawn(1280, 3) < 5), 0, labels)
+    assert all(said(crowded, labels)[2:])
+    assert trusts(said(labels, crowded))
+
+
+def test_trust_that_was_earned_lasts_as_long_as_the_lead():
+    labels = torch.arange(10).repeat(64)
+    crowded, barely = labels.clone(), labels.clone()
+    crowded[(labels == 1) & (torch.arange(640) % 3 > 0)] = 0
+    barely[600] = 1  # of 0: a lead of the other, below its standard error
+    earned = said(torch.cat([labels, labels]), torch.cat([crowded, barely]))
+    unearned = said(labels, barely)
+    assert trusts(earned)
+    assert set(unearned) == {None}
+    behind = said(torch.cat([labels, barely]), torch.cat([crowded, labels]))
+    assert behind[9] is False
+    assert behind[-1] is None
+
+
+def test_one_answer_for_all_trusts_nobody():
+    same = torch.zeros(256, dtype=torch.long)
+    assert all(said(drawn(256), same))
+    assert set(said(same, same)) == {None}
+
+
+def test_nobody_is_trusted_before_a_block_was_seen_nor_with_nan():
+    guard, labels = NeverWorse(), drawn(48)
+    even, crowded = logits(labels), logits(labels // 3)
+    parts = zip(even.split(16), crowded.split(16), strict=True)
+    assert [guard.update(*part) for part in parts] == [None, None, False]
+    assert guard.update(even * math.nan, even) is True
+    assert guard.update(even[:1], crowded[:1]) is False
+
+
+def test_what_is_old_is_forgotten():
+    labels, other = drawn(4096), drawn(4096, 3)
+    adapted = torch.cat([other[:2048], labels[2048:]])
+    got = said(adapted, labels)
+    assert all(got[1:32])
+    assert True not in got[-16:]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(1, 70), min_size=3, max_size=12), st.integers(0, 99))
+def test_it_goes_on_where_its_state_was_taken(sizes, seed):
+    labels = drawn(sum(sizes), seed)
+    pairs = list(
+        zip(
+            logits(blurred(labels, 0.6, seed)).split(sizes),
+            logits(labels).split(sizes),
+            strict=True,
+        )
+    )
+    whole, half = NeverWorse(memory=128), NeverWorse(memory=128)
+    want = [whole.update(*pair) for pair in pairs]
+    got = []
+    for pair in pairs:
+        other = NeverWorse(memory=128)
+        other.load_state_dict(half.state_dict())
+        got.append(other.update(*pair))
+        half = other
+    assert got == want
+
+
+def test_a_class_that_is_left_out_is_no_answer_missing():
+    labels = drawn(64)
+    x = logits(labels).masked_fill(torch.arange(10) == 9, -math.inf)
+    assert NeverWorse().update(x, x) is None
+    assert NeverWorse().update(torch.full_like(x, -math.inf), x)
+
+
+@pytest.mark.parametrize(
+    "option", [{"kept": -0.1}, {"kept": 2}, {"memory": 1}, {"recent": 0}, {"block": 0}]
+)
+def test_options_out_of_range_are_refused(option):
+    with pytest.raises(OptionError):
+        NeverWorse(**option)

@@ -1,0 +1,186 @@
+"""A stream goes on from a snapshot or a file as if it had never stopped, and from no other's."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import testtime as tt
+from battery import ALL, adapter_of, each
+from models import Headed, batches, tiny
+from testtime._core.errors import StateError
+from testtime._core.files import digest
+from testtime.adaptation.knowledge import fingerprint
+
+
+@each
+def test_state_goes_to_disk_and_back(name, tmp_path):
+    first, second = adapter_of(name), adapter_of(name)
+    xs = batches(8)
+    for x in xs[:4]:
+        first(x)
+    first.save(tmp_path / "state.safetensors")
+    second.load(tmp_path / "state.safetensors")
+    for x in xs[4:]:
+        assert torch.equal(first(x), second(x))
+
+
+@each
+def test_reset_and_restore_are_exact(name):
+    adapter = adapter_of(name)
+    xs = batches(6)
+    begin = [adapter(x) for x in xs[:3]]
+    mark = adapter.snapshot()
+    later = [adapter(x) for x in xs[3:]]
+    adapter.restore(mark)
+    assert all(torch.equal(adapter(x), y) for x, y in zip(xs[3:], later, strict=True))
+    adapter.reset()
+    assert all(torch.equal(adapter(x), y) for x, y in zip(xs[:3], begin, strict=True))
+
+
+def blocks_registered_backwards() -> nn.Module:
+    """Four blocks of two normalisation layers that run in the other order than they are held."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Backwards()
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval()
+
+
+class Backwards(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        half = lambda: [nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()]  # noqa: E731
+        self.head = nn.Linear(6, 5)
+        for i in (4, 3, 2, 1):
+            setattr(self, f"block{i}", nn.Sequential(*half(), *half()))
+        self.stem = nn.Conv2d(3, 6, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for i in (1, 2, 3, 4):
+            x = getattr(self, f"block{i}")(x)
+        return 20 * self.head(x.mean((2, 3)))
+
+
+@each
+def test_states_do_not_depend_on_when_the_order_of_layers_was_seen(name, tmp_path):
+    xs = batches(6)
+    first = adapter_of(name, blocks_registered_backwards())
+    mark = first.snapshot()
+    begin = [first(x) for x in xs[:3]]
+    first.save(tmp_path / "state")
+    later = [first(x) for x in xs[3:]]
+    first.restore(mark)
+    assert all(torch.equal(first(x), y) for x, y in zip(xs[:3], begin, strict=True))
+    second = adapter_of(name, blocks_registered_backwards())
+    second.load(tmp_path / "state")
+    assert all(torch.equal(second(x), y) for x, y in zip(xs[3:], later, strict=True))
+
+
+@each
+def test_snapshots_of_other_methods_and_models_are_refused(name):
+    adapter = adapter_of(name)
+    adapter(batches(1)[0])
+    mine = adapter.snapshot()
+    for other in set(ALL) - {name}:
+        with pytest.raises(StateError, match="another method"):
+            adapter.restore(adapter_of(other).snapshot())
+    if mine.tensors:
+        wrapped = adapter_of(name, Headed(tiny()).eval())
+        wrapped(batches(1)[0])
+        with pytest.raises(StateError, match="another model"):
+            adapter.restore(wrapped.snapshot())
+    assert adapter.snapshot() is mine
+
+
+def meddled(path, change) -> None:
+    with safe_open(path, framework="pt") as file:
+        about = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(about, tensors)
+    save_file(tensors, path, about)
+
+
+def not_finite(about, tensors) -> None:
+    for name in tensors:
+        if tensors[name].is_floating_point():
+            tensors[name] = tensors[name] * math.nan
+    about["digest"] = digest(tensors, about["plain"])
+
+
+MEDDLING = {
+    "another shape": lambda about, tensors: tensors.update(generator=torch.zeros(3)),
+    "a tensor less": lambda about, tensors: tensors.pop("generator"),
+    "no tree": lambda about, tensors: about.pop("plain"),
+    "another tree": lambda about, tensors: about.update(plain="{}"),
+    "an older format": lambda about, tensors: about.update(format="testtime-state-0"),
+    "not finite": not_finite,
+}
+
+
+@each
+@pytest.mark.parametrize("how", MEDDLING)
+def test_damaged_states_are_refused(name, how, tmp_path):
+    adapter = adapter_of(name)
+    for x in batches(2):
+        adapter(x)
+    adapter.save(tmp_path / "state")
+    meddled(tmp_path / "state", MEDDLING[how])
+    mark = adapter.snapshot()
+    if how == "not finite" and not (mark.tensors or mark.averages):
+        return  # this method has nothing that could be
+    with pytest.raises(StateError, match="state"):
+        adapter.load(tmp_path / "state")
+    assert adapter.snapshot() is mark
+
+
+@each
+def test_reset_follows_a_model_that_was_changed(name):
+    model, xs = tiny(), batches(3)
+    adapter = adapter_of(name, model)
+    adapter(xs[0])
+    with torch.no_grad():
+        model.norm1 = nn.BatchNorm2d(6).eval()
+        model.head = nn.Linear(8, 5)
+        model.load_state_dict({k: v * 0.9 for k, v in tiny().state_dict().items()}, assign=True)
+    adapter.reset()
+    fresh = tt.adapt(adapter.model, adapter.recipe, source=adapter._source and replace(
+        adapter._source, model=fingerprint(model)))  # fmt: skip
+    assert all(torch.equal(adapter(x), fresh(x)) for x in xs)
+
+
+def test_states_of_others_are_refused(tmp_path):
+    adapter = tt.adapt(tiny(), "tent")
+    adapter(batches(1)[0])
+    path = tmp_path / "state.safetensors"
+    adapter.save(path)
+    other = tiny()
+    with torch.no_grad():
+        other.head.bias.add_(1)
+    with pytest.raises(StateError, match="another model"):
+        tt.adapt(other, "tent").load(path)
+    with pytest.raises(StateError, match="another method"):
+        tt.adapt(tiny(), "tent", lr=0.5).load(path)
+    path.write_bytes(path.read_bytes()[:-40])
+    mark = adapter.snapshot()
+    with pytest.raises(StateError, match="truncated"):
+        adapter.load(path)
+    with pytest.raises(StateError, match="no file"):
+        adapter.load(tmp_path / "nothing")
+    assert adapter.snapshot() is mark
+
+
+def test_source_knowledge_of_another_model_is_refused(tmp_path):
+    known = tt.fit_source(tiny(), batches(1))
+    known.save(tmp_path / "source.safetensors")
+    again = tt.SourceKnowledge.load(tmp_path / "source.safetensors")
+    assert again.samples == 16
+    with pytest.raises(StateError, match="another model"):
+        tt.adapt(tiny("group"), "eata", source=again)

@@ -1,0 +1,134 @@
+"""Calls that cannot be meant are refused with the way out."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import testtime as tt
+from battery import ALL, WHOLE, adapter_of, each
+from models import batches, tiny
+from testtime._core.errors import (
+    InputError,
+    NeedsSource,
+    OptionError,
+    ScopeError,
+    StateError,
+    UnknownName,
+)
+from testtime.adaptation.methods.tent import tent
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(UnknownName, match="did you mean tent"):
+        tt.adapt(tiny(), "tnet")
+    with pytest.raises(OptionError, match="did you mean lr"):
+        tt.adapt(tiny(), "tent", lrr=1)
+
+
+def test_a_method_that_needs_the_source_names_the_call():
+    with pytest.raises(NeedsSource, match=r"tt.fit_source\(model, loader"):
+        tt.adapt(tiny(), "eata")
+
+
+def test_a_model_without_normalisation_is_refused():
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    for name in ("tent", "sar", "rotta"):
+        with pytest.raises(ScopeError, match="has none"):
+            tt.adapt(bare, name)
+    assert tt.adapt(bare, "lame")(batches(1)[0]).shape == (16, 5)
+
+
+@each
+def test_a_type_that_the_model_does_not_take_is_refused_at_any_time(name):
+    adapter = adapter_of(name)
+    x = batches(1)[0]
+    for _ in range(2):
+        with pytest.raises(InputError, match="float64"):
+            adapter(x.double())
+        adapter(x)
+
+
+def test_pixels_out_of_range_are_refused_where_copies_are_made():
+    for name in {"rotta", "roid", "vcotta", "tesla", *WHOLE} - {"sqrl"}:
+        with pytest.raises(InputError, match="normalisation inside the model"):
+            adapter_of(name)(batches(1)[0] * 4 - 2)
+
+
+NUMBERS = [
+    (name, option)
+    for name in ALL
+    for option, default in tt.methods()[name].options.items()
+    if type(default) in (int, float)
+]
+
+
+@pytest.mark.parametrize(("name", "option"), NUMBERS)
+def test_options_that_are_no_numbers_are_refused(name, option):
+    for wrong in ("a", math.nan, [1], True):
+        with pytest.raises(OptionError, match=f"{option} is .*; expected"):
+            adapter_of(name, **{option: wrong})
+    if option in ("lr", "steps", "batch_size", "momentum", "margin", "views", "every", "capacity"):
+        with pytest.raises(OptionError, match=f"{option} is -1; expected"):
+            adapter_of(name, **{option: -1})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("tent", {"steps": 0}),
+        ("tent", {"steps": 1.5}),
+        ("tent", {"episodic": "yes"}),
+        ("tent", {"lr": math.inf}),
+        ("sar", {"batch_size": 0}),
+        ("sar", {"rho": -1.0}),
+        ("sar", {"scope": "norm"}),
+        ("eata", {"beta": -1.0}),
+        ("bn-adapt", {"prior": "a"}),
+        ("bn-adapt", {"alpha": 2.0}),
+        ("bn-adapt", {"momentum": -1.0}),
+        ("rotta", {"nu": 2.0}),
+        ("rotta", {"augment": 3}),
+        ("cotta", {"restore": -1.0}),
+        ("lame", {"affinity": 3}),
+        ("ostta", {"base": "tent"}),
+        ("deyo", {"patches": 0}),
+        ("rdumb", {"reset_every": 1.5}),
+    ],
+)
+def test_options_out_of_range_are_refused(name, options):
+    (option,) = options
+    with pytest.raises(OptionError, match=f"{option} is .*; expected"):
+        adapter_of(name, **options)
+
+
+def in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return tiny()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: tt.adapt(None, "tent"), OptionError, "instance of nn.Module"),
+        (lambda: tt.adapt(nn.Linear, "tent"), OptionError, "the class Linear"),
+        (lambda: tt.adapt("tent", tiny()), OptionError, r"tt.adapt\(model, 'tent'\)"),
+        (lambda: tt.adapt(tiny(), 3), OptionError, "expected a name or a recipe"),
+        (lambda: tt.adapt(tiny(), tent), OptionError, r"tt.adapt\(model, tent\(\)\)"),
+        (lambda: tt.adapt(tiny(), "tent", on_event=3), OptionError, "on_event"),
+        (lambda: tt.adapt(tiny(), "eata", source="file"), OptionError, "SourceKnowledge.load"),
+        (lambda: tt.adapt(torch.jit.script(tiny()), "tent"), ScopeError, "scripted"),
+        (lambda: tt.adapt(nn.LazyLinear(2), "tent"), ScopeError, "no shape yet"),
+        (lambda: tt.adapt(tiny().to("meta"), "tent"), ScopeError, "no values"),
+        (lambda: tt.adapt(in_inference_mode(), "tent"), ScopeError, "inference_mode"),
+        (lambda: tt.SourceKnowledge.load("nowhere"), StateError, "cannot be read"),
+        (lambda: tt.fit_source(tiny(), [torch.full((2, 3, 8, 8), math.nan)]), InputError, "NaN"),
+        (lambda: copy.deepcopy(tt.adapt(tiny(), "tent")), StateError, "neither copied nor pickled"),
+        (lambda: tt.adapt(tiny(), "deyo", patches=9)(batches(1)[0]), InputError, "fewer patches"),
+    ],
+)
+def test_wrong_calls_are_answered_with_the_way_out(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
