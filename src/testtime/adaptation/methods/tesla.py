@@ -109,15 +109,10 @@ def refined(features: Tensor, queue: tuple[Tensor, Tensor], neighbours: int) -> 
 
 
 class Said(NamedTuple):
-    """What the teacher said of a view, and its moving averages before and after it.
-
-    Attributes:
-        features, levels: those that were asked for.
-    """
+    """What the teacher said of a view, and its moving averages before and after it."""
 
     logits: Tensor
     features: list[Tensor]
-    levels: list[Tensor]
     before: Any
     after: Any
 
@@ -158,8 +153,7 @@ class AdversarialTeacher:
         drawn = torch.randint(len(views), (1,), generator=engine.generator, device=x.device)
         place = int(engine.ranks.gather(drawn)[0])  # ranks run it together
         shown = views[place]
-        said = self._teach(engine, shown, state, state.teacher_averages, watch=True)
-        policy, averages, sound = self._harden(engine, shown, said, state, memory)
+        said, policy, averages, sound = self._harden(engine, shown, state, memory)
         told: dict[str, Any] = {"used": len(x)}
         if not sound:
             return self._answer(engine, x, state, Outcome.NON_FINITE, told)
@@ -209,28 +203,39 @@ class AdversarialTeacher:
         return Step(output, logits, state, outcome, told)
 
     def _teach(
-        self, engine: Engine, x: Tensor, state: State, averages: Any, *, watch: bool = False
+        self,
+        engine: Engine,
+        x: Tensor,
+        state: State,
+        averages: Any,
+        levels: list[Tensor] | None = None,
     ) -> Said:
-        """What the teacher says of a view; `watch` notes what its layers are given."""
-        levels: list[Tensor] = []
+        """What the teacher says of a view; `levels` takes what its normalisation is given."""
         features: list[Tensor] = []
         loan, layer = engine.loan, engine.feature_layer
 
         @contextmanager
         def tap() -> Iterator[None]:
             recording = loan.recording(layer, features) if self.queue else nullcontext()
-            with watched(norm_layers(loan.model) if watch else [], levels), recording:
+            watching = nullcontext()
+            if levels is not None:
+                watching = watched(norm_layers(loan.model), levels)
+            with watching, recording:
                 yield
 
         teacher = state.teacher or {}
         output, after = engine.run(x, teacher, averages=averages, learn=True, tap=tap)
         logits = at_least_single(rows(read_logits(output)))
-        return Said(logits, features, levels, averages, after)
+        return Said(logits, features, averages, after)
 
     def _harden(
-        self, engine: Engine, shown: Tensor, said: Said, state: State, memory: dict[str, Any]
-    ) -> tuple[dict[str, Any], Any, bool]:
-        """The policy after a step, the teacher's averages, and whether the step was finite."""
+        self, engine: Engine, shown: Tensor, state: State, memory: dict[str, Any]
+    ) -> tuple[Said, dict[str, Any], Any, bool]:
+        """What the teacher said of the view, the policy after a step, the teacher's averages, and
+        whether the step was finite."""
+        plain: list[Tensor] = []
+        changed: list[Tensor] = []
+        said = self._teach(engine, shown, state, state.teacher_averages, plain)
         which = sub_policies(self.operations).to(shown.device)
         drawn = torch.randint(
             len(which), (len(shown),), generator=engine.generator, device=shown.device
@@ -239,8 +244,8 @@ class AdversarialTeacher:
         with torch.enable_grad():
             shares = leaves["sizes"].sigmoid()[drawn]
             hard = augmented(shown, which[drawn], shares, engine.generator)
-            strained = self._teach(engine, hard, state, said.after, watch=True)
-            moved = shift(strained.levels, said.levels, len(shown))
+            strained = self._teach(engine, hard, state, said.after, changed)
+            moved = shift(changed, plain, len(shown))
             losses = self.likeness * moved - entropy(strained.logits)
             scores = losses.detach() * leaves["selection"].log_softmax(0)[drawn]
             loss = engine.ranks.mean(losses + scores)
@@ -248,7 +253,7 @@ class AdversarialTeacher:
         tensors = [tensor.detach() for tensor in leaves.values()]
         tensors, optimizer = POLICY.step(memory["optimizer"], tensors, grads)
         policy = {"selection": tensors[0], "sizes": tensors[1], "optimizer": optimizer}
-        return policy, strained.after, finite(loss, grads)
+        return said, policy, strained.after, finite(loss, grads)
 
     def _hard(self, engine: Engine, shown: Tensor, policy: dict[str, Any]) -> Tensor:
         """Images under sub-policies drawn from the learned distribution."""
