@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from edges import assert_edge
 from testtime._core.registry import entries
 
 SMALL = {
@@ -84,11 +85,7 @@ def test_a_check_gives_the_numbers_that_its_claim_reads(slug, monkeypatch):
 
 @pytest.mark.parametrize("slug", EDGES)
 def test_a_claim_holds_up_to_its_thresholds(slug):
-    holds = vars(inspect.getmodule(entries("check")[slug].factory))["holds"]
-    numbers, changes = EDGES[slug]
-    assert holds(numbers)
-    for change in changes:
-        assert not holds(numbers | change), change
+    assert_edge(slug, *EDGES[slug])
 
 
 @pytest.mark.slow
