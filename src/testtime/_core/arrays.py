@@ -18,6 +18,16 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def in_type_of(given: Tensor, value: Tensor) -> Tensor:
+    """A value in the type of what it was made of, but in float32 at least.
+
+    Example:
+        >>> in_type_of(torch.ones(3, dtype=torch.bfloat16), torch.tensor(1.0).double()).dtype
+        torch.float32
+    """
+    return value.to(torch.promote_types(given.dtype, torch.float32))
+
+
 def magnitude(largest: Tensor) -> Tensor:
     """The power of two above each number of 0 or more; 1 for 0.
 

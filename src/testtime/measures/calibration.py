@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from testtime._core.arrays import in_type_of
 from testtime._core.errors import InputError, OptionError
 
 SLACK = 1e-5
@@ -59,7 +60,9 @@ def reliability(
     sure = _totals(place, confidence, bins) / count.clamp(min=1)
     right = _totals(place, hit, bins) / count.clamp(min=1)
     return Reliability(
-        count=count, confidence=_answer(sure, confidence), accuracy=_answer(right, confidence)
+        count=count,
+        confidence=in_type_of(confidence, sure),
+        accuracy=in_type_of(confidence, right),
     )
 
 
@@ -87,7 +90,7 @@ def calibration_error(
     """
     _check(confidence, hit, bins)
     gaps = _totals(_equal_width(confidence, bins), confidence.double() - hit.double(), bins)
-    return _answer(gaps.abs().sum() / len(hit), confidence)
+    return in_type_of(confidence, gaps.abs().sum() / len(hit))
 
 
 def adaptive_calibration_error(
@@ -124,7 +127,7 @@ def adaptive_calibration_error(
     size = tie.bincount()
     shared = (_totals(tie, hit[order], len(size)) / size)[tie]
     place = torch.arange(len(hit), device=hit.device) * bins // len(hit)
-    return _answer(_totals(place, ranked - shared, bins).abs().sum() / len(hit), confidence)
+    return in_type_of(confidence, _totals(place, ranked - shared, bins).abs().sum() / len(hit))
 
 
 def classwise_calibration_error(
@@ -159,7 +162,7 @@ def classwise_calibration_error(
         place = _equal_width(part, bins) + first
         right = place.gather(1, truth[:, None]).flatten().bincount(minlength=bins * classes)
         gaps = gaps + _totals(place.flatten(), part.flatten(), bins * classes) - right
-    return _answer(gaps.abs().sum() / (samples * classes), probs)
+    return in_type_of(probs, gaps.abs().sum() / (samples * classes))
 
 
 def brier_score(probs: Float[Tensor, "n classes"], labels: Int[Tensor, "n"]) -> Float[Tensor, ""]:
@@ -186,7 +189,7 @@ def brier_score(probs: Float[Tensor, "n classes"], labels: Int[Tensor, "n"]) -> 
     wrong = torch.zeros((), dtype=torch.float64, device=probs.device)
     for part, truth in _parts(probs, labels):
         wrong = wrong + (part.double() - one_hot(truth, probs.shape[1])).square().sum()
-    return _answer(wrong / len(labels), probs)
+    return in_type_of(probs, wrong / len(labels))
 
 
 def negative_log_likelihood(
@@ -218,7 +221,7 @@ def negative_log_likelihood(
             "but -inf and have no softmax; expected at least one finite logit and no NaN or +inf. "
             "Leave these samples out, and count them."
         )
-    return _answer(-chosen.mean(), logits)
+    return in_type_of(logits, -chosen.mean())
 
 
 def _equal_width(values: Tensor, bins: int) -> Tensor:
@@ -238,10 +241,6 @@ def _parts(probs: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(probs), AT_ONCE):
         cut = slice(start, start + AT_ONCE)
         yield probs[cut], labels[cut].long()
-
-
-def _answer(value: Tensor, given: Tensor) -> Tensor:
-    return value.to(torch.promote_types(given.dtype, torch.float32))
 
 
 def _check(confidence: Tensor, hit: Tensor, bins: int) -> None:

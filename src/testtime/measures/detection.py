@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
+from testtime._core.arrays import in_type_of
 from testtime._core.errors import InputError
 
 
@@ -44,7 +45,7 @@ def auroc(scores: Real[Tensor, "n"], positive: Bool[Tensor, "n"]) -> Float[Tenso
     true, false = _thresholds(scores, positive)
     step = false.diff(prepend=false.new_zeros(1))
     twice = (step * (2 * true - true.diff(prepend=true.new_zeros(1)))).sum()
-    return _answer(twice.double() / (2 * true[-1] * false[-1]), scores)
+    return in_type_of(scores, twice.double() / (2 * true[-1] * false[-1]))
 
 
 def fpr_at_95_tpr(scores: Real[Tensor, "n"], positive: Bool[Tensor, "n"]) -> Float[Tensor, ""]:
@@ -72,7 +73,7 @@ def fpr_at_95_tpr(scores: Real[Tensor, "n"], positive: Bool[Tensor, "n"]) -> Flo
     _check(scores, positive, negatives=True)
     true, false = _thresholds(scores, positive)
     enough = 100 * true >= 95 * true[-1]
-    return _answer(false[enough][0].double() / false[-1], scores)
+    return in_type_of(scores, false[enough][0].double() / false[-1])
 
 
 def average_precision(scores: Real[Tensor, "n"], positive: Bool[Tensor, "n"]) -> Float[Tensor, ""]:
@@ -98,7 +99,7 @@ def average_precision(scores: Real[Tensor, "n"], positive: Bool[Tensor, "n"]) ->
     _check(scores, positive, negatives=False)
     true, false = _thresholds(scores, positive)
     found = true.diff(prepend=true.new_zeros(1))
-    return _answer((found * (true.double() / (true + false))).sum() / true[-1], scores)
+    return in_type_of(scores, (found * (true.double() / (true + false))).sum() / true[-1])
 
 
 def _thresholds(scores: Tensor, positive: Tensor) -> _Thresholds:
@@ -106,10 +107,6 @@ def _thresholds(scores: Tensor, positive: Tensor) -> _Thresholds:
     last = torch.nn.functional.pad(ranked[1:] != ranked[:-1], (0, 1), value=True)
     true, false = positive[order].cumsum(0), (~positive[order]).cumsum(0)
     return _Thresholds(true[last], false[last])
-
-
-def _answer(value: Tensor, scores: Tensor) -> Tensor:
-    return value.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def _check(scores: Tensor, positive: Tensor, *, negatives: bool) -> None:

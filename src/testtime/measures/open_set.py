@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor
 
+from testtime._core.arrays import in_type_of
 from testtime._core.errors import InputError
 from testtime.measures.detection import auroc
 
@@ -49,7 +50,7 @@ def oscr(
     if bool(unknown.any()) and bool(right.any()):
         asked = right | unknown
         accuracy = accuracy * auroc(scores[asked].double(), unknown[asked])
-    return _answer(accuracy, scores)
+    return in_type_of(scores, accuracy)
 
 
 def h_score(
@@ -86,11 +87,7 @@ def h_score(
         found = auroc(scores.double(), unknown)
         both = accuracy + found
         accuracy = 2 * accuracy * found / both if bool(both > 0) else both
-    return _answer(accuracy, scores)
-
-
-def _answer(value: Tensor, scores: Tensor) -> Tensor:
-    return value.to(torch.promote_types(scores.dtype, torch.float32))
+    return in_type_of(scores, accuracy)
 
 
 def _check(scores: Tensor, hit: Tensor, unknown: Tensor) -> None:
