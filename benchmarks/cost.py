@@ -40,7 +40,7 @@ from compare import compare, join, page, show
 from testtime.bench.models import load_model
 from testtime.measures.entropy import entropy
 from testtime.streams.data import load_data
-from textbook import TEXTBOOK, cotta, minimal, plain, rotta
+from textbook import TEXTBOOK, minimal, plain
 
 Step = Callable[[Tensor], Any]
 SLOW = (
@@ -107,13 +107,18 @@ def third(model: nn.Module, x: Tensor) -> float:
     return float(entropy(logits).quantile(1 / 3)) / math.log(logits.shape[1])
 
 
-def options_of(name: str, margin: float) -> dict[str, Any]:
-    """Options under which a third teaches."""
-    if name in ("eta", "eata", "rdumb"):
-        return {"margin": margin, "redundancy": 1.0}
-    if name == "sar":
-        return {"margin": margin}
-    return {"entropy_margin": margin, "drop_margin": -1.0} if name == "deyo" else {}
+def options_of(name: str, margin: float, size: int) -> dict[str, Any]:
+    """Options of a method and its textbook form: a third teaches, views are few, memories small."""
+    third = {"lr": 0.0, "margin": margin}
+    chosen = {
+        "eta": {**third, "redundancy": 1.0},
+        "sar": third,
+        "deyo": {"lr": 0.0, "entropy_margin": margin, "drop_margin": -1.0},
+        "cotta": {"views": VIEWS},
+        "rotta": {"capacity": size, "every": size},  # every step learns then
+    }
+    alike = {"eata": "eta", "rdumb": "eta", "psmt": "cotta", "petal": "cotta"}
+    return chosen.get(alike.get(name, name), {})
 
 
 def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> dict[str, Step]:
@@ -121,30 +126,18 @@ def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> d
     steps: dict[str, Step] = {"inference": plain(model), "minimal step": minimal(model)}
     margin = third(model, x[size:])
     for name in methods:
-        chosen = options_of(name, margin)
-        if name in TEXTBOOK:
-            steps[f"textbook {name}"] = TEXTBOOK[name](model, **chosen)
-        elif name == "cotta":
-            steps["textbook cotta"] = cotta(model, views=VIEWS)
-            # a source model that is sure of the batch: no views, as published
-            sure = tt.adapt(model, "cotta", views=VIEWS, threshold=0.0)
-            steps["cotta, source sure"] = sure
-        elif name == "rotta" and any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
-            steps["textbook rotta"] = rotta(model, size=size)
-        elif name == "rotta":
+        if name == "rotta" and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
             continue
-        needs = tt.methods()[name].needs
-        source = None
-        if needs:
+        options, source, data = options_of(name, margin, size), None, {}
+        if tt.methods()[name].needs:
             labels = model(x).argmax(1).split(size)
-            source = tt.fit_source(
-                model, list(zip(x.split(size), labels, strict=True)), methods=[name]
-            )
-        more = {"views": VIEWS} if name in ("cotta", "psmt", "petal") else {}
-        if name == "rotta":  # whose every step learns then
-            more = {"capacity": size, "every": size}
-        rate = {"lr": 0.0} if chosen else {}
-        steps[name] = tt.adapt(model, name, source=source, **chosen, **more, **rate)
+            data = {"source": list(zip(x.split(size), labels, strict=True))}
+            source = tt.fit_source(model, data["source"], methods=[name])
+        if name in TEXTBOOK:
+            steps[f"textbook {name}"] = TEXTBOOK[name](model, **data, **options)
+        if name == "cotta":  # a source model that is sure of the batch: no views, as published
+            steps["cotta, source sure"] = tt.adapt(model, name, threshold=0.0, **options)
+        steps[name] = tt.adapt(model, name, source=source, **options)
     return steps
 
 

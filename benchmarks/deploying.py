@@ -32,7 +32,7 @@ from testtime.bench.metrics import Score
 from testtime.bench.models import load_model
 from testtime.streams.data import load_data, stack
 from testtime.streams.scenarios import Scenario
-from textbook import configured
+from textbook.parts import configured
 
 
 def make(name: str, batch: int) -> tuple[nn.Module, Tensor]:
