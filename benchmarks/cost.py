@@ -49,7 +49,7 @@ SLOW = (
 METHODS = (
     "source", "bn-adapt", "tent", "eta", "eata", "sar", "deyo", "ostta", "lame", "cotta", "rotta",
     "memo", "rdumb", "roid", "rmt", "psmt", "petal", "vcotta", "cafa", "adanpc", "lerm", "stamp",
-    "domainadaptor",
+    "domainadaptor", "dent", "tesla",
 )  # fmt: skip
 """All that work on any classifier of images, with no more than a loader of source data."""
 BATCH = {"embedded": 200, "resnet50": 16, "resnet50_gn": 16, "vit_s": 16}
@@ -225,8 +225,8 @@ def row(
             made["to_textbook"] = against(times[book])
     if memory:
         made["megabytes"] = memory[key]
-        if book in memory:  # of what the textbook holds beyond inference
-            beyond = memory[book] - memory["inference"]
+        # of what the textbook holds beyond inference
+        if beyond := memory.get(book, memory["inference"]) - memory["inference"]:
             made["memory_to_textbook"] = (memory[key] - memory["inference"]) / beyond
     if counts and counts.samples:
         made["forwards"] = counts.forwards / counts.samples

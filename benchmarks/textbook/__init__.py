@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from textbook import episodic, features, memories, normalisation, teachers
+from textbook import episodic, features, memories, normalisation, policies, teachers
 from textbook.parts import Step, configured, entropy
 
 
@@ -62,5 +62,6 @@ TEXTBOOK: dict[str, Callable[..., Step]] = {
     "memo": episodic.memo,
     "domainadaptor": episodic.domainadaptor,
     "dent": episodic.dent,
+    "tesla": policies.tesla,
 }
 """Method -> what makes its textbook form of (model, source data where it needs some, options)."""

@@ -45,6 +45,7 @@ CASES = {
     "memo": [(BOTH, {"lr": 1e-1, "views": 3, **SEEN})],
     "domainadaptor": [(BATCH, {"lr": 1e-1})],
     "dent": [(BATCH, {"lr": 1e-1, "steps": 3})],
+    "tesla": [(BOTH, {"lr": 1e-2, "momentum": 0.9, "views": 2, **SEEN})],
 }  # fmt: skip
 """Method -> kinds of normalisation, and options under which all that it does happens."""
 
