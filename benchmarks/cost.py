@@ -37,6 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import testtime as tt
 from compare import compare, join, page, show
+from settings import setting
 from testtime.bench.models import load_model
 from testtime.measures.entropy import entropy
 from testtime.streams.data import load_data
@@ -49,9 +50,9 @@ SLOW = (
 METHODS = (
     "source", "bn-adapt", "tent", "eta", "eata", "sar", "deyo", "ostta", "lame", "cotta", "rotta",
     "memo", "rdumb", "roid", "rmt", "psmt", "petal", "vcotta", "cafa", "adanpc", "lerm", "stamp",
-    "domainadaptor", "dent", "tesla",
+    "domainadaptor", "dent", "tesla", "sade", "simatta",
 )  # fmt: skip
-"""All that work on any classifier of images, with no more than a loader of source data."""
+"""All that work on any classifier of images: not `foa`, for transformers, and `sqrl`, for tables."""
 BATCH = {"embedded": 200, "resnet50": 16, "resnet50_gn": 16, "vit_s": 16}
 TIMM = {"resnet50": "resnet50", "resnet50_gn": "resnet50_gn", "vit_s": "vit_small_patch16_224"}
 VIEWS = 8
@@ -116,6 +117,7 @@ def options_of(name: str, margin: float, size: int) -> dict[str, Any]:
         "deyo": {"lr": 0.0, "entropy_margin": margin, "drop_margin": -1.0},
         "cotta": {"views": VIEWS},
         "rotta": {"capacity": size, "every": size},  # every step learns then
+        "simatta": {"steps": 10},  # and not until its loss stands still
     }
     alike = {"eata": "eta", "rdumb": "eta", "psmt": "cotta", "petal": "cotta"}
     return chosen.get(alike.get(name, name), {})
@@ -128,16 +130,15 @@ def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> d
     for name in methods:
         if name == "rotta" and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
             continue
-        options, source, data = options_of(name, margin, size), None, {}
-        if tt.methods()[name].needs:
-            labels = model(x).argmax(1).split(size)
-            data = {"source": list(zip(x.split(size), labels, strict=True))}
-            source = tt.fit_source(model, data["source"], methods=[name])
+        own, data, options = setting(name, model, x, size)
+        options |= options_of(name, margin, size)
         if name in TEXTBOOK:
-            steps[f"textbook {name}"] = TEXTBOOK[name](model, **data, **options)
+            more = {"source": data} if data else {}
+            steps[f"textbook {name}"] = TEXTBOOK[name](own, **more, **options)
         if name == "cotta":  # a source model that is sure of the batch: no views, as published
-            steps["cotta, source sure"] = tt.adapt(model, name, threshold=0.0, **options)
-        steps[name] = tt.adapt(model, name, source=source, **options)
+            steps["cotta, source sure"] = tt.adapt(own, name, threshold=0.0, **options)
+        source = tt.fit_source(own, data, methods=[name]) if data else None
+        steps[name] = tt.adapt(own, name, source=source, **options)
     return steps
 
 

@@ -29,6 +29,7 @@ import testtime as tt
 from between import write_between
 from compare import join
 from cost import Confident, machine, peak_megabytes, seconds, told
+from settings import setting
 from testtime._core.errors import ScopeError, TesttimeWarning
 from testtime._core.registry import entries, find
 from testtime.bench.models import load_model
@@ -86,19 +87,6 @@ class Passes:
 
     def _backward(self, grad: Tensor) -> None:
         self.backwards += len(grad)
-
-
-class Heads(nn.Module):
-    """A network with three experts on what it answers, for methods that weigh experts."""
-
-    def __init__(self, model: nn.Module, classes: int) -> None:
-        super().__init__()
-        self.model = model
-        self.heads = nn.ModuleList(nn.Linear(classes, classes) for _ in range(3))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        logits = self.model(x)
-        return tuple(head(logits) for head in self.heads)
 
 
 def embedded(name: str) -> Callable[[int], tuple[nn.Module, Tensor]]:
@@ -163,19 +151,8 @@ def adapted(name: str, model: nn.Module, x: Tensor, size: int) -> tuple[nn.Modul
     Raises:
         ScopeError: the method is not for such a model.
     """
-    with torch.no_grad():
-        logits = model(x)
-    if name == "sade":
-        torch.manual_seed(0)
-        model = Heads(model, logits.shape[1]).eval()
-    labels = logits.argmax(1)
-    options: dict[str, Any] = {}
-    if name == "simatta":
-        options["oracle"] = lambda places, _: labels[places % len(labels)]
-    source = None
-    if tt.methods()[name].needs:
-        loader = list(zip(x.split(size), labels.split(size), strict=True))
-        source = tt.fit_source(model, loader, methods=[name])
+    model, data, options = setting(name, model, x, size)
+    source = tt.fit_source(model, data, methods=[name]) if data else None
     return model, tt.adapt(model, name, source=source, **options)
 
 

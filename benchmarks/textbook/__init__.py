@@ -12,7 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from textbook import episodic, features, memories, normalisation, policies, teachers
+from textbook import (
+    episodic,
+    features,
+    knowledge,
+    memories,
+    normalisation,
+    policies,
+    teachers,
+)
 from textbook.parts import Step, configured, entropy
 
 
@@ -63,5 +71,8 @@ TEXTBOOK: dict[str, Callable[..., Step]] = {
     "domainadaptor": episodic.domainadaptor,
     "dent": episodic.dent,
     "tesla": policies.tesla,
+    "sade": knowledge.sade,
+    "sqrl": knowledge.sqrl,
+    "simatta": knowledge.simatta,
 }
 """Method -> what makes its textbook form of (model, source data where it needs some, options)."""

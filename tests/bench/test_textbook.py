@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import testtime as tt
-from models import batches, tiny
+from models import Experts, batches, tiny
 from scripts import BENCHMARKS, script
 
 TEXTBOOK = script("cost").TEXTBOOK
@@ -17,6 +17,14 @@ BOTH, BATCH = ("batch", "group"), ("batch",)
 
 def darker(x, generator=None):
     return 0.8 * x
+
+
+def noisy(x, generator=None):
+    return x + 0.2 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+def oracle(places, inputs):
+    return places % 5
 
 
 SEEN = {"augment": darker}
@@ -46,6 +54,10 @@ CASES = {
     "domainadaptor": [(BATCH, {"lr": 1e-1})],
     "dent": [(BATCH, {"lr": 1e-1, "steps": 3})],
     "tesla": [(BOTH, {"lr": 1e-2, "momentum": 0.9, "views": 2, **SEEN})],
+    "sade": [(BOTH, {"augment": noisy})],
+    "sqrl": [(BOTH, {"lr": 1e-2})],
+    "simatta": [(BOTH, {"lr": 1e-1, "oracle": oracle, "budget": budget, "clusters": 3,
+                        "e_high": 0.3, "e_low": 0.1, "steps": 6}) for budget in (4, 30)],
 }  # fmt: skip
 """Method -> kinds of normalisation, and options under which all that it does happens."""
 
@@ -61,6 +73,7 @@ def test_every_textbook_form_is_held_to_its_method():
         assert not re.search(r"^ *(import|from) testtime", path.read_text(), re.MULTILINE)
 
 
+@pytest.mark.filterwarnings("ignore::testtime._core.errors.TesttimeWarning")  # a spent budget
 @pytest.mark.parametrize(
     ("name", "kind", "options", "sharp"),
     [
@@ -76,10 +89,13 @@ def test_a_textbook_form_answers_as_the_method(name, kind, options, sharp, monke
         monkeypatch.setattr(torch, "randperm", lambda count: torch.rand(count).argsort())
     monkeypatch.setattr(random, "choice", alone)
     model = tiny(kind, sharp=sharp).double()
+    model = Experts(model) if name == "sade" else model
     *stream, one, two = [x.double() for x in batches(5)]
     data, source = {}, None
     if tt.methods()[name].needs:
         data = {"source": [(x, model(x + 0.1).argmax(1)) for x in (one, two)]}
+        if name == "sqrl":  # a pixel tells the class
+            data = {"source": [(x, (x[:, 0, 0, 0] > 0.5).long()) for x in (one, two)]}
         source = tt.fit_source(model, data["source"], methods=[name])
     adapter = tt.adapt(model, name, source=source, **options)
 
