@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from models import batches, tiny
+from testtime.adaptation.layers import norm_layers
+from testtime.adaptation.loan import Loan
 from testtime.adaptation.moments import moments, normalise, normalise_blended
 from testtime.adaptation.parts.statistics import Moments, RunningStatistics
 from testtime.adaptation.ranks import Ranks
@@ -111,3 +115,56 @@ def test_averages_move_again_by_a_batch_that_is_not_seen_again(momentum, seen):
     assert again.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-6)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the functions of torch that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("learns", [True, False])
+def test_moving_averages_as_in_training_take_torchs_own_kernel(momentum, learns):
+    ours, other = tiny(), tiny().train()
+    other.drop.eval()
+    for layer in (other.norm1, other.norm2):
+        layer.momentum, layer.num_batches_tracked = momentum, torch.tensor(1)
+    loan, statistics = Loan(ours, norm_layers(ours)), RunningStatistics(momentum=momentum)
+    averages = {"seen": torch.tensor(1)}
+    for name in ("norm1", "norm2"):
+        layer = getattr(ours, name)
+        averages |= {f"{name}.mean": layer.running_mean, f"{name}.var": layer.running_var}
+    before = {name: value.clone() for name, value in averages.items()}
+    fresh = averages
+    for x in batches(3):
+        x.requires_grad_(learns)
+        with Calls() as calls, torch.set_grad_enabled(learns):
+            out, fresh = loan.run(x, {}, statistics, averages=fresh, ranks=Ranks())
+        assert sum("batch_norm" in name for name in calls.names) == 2
+        seen = [out, other(x)]
+        if learns:
+            seen = [(made, *torch.autograd.grad(made.cos().sum(), x)) for made in seen]
+        torch.testing.assert_close(*seen)
+    for name in ("norm1", "norm2"):
+        layer = getattr(other, name)
+        torch.testing.assert_close(fresh[f"{name}.mean"], layer.running_mean)
+        torch.testing.assert_close(fresh[f"{name}.var"], layer.running_var)
+    assert all(torch.equal(averages[name], value) for name, value in before.items())
+
+
+def test_without_averages_moving_statistics_are_the_batchs_own_in_torchs_kernel():
+    ours, other = tiny(), tiny().train()
+    other.drop.eval()
+    with Calls() as calls:
+        out, _ = Loan(ours, norm_layers(ours)).run(
+            x := batches(1)[0], {}, RunningStatistics(), ranks=Ranks()
+        )
+    assert sum("batch_norm" in name for name in calls.names) == 2
+    torch.testing.assert_close(out, other(x))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer, bound
@@ -219,7 +220,8 @@ class Loan:
                     put(module.__dict__, "track_running_stats", False)
                     for key in ("running_mean", "running_var"):  # torch would write to them
                         put(module._buffers, key, None)
-            plain = isinstance(statistics, BatchStatistics) and ranks.alone and len(x) > 1
+            of_batch = isinstance(statistics, BatchStatistics | RunningStatistics) and not averages
+            plain = of_batch and ranks.alone and len(x) > 1
             for layer in () if isinstance(statistics, SourceStatistics) else self.norms:
                 buffers = layer.module._buffers
                 source = self.source_moments(layer)
@@ -307,10 +309,8 @@ class Normaliser:
         return (normalise(x, used, self.eps), *args[1:])
 
     def may_stand_in(self, module: nn.Module) -> bool:
-        """Whether it can be the layer's whole forward: torch's own, with moments to blend."""
-        blends = isinstance(self.statistics, MixedStatistics) or (
-            isinstance(self.statistics, RunningStatistics) and self.statistics.robust
-        )
+        """Whether it can be the layer's whole forward: torch's own, with moments to blend or move."""
+        blends = isinstance(self.statistics, MixedStatistics | RunningStatistics)
         own = type(module).forward is nn.modules.batchnorm._BatchNorm.forward
         return blends and own and self.ranks.alone and "forward" not in module.__dict__
 
@@ -318,18 +318,31 @@ class Normaliser:
         """The layer's forward, which passes over its input once where a gradient flows through."""
 
         def forward(x: Tensor) -> Tensor:
-            weight, bias = module.weight, module.bias
-            learnt_through = torch.is_grad_enabled() and x.requires_grad
-            full = x.dtype in (torch.float32, torch.float64)
-            alike = weight is not None and x.dtype == weight.dtype == bias.dtype
-            if weight is None or not (learnt_through and full and alike):
-                return type(module).forward(module, *self(module, (x,)))
             module._check_input_dim(x)
+            weight, bias = module.weight, module.bias
             values = float(x.numel() // x.shape[1])
+            full = x.dtype in (torch.float32, torch.float64)
+            alike = full and module.weight is not None and x.dtype == weight.dtype == bias.dtype
+            if alike and values > 1 and (moving := self.moving()):
+                mean, var, share = moving
+                return F.batch_norm(x, mean, var, weight, bias, True, share, self.eps)
+            if not (alike and torch.is_grad_enabled() and x.requires_grad):
+                return type(module).forward(module, *self(module, (x,)))
             blend = partial(self.blend, x, values=values)
             return normalise_blended(x, weight, bias, blend, self.eps)
 
         return forward
+
+    def moving(self) -> tuple[Tensor, Tensor, float] | None:
+        """New averages, not yet moved, and their step, where torch's own kernel can move them."""
+        statistics, old, fresh = self.statistics, self.averages, self.fresh
+        if not isinstance(statistics, RunningStatistics) or not statistics.as_in_training:
+            return None
+        if not old or not fresh:
+            return None
+        mean, var = (old[f"{self.name}.{moment}"].clone() for moment in ("mean", "var"))
+        fresh |= {f"{self.name}.mean": mean, f"{self.name}.var": var}
+        return mean, var, statistics.share(int(old["seen"]))
 
     def choose(self, x: Tensor) -> Moments:
         """The moments to normalise with; moving averages are written to `fresh`."""

@@ -83,6 +83,11 @@ class RunningStatistics:
         if self.momentum is not None:
             in_range(0, 1, momentum=self.momentum)
 
+    @property
+    def as_in_training(self) -> bool:
+        """Whether it is what torch's batch normalisation does in training."""
+        return self.unbiased and not self.robust
+
     def share(self, seen: int) -> float:
         """The step a of the batch after `seen` others."""
         return 1 / (seen + 1) if self.momentum is None else self.momentum
