@@ -2,6 +2,7 @@
 
     python benchmarks/deploying.py latency --model embedded:batch
     python benchmarks/deploying.py latency --model torchvision:resnet50 --batch 16 --rounds 7
+    python benchmarks/deploying.py latency --model timm:vit_small_patch16_224 --batch 16 --rounds 7
     python benchmarks/deploying.py gate --model embedded:batch --samples 256
 
 `latency`: in rounds, plain inference and each way of adapting with Tent answer the same batch, one
@@ -32,17 +33,20 @@ from testtime.bench.metrics import Score
 from testtime.bench.models import load_model
 from testtime.streams.data import load_data, stack
 from testtime.streams.scenarios import Scenario
-from textbook.parts import configured
+from textbook import configured
 
 
 def make(name: str, batch: int) -> tuple[nn.Module, Tensor]:
     """A model and a batch for it; random weights where none are embedded: time does not see them."""
     if name.startswith("embedded:"):
         return load_model(name), stack(load_data("fashion-mnist:sample"), range(batch))[0]
+    import timm  # noqa: PLC0415
     import torchvision  # noqa: PLC0415
 
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name.removeprefix("torchvision:"))()
+    library, _, own = name.partition(":")
+    build = torchvision.models.get_model if library == "torchvision" else timm.create_model
+    model = build(own)
     return model.eval(), torch.rand(batch, 3, 224, 224)
 
 
