@@ -33,6 +33,36 @@ def labelled(count: int, *, seed: int = 5) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+def test_labels_count_whatever_holds_them():
+    kinds = [Tensor.tolist, Tensor.numpy, Tensor.short]
+    x = torch.cat([x for x, _ in labelled(4)])[:20]
+    y = (torch.arange(20) * 3) % 5
+    first, *others = [
+        tt.fit_source(tiny(), [(x, kind(y))], methods="cafa")["class_moments"]["mean"]
+        for kind in (Tensor.clone, *kinds)
+    ]
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("loader", "methods", "said"),
+    [
+        ([(torch.rand(2, 3, 8, 8), ["a.png", "b.png"])], "cafa", "the loader gave .'a.png'"),
+        (None, "cafa", "loader is of type NoneType; expected batches"),
+        ([torch.rand(2, 3, 8, 8), torch.rand(2, 3, 9, 9)], "sqrl", "of one size"),
+    ],
+)
+def test_what_is_no_source_data_is_refused(loader, methods, said):
+    with pytest.raises(InputError, match=said):
+        tt.fit_source(tiny(), loader, methods=methods)
+
+
+def test_what_is_no_method_is_refused():
+    for wrong in (None, [3], 3, tt.methods(), {"mine": "tent"}):
+        with pytest.raises(OptionError, match="names of methods, or recipes"):
+            tt.fit_source(tiny(), batches(1), methods=wrong)
+
+
 def test_class_moments_are_those_of_all_samples_at_once():
     for tied in (True, False):
         loader = labelled(7)

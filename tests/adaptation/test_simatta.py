@@ -97,14 +97,23 @@ def test_simatta_goes_on_from_a_file_with_another_oracle(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [lambda i, x: [0], lambda i, x: i * 0 + 5, lambda i, x: i * 0.5, lambda i, x: i * 0 - 1],
-)
+    [
+        lambda i, x: [0], lambda i, x: i * 0 + 5, lambda i, x: i * 0.5, lambda i, x: i * 0 - 1,
+        lambda i, x: None, lambda i, x: ["cat"] * len(i), lambda i, x: i * 1j,
+    ],
+)  # fmt: skip
 def test_what_is_no_label_is_refused_and_changes_nothing(wrong):
     adapter = tt.adapt(tiny(), "simatta", oracle=wrong, e_high=0.1)
     mark = adapter.snapshot()
-    with pytest.raises(InputError, match="from 0 to 4, in the order asked"):
+    with pytest.raises(InputError, match=r"the oracle gave .* from 0 to 4, in their order"):
         adapter(batches(1)[0])
     assert adapter.snapshot() is mark
+
+
+def test_simatta_comes_to_an_end_where_no_draw_differs():
+    adapter = tt.adapt(torch.nn.Linear(4, 3).eval(), "simatta", oracle=lambda i, x: i * 0)
+    adapter(torch.ones(1, 4))  # the loss of one sample falls for ever
+    assert adapter.events[-1].measured["steps"] == 2000
 
 
 def test_simatta_keeps_as_many_sure_samples_as_it_may():

@@ -187,3 +187,29 @@ def taking(model: nn.Module, x: Tensor, run: Callable[[], Any]) -> Any:
             f"the model could not take a batch of shape {tuple(x.shape)} and type {x.dtype}: "
             f"{said}{hint}"
         ) from error
+
+
+def read_labels(given: Any, *, count: int, classes: int, who: str) -> Tensor:
+    """The classes (count,) that somebody gave, as a tensor, list or array.
+
+    Raises:
+        InputError: they are no whole numbers from 0 to classes - 1, one for each sample.
+    """
+    said = f"{given!r:.200}"
+    try:
+        labels = torch.as_tensor(given)
+    except Exception:  # whatever else it is
+        labels = torch.zeros(0)
+    else:
+        said = f"labels of shape {tuple(labels.shape)} and type {labels.dtype}"
+    fits = labels.shape == (count,) and not (labels.is_floating_point() or labels.is_complex())
+    if fits:
+        labels = labels.long()
+        said += f", from {int(labels.min())} to {int(labels.max())}"
+        fits = labels.min() >= 0 and labels.max() < classes
+    if not fits:
+        raise InputError(
+            f"{who} gave {said}; expected the class of each of {count} samples as a whole number "
+            f"from 0 to {classes - 1}, in their order."
+        )
+    return labels

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from testtime._core.errors import InputError, OptionError, StateError
 from testtime._core.files import atomic, digest
 from testtime._core.registry import find
-from testtime.adaptation.checks import check_input, check_model, check_output, taking
+from testtime.adaptation.checks import check_input, check_model, check_output, read_labels, taking
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
@@ -127,14 +127,12 @@ class SourceBatch:
 
     Args:
         inputs: the batch.
-        labels: (B,), or None.
+        labels: (B,), as the loader gives them, or None.
         seen: what the source model answers.
         engine: of the method that needs it.
     """
 
-    def __init__(
-        self, inputs: Tensor, labels: Tensor | None, seen: Evidence, engine: Engine
-    ) -> None:
+    def __init__(self, inputs: Tensor, labels: Any, seen: Evidence, engine: Engine) -> None:
         self.inputs, self._labels, self._seen, self.engine = inputs, labels, seen, engine
 
     @property
@@ -148,20 +146,7 @@ class SourceBatch:
             raise InputError(
                 "the method needs labels of the source data; give a loader of (inputs, labels)."
             )
-        count, classes = self.logits.shape
-        given = self._labels
-        if (
-            given.shape != (count,)
-            or given.is_floating_point()
-            or not given.numel()
-            or (int(given.min()) < 0 or int(given.max()) >= classes)
-        ):
-            raise InputError(
-                f"the loader gave labels of shape {tuple(given.shape)} and type {given.dtype}, from "
-                f"{given.min():g} to {given.max():g}; expected the class of each of {count} samples "
-                f"as a whole number from 0 to {classes - 1}."
-            )
-        return given.long()
+        return self._read_labels()
 
     @cached_property
     def labels_or_predictions(self) -> Tensor:
@@ -175,19 +160,12 @@ class SourceBatch:
                 f"the model returns dense logits, {len(self.logits)} predictions for "
                 f"{len(self.inputs)} samples; what is needed here is of one class for each sample."
             )
-        if self._labels is None:
-            return self.logits.argmax(-1)
-        labels, classes = self._labels, self.logits.shape[-1]
-        known = labels.shape == self.logits.shape[:1] and not labels.is_floating_point()
-        if not known or labels.min() < 0 or labels.max() >= classes:
-            raise InputError(
-                f"the labels are of shape {tuple(labels.shape)} and type {labels.dtype}, from "
-                f"{labels.min().item()} to {labels.max().item()}; expected one whole number from 0 "
-                f"to {classes - 1} for each of the {len(self.logits)} samples. Give a loader of "
-                "(inputs, labels) with the model's classes, or of inputs alone: then the model's "
-                "predictions serve."
-            )
-        return labels.long()
+        return self.logits.argmax(-1) if self._labels is None else self._read_labels()
+
+    def _read_labels(self) -> Tensor:
+        count, classes = self.logits.shape
+        labels = read_labels(self._labels, count=count, classes=classes, who="the loader")
+        return labels.to(self.logits.device)
 
     @property
     def logits(self) -> Tensor:
@@ -243,7 +221,7 @@ def fit_source(
         InputError: when the loader gives no batch, one that is not fit for the model, or no labels
             where they are needed.
         ScopeError: when the model cannot be lent: it is scripted, has no weights yet.
-        OptionError: when two methods need the same thing with other options.
+        OptionError: when two methods need the same thing with other options, or one is none.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
@@ -254,6 +232,10 @@ def fit_source(
     """
     check_model(model)
     recipes = _recipes(methods)
+    if not hasattr(loader, "__iter__"):
+        raise InputError(
+            f"loader is of type {type(loader).__name__}; expected batches, as a list or a DataLoader."
+        )
     needs = _needs(recipes, gate=gate)
     norms, rank = norm_layers(model), None
     source = Engine(model, Recipe(), norms, ranks=Ranks())
@@ -330,12 +312,14 @@ def _turned(need: Any, total: dict[str, Tensor], number: int) -> dict[str, Tenso
 
 
 def _recipes(methods: Any) -> dict[str, Recipe]:
-    if isinstance(methods, Mapping):
-        return dict(methods)
+    named = methods if isinstance(methods, Mapping) else {}
     if isinstance(methods, str | Recipe):
         methods = (methods,)
-    found: dict[str, Recipe] = {}
-    for method in methods:
+    given: list[Any] = list(named.values() or methods) if isinstance(methods, Iterable) else [None]
+    if not all(isinstance(method, Recipe if named else str | Recipe) for method in given):
+        raise OptionError(f"methods is {methods!r:.200}; expected names of methods, or recipes.")
+    found: dict[str, Recipe] = dict(named)
+    for method in () if named else given:
         if isinstance(method, Recipe):
             found[f"recipe {len(found) + 1}"] = method
         else:
@@ -343,8 +327,7 @@ def _recipes(methods: Any) -> dict[str, Recipe]:
     return found
 
 
-def _unpack(item: Any, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _unpack(item: Any, device: torch.device) -> tuple[Any, Any]:
     parts: list[Any] = list(item) if isinstance(item, tuple | list) else [item]
-    labels = parts[1] if len(parts) > 1 and isinstance(parts[1], Tensor) else None
-    x = parts[0].to(device) if isinstance(parts[0], Tensor) else parts[0]
-    return x, None if labels is None else labels.to(device)
+    x, labels, *_ = [*parts, None, None]
+    return x.to(device) if isinstance(x, Tensor) else x, labels

@@ -25,6 +25,7 @@ from testtime._core.registry import register
 from testtime.adaptation.engine import Engine, Step
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.knowledge import SourceBatch
+from testtime.adaptation.parts.knowledge import joined
 from testtime.adaptation.parts.optimizer import Adam
 from testtime.adaptation.parts.rules import Rules, class_rules, matches, violations
 from testtime.adaptation.parts.scope import all_parameters
@@ -70,7 +71,7 @@ class ClassRules:
         sizes = torch.tensor([len(part) for part in parts], device=parts[0].device)
         place = torch.arange(samples, device=parts[0].device)
         rules = class_rules(
-            torch.cat([total[f"values {number}"] for number in range(batches)]),
+            joined(total, "values", batches),
             torch.cat(parts),
             torch.arange(batches, device=place.device).repeat_interleave(sizes),
             place % VALIDATION == VALIDATION - 1,

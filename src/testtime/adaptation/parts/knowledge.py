@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
+from testtime._core.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -52,6 +53,22 @@ def part_of(known: "Mapping[str, Tensor]", key: str) -> "Known":
     """The tensors that `named` called by `key`, by the rest of their names."""
     begin = f"{key} "
     return {k.removeprefix(begin): tensor for k, tensor in known.items() if k.startswith(begin)}
+
+
+def joined(total: "Known", key: str, batches: int) -> "Tensor":
+    """The tensors that were kept as `key 0`, `key 1`, ... in one.
+
+    Raises:
+        InputError: their samples differ in shape.
+    """
+    parts = [total[f"{key} {number}"] for number in range(batches)]
+    shapes = {str(tuple(part.shape[1:])) for part in parts}
+    if len(shapes) > 1:
+        raise InputError(
+            f"the {key} of source samples are of the shapes {', '.join(sorted(shapes))}; expected "
+            "one. Give a loader of samples of one size."
+        )
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -123,10 +140,7 @@ class LabelledSamples:
 
     def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
         """All that were kept."""
-        return {
-            key: torch.cat([total[f"{key} {number}"] for number in range(batches)])
-            for key in ("inputs", "labels")
-        }
+        return {key: joined(total, key, batches) for key in ("inputs", "labels")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,10 +226,7 @@ class FeatureMemory:
 
     def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
         """All of them in the order of the pass."""
-        return {
-            what: torch.cat([total[f"{what} {number}"] for number in range(batches)])
-            for what in ("features", "labels")
-        }
+        return {key: joined(total, key, batches) for key in ("features", "labels")}
 
 
 @dataclass(frozen=True)
