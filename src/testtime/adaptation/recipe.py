@@ -24,6 +24,7 @@ EVIDENCE = (
 )  # fmt: skip
 """What a part may ask to see, by naming it in its signature."""
 CALLED = ("objective", "penalty", "prediction")
+LOSS = ("objective", "batch_objective", "penalty", "selection")
 OF_A_SAMPLE = frozenset({"logits", "entropies", "classes"})
 OF_TENSORS = frozenset({"tensors", "source_tensors", "known"})
 
@@ -66,7 +67,8 @@ class Recipe:
         procedure: a loop of the method's own, in place of the engine's. It has `step(engine, x,
             state) -> Step`, and `predict(engine, x, state) -> (output, logits)` where its answer is
             not that of the recipe's prediction; and `read(output) -> logits` where the model answers
-            with something else than logits. What it keeps is `state.memory`.
+            with something else than logits. What it keeps is `state.memory`. One whose loss is not
+            the engine's names what of this recipe it minimises, as `minimises`.
         episodic: whether every batch begins at the source.
         reset_every: batches after which the source is restored.
         activations: type in which what the backward needs of a forward is kept, such as
@@ -114,6 +116,19 @@ class Recipe:
             raise OptionError(
                 f"activations is {self.activations!r}; expected None or a floating point type, such "
                 "as torch.bfloat16"
+            )
+        own = getattr(self.procedure, "minimises", LOSS)
+        for name in LOSS:
+            if name not in own and getattr(self, name) is not None:
+                raise OptionError(
+                    f"the loop of {type(self.procedure).__name__} has a loss of its own, and would "
+                    f"pass over the {name} {describe(getattr(self, name))}; leave it out, or take a "
+                    "method whose loss is made of the recipe's parts, such as tent or cotta"
+                )
+        if own and own != LOSS and not self.learns:
+            raise OptionError(
+                f"the loop of {type(self.procedure).__name__} minimises {' and '.join(own)}, and the "
+                "recipe has none"
             )
         if self.learns and self.optimizer is None:
             raise OptionError("a recipe with an objective needs an optimizer; add optimizer=...")

@@ -91,6 +91,7 @@ class NeighbourVote:
     capacity: int | None
     gamma: int = 0
     dense: ClassVar[bool] = False
+    minimises: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[FeatureMemory]] = (FeatureMemory(),)
     passes: ClassVar[tuple[int, int]] = (1, 0)
 

@@ -80,6 +80,7 @@ class EachItsOwn:
     steps: int
     dense: ClassVar[bool] = False
     alone: ClassVar[bool] = True
+    minimises: ClassVar[tuple[str, ...]] = ("objective", "batch_objective")
 
     @property
     def passes(self) -> tuple[float, float]:
@@ -107,7 +108,6 @@ class EachItsOwn:
         With `unroll` they keep their graph down to `x`, for attacks that see the adaptation.
         """
         recipe = engine.recipe
-        assert recipe.objective is not None
         assert recipe.optimizer is not None
         own = {n: t.detach().expand(len(x), *t.shape).clone() for n, t in state.tensors.items()}
         moments = recipe.optimizer.init(list(own.values()))
@@ -119,9 +119,10 @@ class EachItsOwn:
             evidence = Evidence(engine, state, own, x)
             with torch.enable_grad():
                 evidence.output = self.answer(engine, x, own)
-                loss = evidence.ask(recipe.objective).mean()
-                if recipe.batch_objective is not None:
-                    loss = loss + evidence.ask(recipe.batch_objective)
+                terms = [evidence.ask(part) for part in recipe.batch_objectives]
+                if recipe.objective is not None:
+                    terms.insert(0, evidence.ask(recipe.objective).mean())
+                loss = sum(terms[1:], start=terms[0])
             told["loss"] = loss.detach()
             engine.backwards += len(x)
             grads = gradients(loss, own, unroll=unroll)

@@ -63,6 +63,7 @@ class PromptSearch:
     lam: float
     chunk: int
     dense: ClassVar[bool] = False
+    minimises: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[ClsMoments]] = (ClsMoments(),)
 
     @property

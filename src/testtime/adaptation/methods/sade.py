@@ -109,6 +109,7 @@ class WeighExperts:
     floor: float
     optimizer: SGD
     dense: ClassVar[bool] = False
+    minimises: ClassVar[tuple[str, ...]] = ()
     passes: ClassVar[tuple[float, float]] = (3.0, 0.0)
 
     @property

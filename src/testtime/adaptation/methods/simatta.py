@@ -116,6 +116,7 @@ class ActiveLearning:
     capacity: int | None
     choose: Callable[..., Wanted] = nearest_to_new_centres
     dense: ClassVar[bool] = False
+    minimises: ClassVar[tuple[str, ...]] = ()
 
     def held(self, memory: dict[str, Any]) -> Tensor:
         """What is remembered of the samples themselves."""

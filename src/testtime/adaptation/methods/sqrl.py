@@ -11,7 +11,7 @@ for each batch x:  z = f_theta(x),  p = softmax(z)
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -119,8 +119,13 @@ class RuleLoss:
 
 @dataclass(frozen=True)
 class WhereRulesBreak:
-    """Answers, and learns where a rule is broken."""
+    """Answers, and learns where a rule is broken.
 
+    Args:
+        needs: the rules.
+    """
+
+    needs: tuple[ClassRules, ...] = field(repr=False)
     passes: ClassVar[tuple[float, float]] = (1.0, 1.0)
 
     def step(self, engine: Engine, x: Tensor, state: State) -> Step:
@@ -177,6 +182,6 @@ def sqrl(
     return Recipe(
         scope=all_parameters,
         batch_objective=RuleLoss((need,)),
-        procedure=WhereRulesBreak(),
+        procedure=WhereRulesBreak((need,)),
         optimizer=Adam(lr=lr),
     )

@@ -140,6 +140,7 @@ class AdversarialTeacher:
     neighbours: int
     dense: ClassVar[bool] = False
     pixels: ClassVar[bool] = True
+    minimises: ClassVar[tuple[str, ...]] = ("objective", "batch_objective")
 
     @property
     def passes(self) -> tuple[float, float]:
@@ -304,19 +305,16 @@ class AdversarialTeacher:
         leaves: dict[str, Tensor],
     ) -> Tensor:
         recipe, ranks = engine.recipe, engine.ranks
-        assert recipe.objective is not None
-        assert recipe.batch_objective is not None
         plain, strained = (
             rows(read_logits(engine.run(each, leaves, averages=None, learn=True)[0]))
             for each in (shown, hard)
         )
         log_labels = labels.clamp(min=torch.finfo(labels.dtype).tiny).log()
         distilled = cross_entropy(labels, strained) - entropy_of_probs(labels)
-        return (
-            ranks.mean(recipe.objective(plain, log_labels))
-            + recipe.batch_objective(plain, ranks)
-            + self.distillation * ranks.mean(distilled)
-        )
+        terms = [part(plain, ranks) for part in recipe.batch_objectives]
+        if recipe.objective is not None:
+            terms.insert(0, ranks.mean(recipe.objective(plain, log_labels)))
+        return sum(terms, start=self.distillation * ranks.mean(distilled))
 
 
 @register("method", paper="tesla")

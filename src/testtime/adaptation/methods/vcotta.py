@@ -91,6 +91,7 @@ class VariationalTeacher:
     augment: Augment
     warm_up: WarmUp | None
     dense: ClassVar[bool] = False
+    minimises: ClassVar[tuple[str, ...]] = ("objective",)
 
     @property
     def needs(self) -> tuple[WarmUp, ...]:
