@@ -9,6 +9,8 @@ from torch import nn
 import testtime as tt
 from models import batches, tiny
 from reference import domainadaptor as reference
+from testtime._core.errors import OptionError
+from testtime.adaptation.methods.domainadaptor import domainadaptor
 from testtime.adaptation.methods.tent import tent
 from testtime.adaptation.moments import moments
 from testtime.adaptation.parts.objective import (
@@ -28,6 +30,11 @@ LOGITS = torch.tensor([[2, 0, 0], [1, 0.5, 0], [0, 3, 0], [0.2, 0.1, 0]])
 
 def darker(x, generator):
     return 0.8 * x
+
+
+def test_another_loss_is_refused():
+    with pytest.raises(OptionError, match="loss is 'gem'; expected gem-t, gem-skd, gem-aug"):
+        domainadaptor(loss="gem")
 
 
 @pytest.mark.parametrize("loss", ["gem-t", "gem-skd", "gem-aug"])

@@ -9,11 +9,12 @@ from torch import Tensor
 import testtime as tt
 from models import batches, tiny
 from reference import methods as reference
-from testtime._core.errors import InputError, ScopeError
+from testtime._core.errors import InputError, OptionError, ScopeError
 from testtime.adaptation.methods.eata import eata
 from testtime.adaptation.methods.lame import affinities
 from testtime.adaptation.methods.ostta import ostta
 from testtime.adaptation.methods.sar import sar
+from testtime.adaptation.methods.source import source
 from testtime.adaptation.methods.tent import tent
 from testtime.adaptation.parts.selection import ReliableAndNew
 from testtime.adaptation.parts.views import augmix_view, plain, small_augmix_view
@@ -130,6 +131,12 @@ def test_ostta_filters_any_entropy_method():
             alone(x)
         assert sum(e.used for e in adapter.events) <= sum(e.used for e in alone.events)
         assert adapter.counts.updates > 0
+
+
+@pytest.mark.parametrize("base", ["tent", tent, source()])
+def test_ostta_refuses_what_has_nothing_to_filter(base):
+    with pytest.raises(OptionError, match=r"give base=tent\(\)"):
+        ostta(base=base)
 
 
 def darker(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -119,10 +119,10 @@ class EachItsOwn:
             evidence = Evidence(engine, state, own, x)
             with torch.enable_grad():
                 evidence.output = self.answer(engine, x, own)
-                terms = [evidence.ask(part) for part in recipe.batch_objectives]
+                terms: list[Tensor] = [evidence.ask(p) for p in recipe.batch_objectives]
                 if recipe.objective is not None:
                     terms.insert(0, evidence.ask(recipe.objective).mean())
-                loss = sum(terms[1:], start=terms[0])
+                loss = torch.stack(terms).sum()
             told["loss"] = loss.detach()
             engine.backwards += len(x)
             grads = gradients(loss, own, unroll=unroll)

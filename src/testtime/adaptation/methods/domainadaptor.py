@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from testtime._core.errors import OptionError
 from testtime._core.options import whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
@@ -264,6 +265,8 @@ def domainadaptor(
         ICCV 2023.
     """
     whole(1, views=views)
+    if loss not in tuple(LOSSES):
+        raise OptionError(f"loss is {loss!r}; expected {', '.join(LOSSES)}")
     copies = views if loss == "gem-aug" else 0
     return Recipe(
         scope=batchnorm_affine,

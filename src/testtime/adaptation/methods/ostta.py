@@ -60,7 +60,8 @@ def ostta(*, base: Recipe | None = None, lr: float = 1e-3, diversity: float = 0.
         Entropy Minimization, ICCV 2023.
     """
     recipe = tent(lr=lr) if base is None else base
-    if recipe.objective is None or recipe.batch_objective is not None:
+    filters = isinstance(recipe, Recipe) and recipe.objective is not None
+    if not filters or recipe.batch_objective is not None:
         raise OptionError(
             "ostta filters the samples of an entropy-minimising method; give base=tent(), eta(), "
             "eata(), sar() or deyo()"
