@@ -9,6 +9,7 @@ from testtime._core.errors import InputError
 from testtime.measures import confidence, coupling, detection, divergence, entropy, label_encoding
 from testtime.measures.cauchy_schwarz import gram
 from testtime.measures.information import bounds
+from testtime.measures.information.neighbours import ksg
 from testtime.measures.rejection_gradients import gamma
 from testtime.measures.symmetry import invariant_wasserstein, sign_flips
 
@@ -78,3 +79,14 @@ def test_huge_logits_of_labelled_samples_are_not_cut_to_single_precision():
 def test_samples_that_carry_a_graph_have_a_distance():
     apart = invariant_wasserstein(X.clone().requires_grad_(), X, sign_flips(4))
     assert apart == pytest.approx(0, abs=1e-6)
+
+
+def test_samples_may_be_arrays_and_lists_of_numbers():
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
+    expected = ksg(x, 2 * x[:, :1])
+    assert (
+        ksg(x.numpy(), 2 * x.numpy()[:, :1]) == expected == ksg(x.tolist(), (2 * x[:, :1]).tolist())
+    )
+    for wrong in (None, "samples", [[1.0], [1.0, 2.0]]):
+        with pytest.raises(InputError, match="x is of type"):
+            ksg(wrong, x)

@@ -52,6 +52,8 @@ def mean_estimate(terms: Tensor, trace: tuple[float, ...] = ()) -> Estimate:
 def checked(samples: Tensor, name: str, *, least: int = 2) -> Tensor:
     """Samples as (n, d) in float64, apart from the caller's graph; (n,) counts as one coordinate.
 
+    Arrays and lists of numbers will do.
+
     Raises:
         InputError: for another shape, for fewer than `least` samples, for NaN or infinity.
 
@@ -59,6 +61,12 @@ def checked(samples: Tensor, name: str, *, least: int = 2) -> Tensor:
         >>> checked(torch.arange(3), "x").shape
         torch.Size([3, 1])
     """
+    try:
+        samples = torch.as_tensor(samples)
+    except Exception as error:  # whatever else it is
+        raise InputError(
+            f"{name} is of type {type(samples).__name__}; expected samples."
+        ) from error
     if samples.ndim not in (1, 2) or samples.numel() == 0 or samples.is_complex():
         raise InputError(
             f"{name} has the shape {tuple(samples.shape)} and the type {samples.dtype}; expected "
