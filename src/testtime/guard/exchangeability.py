@@ -41,7 +41,7 @@ class Exchangeability:
     alarm is ever raised is at most alpha, however long the stream and whenever one looks.
 
     A stream whose samples depend on each other (sorted labels, video) is not exchangeable, and that
-    may raise the alarm as well; `Risk` asks less of a stream.
+    may raise the alarm as well; `Risk` asks less of a stream, but not nothing.
 
     Args:
         edges: (bins - 1, signals) reference values between the bins, made by `fit`.

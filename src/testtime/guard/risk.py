@@ -3,7 +3,9 @@
     payoff f_t = (s_t - b) / b for scores s_t in [0, 1] and a bound b;  W ← W (1 + λ f_t)
 
 The null hypothesis is that the mean of each score, given the past, is at most b. Nothing else is
-asked of the stream: scores may depend on each other and need not be alike. `Risk.fit` takes b from
+asked of the stream: scores may depend on each other and need not be alike. But a stretch in which
+scores can be foreseen to be higher, as of one class where labels come sorted, breaks it, though the
+mean of the whole stream be at most b. `Risk.fit` takes b from
 source data: an upper confidence bound of the source's mean, so that the two errors together stay
 below alpha at any stopping time.
 """
@@ -65,8 +67,8 @@ class Risk:
         """The monitor whose bound is the source's mean, as far as it can be known, plus a tolerance.
 
         Half of alpha is spent on the confidence bound, half on the stream: if source scores are
-        independent draws, the probability of an alarm while the mean of the stream stays within
-        `tolerance` of the source's is at most alpha.
+        independent draws, the probability of an alarm while the mean of each score, given the past,
+        stays within `tolerance` of the source's is at most alpha.
 
         Args:
             scores: (n,) of source data that was not trained on.
