@@ -88,6 +88,20 @@ def independence(x: Tensor, seed: int) -> Tensor:
     return _first_of(test, pairs, 2, len(x))
 
 
+def collapse(x: Tensor, seed: int) -> Tensor:
+    """Even answers of ten classes, which differ from the source's as often as the limit allows."""
+    test, chance = Collapse(classes=10, alpha=ALPHA), generator(seed, "answers")
+    source = torch.randint(10, x.shape, generator=chance)
+    apart = torch.randint(1, 10, x.shape, generator=chance)
+    differs = torch.special.ndtr(x) < test.disagreement
+    adapted = (source + apart * differs) % 10
+    sure, found = 5 * torch.eye(10), list[int]()
+    for ours, theirs in zip(adapted.T, source.T, strict=True):
+        _, alarm = test.step(test.init(), sure[ours], sure[theirs])
+        found.append(len(x) + (not alarm))
+    return torch.tensor(found)
+
+
 def adwin(x: Tensor, _: int) -> Tensor:
     """river's, with its defaults (delta 0.002)."""
     from river import drift  # noqa: PLC0415
@@ -153,6 +167,7 @@ NULLS: dict[str, tuple[First, int, int]] = {
     "Risk": (risk, 3000, STREAMS),
     "TwoSample": (two_sample, 600, STREAMS),
     "Independence": (independence, 600, STREAMS),
+    "Collapse": (collapse, 3000, STREAMS),
     "ADWIN": (adwin, 3000, 200),
     "Page-Hinkley": (page_hinkley, 3000, 200),
     "MMD at each window": (mmd, 3000, 50),
