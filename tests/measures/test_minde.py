@@ -63,14 +63,16 @@ def exact(rho, dims):
 
 
 @pytest.mark.parametrize("kind", ["c", "j"])
+@pytest.mark.parametrize("difference", ["inside", "outside"])
 @pytest.mark.parametrize("information", [0.2, 1.0, 2.0])
-def test_the_exact_noise_gives_the_exact_information(kind, information):
+def test_the_exact_noise_gives_the_exact_information(kind, difference, information):
     dims = 2
     rho = math.sqrt(1 - math.exp(-2 * information / dims))
     x, y, _ = gaussian(8000, dims=dims, information=information, generator=generator())
     terms = diffusion_information(
-        exact(rho, dims), x, y, kind=kind, draws=4, generator=generator(1)
-    )
+        exact(rho, dims), x, y,
+        kind=kind, difference=difference, draws=4, generator=generator(1),
+    )  # fmt: skip
     error = float(terms.std()) / len(terms) ** 0.5
     assert float(terms.mean()) == pytest.approx(information, abs=4 * error)
     assert error < 0.05 * information
@@ -99,7 +101,14 @@ def test_bad_input():
         minde(x * math.nan, x)
     with pytest.raises(InputError, match="41 samples"):
         minde(torch.rand(41), x)
-    for options in ({"kind": "x"}, {"width": 12}, {"steps": 0}, {"draws": 0}, {"decay": 2}):
+    for options in (
+        {"kind": "x"},
+        {"difference": "x"},
+        {"width": 12},
+        {"steps": 0},
+        {"draws": 0},
+        {"decay": 2},
+    ):
         with pytest.raises(OptionError, match=next(iter(options))):
             minde(x, x, **options)
 

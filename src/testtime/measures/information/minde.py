@@ -11,6 +11,9 @@ for each step:
 value, with running means of the weights, on held-out samples:
     "c"   Z/2 mean | eps_x - eps_x|y |^2
     "j"   Z/2 mean | eps_xy - [eps_x|y, eps_y|x] |^2
+or, "outside", with e(S) = Z/2 mean | eps_S - s z_t |^2, a divergence from a standard normal law:
+    "c"   e(x|y) - e(x)
+    "j"   e(x|y) + e(y|x) - e(xy)
 """
 
 # torch leaves some types open
@@ -46,6 +49,7 @@ from testtime.measures.information.variational import (
 Noise = Callable[[Tensor, Tensor], Tensor]
 """eps(z (n, D), tau (n, 2)) -> (n, D)."""
 Kind = Literal["c", "j"]
+Difference = Literal["inside", "outside"]
 LOW, HIGH = 0.1, 20.0
 """b0 and b1 (code)."""
 HELD = 1e-3
@@ -58,6 +62,7 @@ def minde(
     y: Tensor,
     *,
     kind: Kind = "c",
+    difference: Difference = "inside",
     width: int = 64,
     steps: int = 1500,
     batch_size: int = 256,
@@ -67,7 +72,7 @@ def minde(
     seed: int = 0,
     trace: bool = False,
 ) -> Estimate:
-    """Mutual information of x and y in nats by the scores of a diffusion; never negative.
+    """Mutual information of x and y in nats by the scores of a diffusion.
 
     A quarter of the samples is held out from training, and the value is that on them. It is no
     bound. A variable that is constant tells nothing: 0.
@@ -76,6 +81,7 @@ def minde(
         x: (n, dx) or (n,); coordinates are standardised.
         y: (n, dy) or (n,), the partner of each.
         kind: "c" diffuses x only, "j" both.
+        difference: of scores, "inside" the square, and never negative; "outside" it, of divergences.
         width: of the network; the code has 64 up to ten coordinates in all, 128 up to 50, then 256.
         steps: 1500, ours for small problems; the code makes 300 to 500 epochs of 100,000 samples.
         batch_size: 256 (code; 128 up to five coordinates).
@@ -102,6 +108,8 @@ def minde(
     in_range(0, 1, decay=decay)
     if kind not in ("c", "j"):
         raise OptionError(f"kind is {kind!r}; expected 'c' or 'j'")
+    if difference not in ("inside", "outside"):
+        raise OptionError(f"difference is {difference!r}; expected 'inside' or 'outside'")
     whole(8, width=width)
     if width % 8:
         raise OptionError(f"width is {width}; expected a multiple of 8")
@@ -122,13 +130,21 @@ def minde(
             if trace:
                 values.append(float(loss.detach()))
     terms = diffusion_information(
-        averaged.network, held[0], held[1], kind=kind, draws=draws, generator=random
-    )
+        averaged.network, held[0], held[1],
+        kind=kind, difference=difference, draws=draws, generator=random,
+    )  # fmt: skip
     return finite(mean_estimate(terms, tuple(values)))
 
 
 def diffusion_information(
-    noise: Noise, x: Tensor, y: Tensor, *, kind: Kind, draws: int, generator: torch.Generator
+    noise: Noise,
+    x: Tensor,
+    y: Tensor,
+    *,
+    kind: Kind,
+    difference: Difference = "inside",
+    draws: int,
+    generator: torch.Generator,
 ) -> Tensor:
     """What each sample says of the mutual information, of a function that predicts noise.
 
@@ -137,6 +153,7 @@ def diffusion_information(
         x: (n, dx), standardised.
         y: (n, dy), standardised.
         kind: "c" or "j".
+        difference: "inside" or "outside", as of `minde`.
         draws: of noise and time for every sample.
         generator: of these, on the CPU.
 
@@ -156,13 +173,18 @@ def diffusion_information(
             t = sampled_times(len(x), generator).to(x)
             both = torch.cat([x, y], 1)
             z = _diffused(both, _normal_like(both, generator), t)
-            given_y = noise(*_fed(both, z, t, d, "x|y"))[:, :d]
+            given = noise(*_fed(both, z, t, d, "x|y"))[:, :d]
             if kind == "c":
-                gap = noise(*_fed(both, z, t, d, "x"))[:, :d] - given_y
+                alone = noise(*_fed(both, z, t, d, "x"))[:, :d]
             else:
-                given_x = noise(*_fed(both, z, t, d, "y|x"))[:, d:]
-                gap = noise(*_fed(both, z, t, d, "xy")) - torch.cat([given_y, given_x], 1)
-            total += gap.double().square().sum(1)
+                given = torch.cat([given, noise(*_fed(both, z, t, d, "y|x"))[:, d:]], 1)
+                alone = noise(*_fed(both, z, t, d, "xy"))
+            if difference == "inside":
+                gap = (alone - given).double().square()
+            else:
+                normal = signal_and_noise(t)[1][:, None] * z[:, : alone.shape[1]]
+                gap = (given - normal).double().square() - (alone - normal).double().square()
+            total += gap.sum(1)
     return rate_integral() / 2 * total / draws
 
 
