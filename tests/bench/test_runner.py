@@ -337,6 +337,9 @@ def test_a_method_s_own_score_is_used_and_closed_streams_have_none():
     assert unsure.row()["auroc"] == 0
     closed.add(0, logits[:1], labels[:1], own[:1])
     assert [closed.row()[name] for name in OPEN_SET] == [None] * 4
+    familiar = Domain(opened=True)
+    familiar.add(0, logits[[0, 1, 2]], torch.tensor([0, 0, 0]), own)  # nothing unknown has come
+    assert [familiar.row()[name] for name in OPEN_SET] == [None, None, *[pytest.approx(2 / 3)] * 2]
     broken = Domain(opened=True)
     broken.add(0, logits, labels, own * math.nan)
     assert [broken.row()[name] for name in OPEN_SET] == [None] * 4

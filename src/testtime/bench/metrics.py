@@ -98,7 +98,8 @@ class Recognition:
     """How well samples of unknown classes are told apart, of scores that come batch by batch.
 
     These measures rank the samples, so that a score of each is kept. Where a score is no number, or
-    no sample is unknown, they have no value. `fpr95` is the share of unknown samples that are taken
+    no sample is known, they have no value; where none is unknown, `oscr` and `h_score` are the
+    accuracy, and the others have none. `fpr95` is the share of unknown samples that are taken
     for known ones by the threshold that accepts 95 % of the known ones.
 
     Example:
@@ -121,16 +122,16 @@ class Recognition:
     def result(self) -> dict[str, float | None]:
         """The measures by name."""
         scores, hit, unknown = map(torch.cat, zip(*self.parts, strict=True))
-        if bool(scores.isnan().any()) or not bool(unknown.any()) or bool(unknown.all()):
-            return dict.fromkeys(OPEN_SET)
+        found: dict[str, float | None] = dict.fromkeys(OPEN_SET)
+        if bool(scores.isnan().any()) or bool(unknown.all()):
+            return found
         scores = scores.double()
-        values = (
-            auroc(scores, unknown),
-            fpr_at_95_tpr(-scores, ~unknown),
-            oscr(scores, hit, unknown),
-            h_score(scores, hit, unknown),
-        )
-        return {name: float(value) for name, value in zip(OPEN_SET, values, strict=True)}
+        if bool(unknown.any()):
+            found["auroc"] = float(auroc(scores, unknown))
+            found["fpr95"] = float(fpr_at_95_tpr(-scores, ~unknown))
+        found["oscr"] = float(oscr(scores, hit, unknown))
+        found["h_score"] = float(h_score(scores, hit, unknown))
+        return found
 
 
 def setting(row: dict[str, Any]) -> tuple[Any, ...]:
