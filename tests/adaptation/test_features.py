@@ -19,6 +19,8 @@ from reference import features as reference
 from testtime._core.errors import (
     InputError,
     NeedsSource,
+    OptionError,
+    StateError,
 )
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.methods.cafa import cafa, intra_and_inter, mahalanobis
@@ -296,6 +298,31 @@ def test_few_memories_all_vote():
     known = tt.fit_source(model, [batches(1, 3)[0]], methods="adanpc")
     answer = tt.adapt(model, "adanpc", source=known)(batches(1)[0])
     torch.testing.assert_close(answer.exp().sum(1), torch.ones(16), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["cafa", "adanpc", "rmt"])
+def test_an_adapter_reads_the_features_that_its_knowledge_is_of(method, tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.BatchNorm1d(192),
+        *(torch.nn.Linear(192, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 5)),
+    ).eval()  # fmt: skip
+    x, y = batches(1)[0], torch.arange(16) % 5
+    tt.fit_source(model, [(x, y)], methods=method, features="2").save(tmp_path / "known")
+    known = tt.SourceKnowledge.load(tmp_path / "known")
+    for chosen in (None, "2"):
+        adapter = tt.adapt(model, method, source=known, features=chosen)
+        adapter(x)
+        assert adapter.snapshot().steps == 1
+    with pytest.raises(StateError, match="features of layer '2', and features='4'"):
+        tt.adapt(model, method, source=known, features="4")
+    other = tt.fit_source(model, [(x, y)], methods=method)
+    assert other.features == "5"
+    tt.adapt(model, method, source=other, features="5")
+    with pytest.raises(StateError, match="features of layer '5', and features='4'"):  # as wide
+        tt.adapt(model, method, source=other, features="4")
+    tent = tt.fit_source(model, [x], methods="tent")
+    tt.adapt(model, "tent", source=tent, features="4")
 
 
 def test_knowledge_says_for_each_method_what_it_holds_and_how_large_it_is():

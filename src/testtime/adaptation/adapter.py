@@ -27,13 +27,14 @@ from testtime.adaptation.guarding import check_guard, distrusted, guarded
 from testtime.adaptation.knowledge import SourceKnowledge
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import lock_of
-from testtime.adaptation.look import check_backward, look, named_layer
+from testtime.adaptation.look import check_backward, look
 from testtime.adaptation.modes import autocasting, computing
 from testtime.adaptation.needs import (
     check_covered,
     check_kind,
     check_layers,
     check_source,
+    feature_layer,
     known_of,
 )
 from testtime.adaptation.outputs import detached, read_logits
@@ -73,7 +74,6 @@ class Adapter:
         budget: float | None = None,
     ) -> None:
         check_model(model)
-        named_layer(model, features)
         if on_event is not None and not callable(on_event):
             raise OptionError(f"on_event is {on_event!r}; expected a function of one event")
         check_kind(source)
@@ -86,12 +86,12 @@ class Adapter:
         self._gate, self._watch = check_gate(gate), check_guard(guard)
         self._ration = None if budget is None else Ration(budget)
         self._on_event, self._seed, self._source = on_event, seed, source
-        self._features = features
         alone = getattr(recipe.procedure, "alone", False)  # no batch teaches another
         self._ranks = Ranks(None if alone else process_group)
         self._lock = threading.RLock()
         with lock_of(model):
             check_source(source, recipe, model)
+            self._features = feature_layer(model, features, source, recipe)
             self._engine = self._build(order=[])
             self._state = self._engine.fresh()
         self._lane = Lane(self._engine.device)

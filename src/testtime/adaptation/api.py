@@ -54,7 +54,8 @@ def adapt(
         process_group: ranks that adapt together, each with its own batch, as one process would
             with the joined batch. None: this process adapts alone.
         features: name of the layer whose input are the features, for methods that read them. None:
-            the layer that gives the logits, or else the linear layer that runs last.
+            the layer that `source` knows the features of, or the one that gives the logits, or
+            else the linear layer that runs last.
         deferred: whether an answer leaves before its update, which then runs behind it. The next
             call waits for it, so that all results are the same to the last bit; see
             `Adapter.flush`.

@@ -27,7 +27,7 @@ from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe
 from testtime.adaptation.source_like import Signals
 
-FORMAT = "testtime-source-2"
+FORMAT = "testtime-source-3"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -44,12 +44,14 @@ class SourceKnowledge:
         samples: source samples that were read.
         entries: what was needed -> tensors by name.
         methods: method -> what it needs of the entries.
+        features: name of the layer whose input are the features; None where there is none.
     """
 
     model: str
     samples: int
     entries: dict[str, dict[str, Tensor]]
     methods: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    features: str | None = None
 
     def __getitem__(self, need: str) -> dict[str, Tensor]:
         return self.entries[need]
@@ -74,7 +76,7 @@ class SourceKnowledge:
             for need, own in self.entries.items()
             for name, tensor in own.items()
         }
-        plain = [self.model, self.samples, list(self.entries), self.methods]
+        plain = [self.model, self.samples, list(self.entries), self.methods, self.features]
         with atomic(path) as part:
             save_file(tensors, part, {"format": FORMAT, "about": json.dumps(plain)})
 
@@ -93,7 +95,7 @@ class SourceKnowledge:
                         f"{path} is not what SourceKnowledge.save() of this version wrote. Make it "
                         "anew with fit_source."
                     )
-                model, samples, needs, methods = json.loads(about["about"])
+                model, samples, needs, methods, features = json.loads(about["about"])
                 entries: dict[str, dict[str, Tensor]] = {need: {} for need in needs}
                 for full in file.keys():  # noqa: SIM118
                     need, _, name = full.partition("/")
@@ -102,7 +104,8 @@ class SourceKnowledge:
             raise StateError(
                 f"{path} cannot be read: {error}. Make it anew with fit_source."
             ) from error
-        return SourceKnowledge(model, samples, entries, {k: tuple(v) for k, v in methods.items()})
+        methods = {k: tuple(v) for k, v in methods.items()}
+        return SourceKnowledge(model, samples, entries, methods, features)
 
 
 def _bytes(own: Mapping[str, Tensor]) -> int:
@@ -214,7 +217,8 @@ def fit_source(
         loader: batches of inputs, or of (inputs, labels, ...); about 2000 samples serve most.
         methods: names of the methods that will use it, or recipes.
         features: name of the layer whose input are the features; None is the layer that gives the
-            logits, or else the linear layer that runs last.
+            logits, or else the linear layer that runs last. Adapters with what is found read the
+            same.
         gate: whether also what `tt.adapt(..., gate=True)` compares with.
 
     Raises:
@@ -283,7 +287,9 @@ def fit_source(
     for (name, _), total in totals.items():
         entries[name] |= needs[name][0].finish(total, samples=samples, batches=batches)
     by_method = {name: tuple(n.name for n in recipe.needs) for name, recipe in recipes.items()}
-    return SourceKnowledge(fingerprint(model), samples, entries, by_method)
+    names = {module: name for name, module in model.named_modules()}
+    layer = None if source.feature_layer is None else names.get(source.feature_layer)
+    return SourceKnowledge(fingerprint(model), samples, entries, by_method, layer)
 
 
 def _needs(

@@ -9,6 +9,7 @@ from testtime._core.errors import NeedsSource, OptionError, ScopeError, StateErr
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.loan import Loan
+from testtime.adaptation.look import named_layer
 from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.statistics import SourceStatistics
 from testtime.adaptation.recipe import Recipe
@@ -35,6 +36,26 @@ def check_source(source: SourceKnowledge | None, recipe: Recipe, model: nn.Modul
             "source= was computed for another model. Call tt.fit_source(model, loader) with "
             "this one."
         )
+
+
+def feature_layer(
+    model: nn.Module, features: str | None, source: SourceKnowledge | None, recipe: Recipe
+) -> str | None:
+    """Name of the layer whose input are the features: that of the source knowledge, where there is.
+
+    Raises:
+        UnknownName: the model has no layer of that name.
+        StateError: the source knowledge is of another layer's features.
+    """
+    chosen = named_layer(model, features)
+    reads = any(getattr(need, "of_features", False) for need in recipe.needs)
+    known = None if source is None or not reads else source.features
+    if chosen is not None and known is not None and named_layer(model, known) is not chosen:
+        raise StateError(
+            f"source= is of the features of layer {known!r}, and features={features!r} names another. "
+            f"Leave it out, or call tt.fit_source(model, loader, features={features!r})."
+        )
+    return features if known is None else known
 
 
 def known_of(

@@ -29,7 +29,7 @@ class Need(Protocol):
 
     A need that must see the data several times has an attribute `passes`, and may have `turn(total)
     -> total`, called when a pass is over. One that tells of each adapted tensor, as `name` or `what
-    name`, has an attribute `of_tensors`.
+    name`, has an attribute `of_tensors`, and one that tells of features, `of_features`.
     """
 
     name: ClassVar[str]
@@ -108,6 +108,7 @@ class Prototypes:
     """
 
     name: ClassVar[str] = "prototypes"
+    of_features: ClassVar[bool] = True
 
     def add(self, total: "Known", batch: "SourceBatch") -> "Known":
         """Adds the features of a batch to the sums of their classes."""
@@ -158,6 +159,7 @@ class ClassMoments:
 
     tied: bool = True
     name: ClassVar[str] = "class_moments"
+    of_features: ClassVar[bool] = True
 
     def add(self, total: "Known", batch: "SourceBatch") -> "Known":
         """Merges the counts, means and sums of squared deviations of a batch."""
@@ -213,6 +215,7 @@ class FeatureMemory:
     """
 
     name: ClassVar[str] = "feature_memory"
+    of_features: ClassVar[bool] = True
 
     def add(self, total: "Known", batch: "SourceBatch") -> "Known":
         """Appends a batch."""
