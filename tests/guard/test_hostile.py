@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from testtime._core.errors import InputError
 from testtime.adaptation.never_worse import NeverWorse
@@ -14,10 +15,11 @@ from testtime.guard.correctness import (
 )
 from testtime.guard.densities import Gaussian
 from testtime.guard.feature_shift import feature_shift
+from testtime.guard.fingerprint import Fingerprint
 from testtime.guard.predictive_uncertainty import predictive_uncertainty
-from testtime.guard.rejection import best_score, rejection_cost, rejection_loss
+from testtime.guard.rejection import Rejector, best_score, rejection_cost, rejection_loss
 from testtime.guard.scaling import VectorScaling
-from testtime.guard.shift_statistics import ks_distance
+from testtime.guard.shift_statistics import KnnKS, ks_distance
 from testtime.guard.tarp import uniform_p_value
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -92,3 +94,25 @@ def test_half_precision_is_computed_in_single(kind):
 
 def test_huge_scores_cost_much_and_are_never_nan():
     assert rejection_loss(torch.tensor([-3e38, 3e38]), GOOD[1:3], cost=0.2) > 1e30
+
+
+def test_a_feature_that_never_varies_is_not_the_one_that_shifted():
+    chance = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 80, 3, generator=chance)
+    x[:, 2] = y[:, 2] = 1
+    y[:, 0] += 4
+    found = feature_shift(x, y, statistic=KnnKS(samples=10, neighbours=20), bootstrap=20)
+    assert found.features == (0,)
+    assert found.excess[2] == 0
+
+
+def test_features_too_large_to_train_on_are_refused():
+    with pytest.raises(InputError, match="training left the numbers"):
+        Fingerprint.fit(nn.Linear(3, 2), [1e30 * torch.rand(40, 3) + 1e30], epochs=2)
+
+
+def test_a_rejector_may_read_one_number_of_each_sample():
+    x = torch.linspace(-1, 1, 200)
+    kind = {"cost": 0.2, "alpha": 2.0, "steps": 3}
+    flat, column = (Rejector.fit(each, x > 0, **kind) for each in (x, x[:, None]))
+    assert torch.equal(flat.score(x), column.score(x[:, None]))

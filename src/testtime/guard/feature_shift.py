@@ -223,7 +223,7 @@ def _log_density(density: Gaussian, x: Tensor) -> Tensor:
 
 def _decide(value: Tensor, null: Tensor, alpha: float, compromised: int) -> FeatureShift:
     threshold = _threshold(null, alpha)
-    excess = (value - null.mean(0)) / null.std(0).clamp(min=1e-300)
+    excess = (value - null.mean(0)) / null.std(0).clamp(min=torch.finfo(null.dtype).tiny)
     detected = bool((value > threshold).any())
     order = excess.argsort(descending=True).tolist()
     return FeatureShift(

@@ -110,7 +110,7 @@ class Fingerprint:
             seed: of weights and order.
 
         Raises:
-            InputError: fewer than two samples, or features that are not finite.
+            InputError: fewer than two samples, or features that are not finite or too large.
             ScopeError: the model has no linear layer, and none was named.
             OptionError: an option is out of its range.
         """
@@ -141,6 +141,11 @@ class Fingerprint:
                     optimizer.step()
         head.requires_grad_(False)
         known = head(features).amax(1).double()
+        if not bool(known.isfinite().all()):
+            raise InputError(
+                f"training left the numbers: features go up to {float(features.abs().max()):.3g}. "
+                "Name a layer with smaller ones, or take a lower lr."
+            )
         low, high = (float(known.quantile(q)) for q in (outside / 2, 1 - outside / 2))
         return Fingerprint(head=head, low=low, high=high, layer=layer)
 

@@ -216,13 +216,13 @@ class _Standardised(nn.Module):
 
     def __init__(self, inputs: Tensor) -> None:
         super().__init__()
-        flat = inputs.flatten(1)
+        flat = inputs.reshape(len(inputs), -1)
         self.register_buffer("mean", flat.mean(0))
         spread = flat.std(0) if len(flat) > 1 else torch.zeros_like(flat[0])
         self.register_buffer("std", torch.where(spread > 0, spread, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.flatten(1) - self.mean) / self.std
+        return (x.reshape(len(x), -1) - self.mean) / self.std
 
 
 def _network(inputs: Tensor) -> nn.Module:
