@@ -10,7 +10,7 @@
 
 The witness g reads at most `memory` points, the latest, so that a pair costs O(memory) time, a
 stream O(n · memory), and the state O(memory) numbers. Any choice of past points keeps the test
-valid: g need only be known before the pair.
+valid: g need only be known before the pair. The paper's other witnesses, COCO and KCC, are not here.
 """
 
 from dataclasses import dataclass, field

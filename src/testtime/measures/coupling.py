@@ -4,6 +4,8 @@ greedy coupling   while mass remains: i, j = argmax p, argmax q;  move min(p_i, 
 bottleneck        T = X; merge the two likeliest symbols of T until H(T) <= R would be met by
                   merging the two least likely ones instead, or is met by itself
 with bottleneck   P_XY = P_XT diag(1 / P_T) J_TY
+
+The paper's local refinement of the encoder, and its Markov coding games, are not here.
 """
 
 import heapq
