@@ -301,7 +301,7 @@ def figure(found: dict[str, Any]) -> str:
 def tables(found: dict[str, Any]) -> str:
     """Markdown of false alarms and memory."""
     rows = ["| monitor | streams | samples | alarms | rate |", "|---|---|---|---|---|"]
-    for name, each in found["false alarms"].items():
+    for name, each in ((name, found["false alarms"][name]) for name in NULLS):
         rate = each["alarms"] / each["streams"]
         rows.append(
             f"| {name} | {each['streams']} | {each['samples']} | {each['alarms']} | {rate:.1%} |"
