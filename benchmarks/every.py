@@ -39,7 +39,7 @@ from testtime.streams.data import load_data
 from textbook import plain
 
 HEAVY = (
-    "memo", "vcotta", "petal", "psmt", "cotta", "tesla", "dent", "stamp", "simatta", "foa",
+    "memo", "vcotta", "petal", "psmt", "cotta", "dent", "stamp", "simatta", "foa",
 )  # fmt: skip
 """Methods of many passes, which are timed in one round."""
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
