@@ -15,8 +15,8 @@ the same each time. Methods of many passes are measured in one round.
 Methods that choose who teaches are set so that a third of the samples do, and stay there: their
 rate is zero, so that the network of random weights does not run away. CoTTA and the like make 8
 views in place of 32. RoTTA keeps a batch in memory in place of 64 images, so that it learns in every
-step. MEMO adapts to one image at a time, so its times are those of one image, set
-against a batch of one. Rows are joined to those that `--out` holds already.
+step. SimATTA takes ten steps a batch. MEMO adapts to one image at a time, so its times are those of
+one image, set against a batch of one. Rows are joined to those that `--out` holds already.
 """
 
 import argparse

@@ -13,12 +13,12 @@ from textbook.parts import Loader, Step, View, entropy, watched
 
 
 def moco_view(x: Tensor) -> Tensor:
-    """The transform of MoCo v2 on small images."""
+    """The transform of MoCo v2 on small images, of each its own, as a loader of images has it."""
     jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
     blur = v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], 0.2)
     crop = v2.RandomCrop(x.shape[-2:], padding=x.shape[-1] // 8)
     changes = [crop, jitter, v2.RandomGrayscale(0.2), blur, v2.RandomHorizontalFlip()]
-    return v2.Compose(changes)(x)
+    return torch.stack([v2.Compose(changes)(image) for image in x])
 
 
 def sade(
