@@ -52,7 +52,7 @@ METHODS = (
     "memo", "rdumb", "roid", "rmt", "psmt", "petal", "vcotta", "cafa", "adanpc", "lerm", "stamp",
     "domainadaptor", "dent", "tesla", "sade", "simatta",
 )  # fmt: skip
-"""All that work on any classifier of images: not `foa`, for transformers, and `sqrl`, for tables."""
+"""All that work on any classifier of images; `foa` is for transformers, and `sqrl` for tables."""
 BATCH = {"embedded": 200, "resnet50": 16, "resnet50_gn": 16, "vit_s": 16}
 TIMM = {"resnet50": "resnet50", "resnet50_gn": "resnet50_gn", "vit_s": "vit_small_patch16_224"}
 VIEWS = 8

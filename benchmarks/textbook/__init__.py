@@ -19,6 +19,7 @@ from textbook import (
     memories,
     normalisation,
     policies,
+    prompts,
     teachers,
 )
 from textbook.parts import Step, configured, entropy
@@ -74,5 +75,6 @@ TEXTBOOK: dict[str, Callable[..., Step]] = {
     "sade": knowledge.sade,
     "sqrl": knowledge.sqrl,
     "simatta": knowledge.simatta,
+    "foa": prompts.foa,
 }
 """Method -> what makes its textbook form of (model, source data where it needs some, options)."""

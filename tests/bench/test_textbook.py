@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import testtime as tt
-from models import Experts, batches, tiny
+from models import Experts, batches, tiny, tiny_vit
 from scripts import BENCHMARKS, script
 
 TEXTBOOK = script("cost").TEXTBOOK
@@ -58,6 +58,7 @@ CASES = {
     "sqrl": [(BOTH, {"lr": 1e-2})],
     "simatta": [(BOTH, {"lr": 1e-1, "oracle": oracle, "budget": budget, "clusters": 3,
                         "e_high": 0.3, "e_low": 0.1, "steps": 6}) for budget in (4, 30)],
+    "foa": [(("vit",), {"prompts": 2, "population": 6})],
 }  # fmt: skip
 """Method -> kinds of normalisation, and options under which all that it does happens."""
 
@@ -88,8 +89,8 @@ def test_a_textbook_form_answers_as_the_method(name, kind, options, sharp, monke
     if name == "deyo":  # the method's way to draw an order
         monkeypatch.setattr(torch, "randperm", lambda count: torch.rand(count).argsort())
     monkeypatch.setattr(random, "choice", alone)
-    model = tiny(kind, sharp=sharp).double()
-    model = Experts(model) if name == "sade" else model
+    model = tiny_vit() if kind == "vit" else tiny(kind, sharp=sharp)
+    model = (Experts(model) if name == "sade" else model).double()
     *stream, one, two = [x.double() for x in batches(5)]
     data, source = {}, None
     if tt.methods()[name].needs:
@@ -101,6 +102,7 @@ def test_a_textbook_form_answers_as_the_method(name, kind, options, sharp, monke
 
     def form():
         more = {"projector": projector(adapter)} if name == "rmt" else {}
+        more |= {"first": "before"} if kind == "vit" else {}
         return TEXTBOOK[name](model, **more, **data, **options)
 
     other, answers = form(), []
