@@ -100,6 +100,9 @@ class Engine:
         chosen: list[str] = scope(model, norms, **found)
         own = (self.loan.canonical.get(name, name) for name in chosen)
         self.names: list[str] = list(dict.fromkeys(own))
+        whole = model.named_parameters() if getattr(recipe.teacher, "whole", False) else ()
+        others = (name for name, parameter in whole if parameter.is_floating_point())
+        self.followed = list(dict.fromkeys([*self.names, *others]))
         scales_and_shifts = {name for layer in norms for name in layer.tensors}
         self.lean = scales_and_shifts.issuperset(self.names)
         self.norms_mix = any(
@@ -126,7 +129,8 @@ class Engine:
         recipe = self.recipe
         with self.loan.lock:  # another adapter may have tensors in the model's places
             tensors, averages = self.source_tensors(self.names), self._source_averages()
-        teacher, beside = dict(tensors), {}
+            teacher = self.source_tensors(self.followed)
+        beside = {}
         if recipe.start is not None and self.known:
             tensors, teacher = recipe.start(self.known)
         if recipe.beside is not None and self.known:

@@ -119,7 +119,8 @@ def _move(
         teacher = state.teacher
         followed = [] if teacher is None else list(teacher.values())
         if teacher is not None:
-            followed = recipe.teacher.follow(followed, moved)
+            fixed = engine.source_tensors(list(teacher)[len(moved) :])
+            followed = recipe.teacher.follow(followed, [*moved, *fixed.values()])
         if recipe.restoration is not None:
             offered = {
                 "tensors": moved,

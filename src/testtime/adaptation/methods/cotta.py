@@ -66,7 +66,7 @@ def cotta(
         scope=weights_and_biases,
         statistics=BatchStatistics(),
         objective=teacher_cross_entropy,
-        teacher=MovingTeacher(momentum=momentum),
+        teacher=MovingTeacher(momentum=momentum, whole=True),
         views=AveragedViews(count=views, threshold=threshold, augment=augment),
         restoration=StochasticRestoration(rate=restore),
         prediction=from_teacher,

@@ -1,6 +1,6 @@
 """A teacher: a moving average of what has adapted."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,9 +16,13 @@ class MovingTeacher:
 
     Args:
         momentum: m; 0.999 in CoTTA and RoTTA (there written nu = 1 - m).
+        whole: whether parameters that do not adapt are averaged too, with themselves, as published
+            code does. It costs a copy of them and changes their last bits only, of which Adam makes
+            whole steps in a transformer: the biases of its keys have no gradient but rounding.
     """
 
     momentum: float
+    whole: bool = field(default=False, repr=False)
     dense = True
 
     def __post_init__(self) -> None:
