@@ -16,13 +16,7 @@ from torch.nn import functional as F
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer, bound
 from testtime.adaptation.lean import Lean, kept_as
-from testtime.adaptation.moments import (
-    InGroups,
-    moments,
-    normalise,
-    normalise_blended,
-    wide,
-)
+from testtime.adaptation.moments import InGroups, moments, normalise, normalise_blended, wide
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
     Averages,
@@ -34,6 +28,7 @@ from testtime.adaptation.parts.statistics import (
     Statistics,
 )
 from testtime.adaptation.ranks import Ranks
+from testtime.adaptation.robust import normalise_as_written
 from testtime.adaptation.traces import traces_of
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
@@ -326,10 +321,13 @@ class Normaliser:
             if alike and values > 1 and (moving := self.moving()):
                 mean, var, share = moving
                 return F.batch_norm(x, mean, var, weight, bias, True, share, self.eps)
-            if not (alike and torch.is_grad_enabled() and x.requires_grad):
+            # as RoTTA's code rounds, of its teacher too
+            as_written = alike and x.is_cpu and getattr(self.statistics, "robust", False)
+            if not (as_written or (alike and torch.is_grad_enabled() and x.requires_grad)):
                 return type(module).forward(module, *self(module, (x,)))
             blend = partial(self.blend, x, values=values)
-            return normalise_blended(x, weight, bias, blend, self.eps)
+            function = normalise_as_written if as_written else normalise_blended
+            return function(x, weight, bias, blend, self.eps)
 
         return forward
 

@@ -158,7 +158,8 @@ def _unpack(memory: dict[str, Any] | None) -> tuple[list[Item], int]:
 
 def timeliness(ages: Tensor) -> Tensor:
     """exp(-A) / (1 + exp(-A)): fresh samples weigh 1/2, old ones less."""
-    return torch.sigmoid(-ages)
+    fresh = torch.exp(-ages)
+    return fresh / (1 + fresh)
 
 
 @register("method", paper="rotta")
