@@ -53,6 +53,8 @@ METHODS = (
     "domainadaptor", "dent", "tesla", "sade", "simatta",
 )  # fmt: skip
 """All that work on any classifier of images; `foa` is for transformers, and `sqrl` for tables."""
+OF_BATCH_NORMS = ("bn-adapt", "rotta", "domainadaptor", "dent")
+"""Methods whose textbook forms, at least, are for networks with BatchNorm."""
 BATCH = {"embedded": 200, "resnet50": 16, "resnet50_gn": 16, "vit_s": 16}
 TIMM = {"resnet50": "resnet50", "resnet50_gn": "resnet50_gn", "vit_s": "vit_small_patch16_224"}
 VIEWS = 8
@@ -128,7 +130,8 @@ def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> d
     steps: dict[str, Step] = {"inference": plain(model), "minimal step": minimal(model)}
     margin = third(model, x[size:])
     for name in methods:
-        if name == "rotta" and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        batch_norms = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+        if name in OF_BATCH_NORMS and not batch_norms:
             continue
         own, data, options = setting(name, model, x, size)
         options |= options_of(name, margin, size)
