@@ -98,10 +98,11 @@ class Evidence:
             return self._teach(self.inputs)
 
     def _teach(self, inputs: Tensor, groups: int = 1) -> Any:
-        output, self.teacher_averages = self.engine.run(
-            inputs, self.state.teacher or {}, averages=self.state.teacher_averages,
-            learn=self.learn, groups=groups,
-        )  # fmt: skip
+        with self.engine.loan.in_full():
+            output, self.teacher_averages = self.engine.run(
+                inputs, self.state.teacher or {}, averages=self.state.teacher_averages,
+                learn=self.learn, groups=groups,
+            )  # fmt: skip
         return output
 
     @cached_property

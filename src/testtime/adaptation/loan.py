@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import BaseTorchFunctionMode
 
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer, bound
@@ -91,6 +92,9 @@ class Loan:
         self.places, self.canonical = places(model)
         self.parameters = list(model.parameters())
         self.own_functions = not any(map(is_compiled, self.modules))
+        attends = any(isinstance(module, nn.MultiheadAttention) for module in self.modules)
+        # under a mode attention takes no short cut, which rounds otherwise than training does
+        self.in_full: Any = BaseTorchFunctionMode if attends and self.own_functions else nullcontext
         self.lock = lock_of(model)
         with self.lock:
             self.bound = bound(model)
