@@ -191,7 +191,9 @@ def rotta(
         augment: T, what the student sees.
 
     Departure from the code: there a layer that fuses normalisation and activation, as timm's
-    BatchNormAct2d does, is replaced by one without the activation; here it stays as it is.
+    BatchNormAct2d does, is replaced by one without the activation; here it stays as it is. There the
+    teacher averages what does not adapt with itself, too, which changes its last bits; here it is the
+    model's, of which it would take a copy.
 
     Example:
         >>> rotta().procedure.every
