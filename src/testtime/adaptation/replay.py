@@ -18,8 +18,10 @@ from torch.overrides import TorchFunctionMode
 from testtime.adaptation.lean import Shape
 
 DEAR = 256
-"""Multiplications for a value of an output from which on it is kept, where it is also no larger than
-what it was computed from: these took most of the time and take the least of memory."""
+"""Multiplications for a value of an output from which on it is kept: these took most of the time."""
+WIDE = 3
+"""Values of an output for each of what it was computed from, up to which it is kept: queries, keys and
+values of an attention in one, but not what a block widens to, which takes the most of memory."""
 LEAST = 1 << 13
 """Values of a sample's output below which looking it up costs as much as computing it."""
 
@@ -141,7 +143,7 @@ def _call(
         return None
     x, weight, bias, back = read(*args, **kwargs)
     inputs, outputs = weight.numel() // len(weight), len(weight)
-    cheap = x.numel() < recorded.least * len(x) or inputs < max(recorded.dear, outputs)
+    cheap = x.numel() < recorded.least * len(x) or inputs < recorded.dear or outputs > WIDE * inputs
     if back is None or cheap or torch.is_autocast_enabled(x.device.type):
         return None
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)

@@ -104,8 +104,8 @@ def normalise_as_written(
 def exact_moments(x: Tensor) -> Moments:
     """Mean and biased variance of each channel, to the last bit those of `torch.var_mean`.
 
-    That adds up in float64. So do these sums, faster; where they leave open to which side a moment is
-    rounded, it is asked itself.
+    That adds up in float64. So do these sums, faster; of channels where they leave open to which side a
+    moment is rounded, it is asked itself.
 
     Example:
         >>> exact_moments(torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
@@ -122,8 +122,12 @@ def exact_moments(x: Tensor) -> Moments:
         found = torch.stack([mean, square - mean.square()])
         doubt = 1e-13 * torch.stack([square.sqrt(), square])
         low, high = ((found + side * doubt).float() for side in (-1, 1))
-        if torch.equal(low, high):
-            return Moments(*low)
+        open_ones = (low != high).any(0)
+        if open_ones.any():
+            low[:, open_ones] = torch.stack(
+                torch.var_mean(x[:, open_ones], others, correction=0)[::-1]
+            )
+        return Moments(*low)
     var, mean = torch.var_mean(x, others, correction=0)
     return Moments(mean, var)
 
