@@ -36,7 +36,8 @@ def resumed(
         engine: that goes on.
         what: the state, in words.
         seen: whether the engine knows in which order the layers run.
-        gate, guard: that go on.
+        gate: that goes on.
+        guard: that goes on.
 
     Raises:
         StateError: it is of another method, model, gate or guard, or not finite.
