@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from testtime.adaptation.moments import wide
 from testtime.adaptation.parts.statistics import Moments
 
-CACHED = 1 << 16
+CACHED = 1 << 17
 """Values that are worked on at once."""
 
 
