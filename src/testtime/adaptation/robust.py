@@ -122,10 +122,10 @@ def exact_moments(x: Tensor) -> Moments:
         found = torch.stack([mean, square - mean.square()])
         doubt = 1e-13 * torch.stack([square.sqrt(), square])
         low, high = ((found + side * doubt).float() for side in (-1, 1))
-        open_ones = (low != high).any(0)
-        if open_ones.any():
-            low[:, open_ones] = torch.stack(
-                torch.var_mean(x[:, open_ones], others, correction=0)[::-1]
+        doubtful = (low != high).any(0)
+        if doubtful.any():
+            low[:, doubtful] = torch.stack(
+                torch.var_mean(x[:, doubtful], others, correction=0)[::-1]
             )
         return Moments(*low)
     var, mean = torch.var_mean(x, others, correction=0)
