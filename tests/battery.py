@@ -65,3 +65,8 @@ def alike(one, two) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(two) and all(map(alike, one, two))
     return one == two
+
+
+def told(adapter) -> list[tuple]:
+    """What the events of an adapter say."""
+    return [(e.step, e.outcome, e.samples, e.loss, e.entropy, e.used) for e in adapter.events]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import testtime as tt
-from battery import ALL, adapter_of, alike, recipe_of
+from battery import ALL, adapter_of, alike, recipe_of, told
 from models import batches, tiny
 from testtime._core.errors import InputError, OptionError, StateError
 from testtime.adaptation.deferred import Behind, answers_last
@@ -23,10 +23,6 @@ WHY = {name: answers_last(recipe_of(name)) for name in ALL if name != "simatta"}
 ANSWER_FIRST = [name for name, why in WHY.items() if why is None]
 ANSWER_LAST = [name for name, why in WHY.items() if why is not None]
 first = pytest.mark.parametrize("name", ANSWER_FIRST)
-
-
-def told(adapter) -> list[tuple]:
-    return [(e.step, e.outcome, e.samples, e.loss, e.entropy, e.used) for e in adapter.events]
 
 
 @pytest.fixture

@@ -119,12 +119,14 @@ class Adapter:
             InputError: when the batch is empty, not finite, or of the wrong rank, type or device;
                 nothing has changed then.
         """
+        waits = self._behind.busy
         with self._settled(), computing():
             x = self._admit(x, teaches=True)
             before = self._engine.forwards, self._engine.backwards
             was = self._state
             state = self._engine.due(was)
             later = self._deferred and not self._behind.inside
+            self._engine.hasty = later and not waits
             mine = self._lane.take(x, state) if later else x
             steps = self._steps(mine, state)
             event = None

@@ -1,5 +1,6 @@
 """The one loop: forward, answer, learn. Every method of the library runs in it."""
 
+import math
 from collections.abc import Callable, Generator, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,10 +13,11 @@ from testtime._core.arrays import at_least_single
 from testtime._core.outcomes import Outcome
 from testtime._core.seeds import generator
 from testtime.adaptation import learning
+from testtime.adaptation.deferred import Sooner
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.loan import Loan
-from testtime.adaptation.look import answers_alone
+from testtime.adaptation.look import answers_again, answers_alone
 from testtime.adaptation.outputs import read_logits, with_logits
 from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import Averages, RunningStatistics, SourceStatistics
@@ -79,6 +81,9 @@ class Engine:
         seed: of the random parts.
         ranks: the processes that adapt together.
         feature_layer: the layer whose input are the features, once the model was seen to run.
+
+    Attributes:
+        hasty: whether somebody waits for the next answer alone, with time behind it.
     """
 
     def __init__(
@@ -111,6 +116,8 @@ class Engine:
             for layer in norms
         )
         self._apart: bool | None = None
+        self.hasty = False
+        self._sooner: dict[torch.Size, Sooner] = {}
         self.feature_layer = feature_layer
         first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(()))
         self.device = first.device
@@ -290,12 +297,21 @@ class Engine:
         evidence = Evidence(self, state, self.leaves(state), x)
         self._look_first(evidence)
         few = state.teaching is not None and state.teaching < FEW and self.may_part(x)
-        known = Recorded(len(x)) if few and (state.teaching or 0) >= SOME else None
-        with torch.set_grad_enabled(not few), known or nullcontext():
+        sooner = self._haste(x) if self.hasty and not few else None
+        twice = sooner is not None and sooner.twice
+        known = None
+        if twice:
+            known = Recorded(len(x), wide=math.inf)
+        elif few and (state.teaching or 0) >= SOME:
+            known = Recorded(len(x))
+        graph = not few and not twice
+        with sooner or nullcontext(), torch.set_grad_enabled(graph), known or nullcontext():
             _ = evidence.logits
         evidence.recorded = known
         output, logits = self.answer(evidence)
         yield output
+        if twice:
+            evidence.forget()
         state, outcome, measured = self.learn(evidence)
         answered = self.recipe.prediction is student
         uncertainty = evidence.entropies if answered else entropy(logits)
@@ -345,6 +361,21 @@ class Engine:
         if self._apart is None:
             self._apart = answers_alone(self.loan, x, SourceStatistics())
         return self._apart
+
+    def _haste(self, x: Tensor) -> Sooner | None:
+        """Which forward answers such a batch sooner; None where only one may.
+
+        On a CPU, to keep what a backward needs takes time. An answer may come without it, and a
+        graph be made behind it, where the model answers the same when it is asked again.
+        """
+        if x.device.type != "cpu" or x.numel() < WORTH or torch.is_autocast_enabled("cpu"):
+            return None
+        if not self.loan.own_functions or not self.ranks.alone:
+            return None
+        if x.shape not in self._sooner:
+            again = answers_again(self.loan, x, SourceStatistics())
+            self._sooner[x.shape] = Sooner(may=again)
+        return self._sooner[x.shape]
 
     def leaves(self, state: State) -> dict[str, Tensor]:
         """The adapted tensors as leaves of a new graph."""

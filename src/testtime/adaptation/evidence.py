@@ -188,6 +188,15 @@ class Evidence:
         """Number of classes."""
         return self.logits.shape[-1]
 
+    def forget(self) -> None:
+        """Runs the student anew when it is next asked for, with what its forward has kept."""
+        if self.recorded is not None:
+            self.replayed, self.recorded = Replayed(self.recorded), None
+            self.engine.forwards -= len(self.student_inputs)  # the same forward, not one more
+        for name in ("output", "logits", "entropies"):
+            self.__dict__.pop(name, None)
+        self._features.clear()
+
     def only(self, chosen: Tensor) -> "Evidence":
         """What the samples at the chosen places alone show, run anew and with a graph.
 

@@ -180,6 +180,19 @@ def answers_alone(loan: Loan, x: Tensor, statistics: Statistics) -> bool:
     return slope is not None and bool(apart) and not slope[1].any()
 
 
+def answers_again(loan: Loan, x: Tensor, statistics: Statistics) -> bool:
+    """Whether the model answers the same, bit for bit, when it is asked once more.
+
+    Args: as of `answers_alone`.
+    """
+    pair = torch.cat([x[:1], x[-1:]])
+    with torch.no_grad():
+        first, second = (
+            read_logits(loan.run(pair, {}, statistics, ranks=Ranks())[0]) for _ in range(2)
+        )
+    return torch.equal(first, second)
+
+
 def named_layer(model: nn.Module, name: str | None) -> nn.Module | None:
     """The layer of that name, None for no name.
 

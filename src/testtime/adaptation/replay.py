@@ -1,10 +1,11 @@
-"""A second forward, of some samples of a first one, that does not compute anew what that one knows.
+"""A second forward, of all or some samples of a first one, that does not compute anew what that one knows.
 
-Where samples do not mix, what a convolution or linear layer that does not learn gave for a sample in one forward
-is what it gives for it in the next. The few samples that teach go through the network a second time,
-now with a graph; they take these outputs from the first forward, and compute what lies between.
+What a convolution or linear layer that does not learn gave for a batch in one forward is what it gives
+for it in the next; where samples do not mix, also for some of them. Who teaches goes through the
+network a second time, now with a graph; takes these outputs from the first forward, and computes what
+lies between.
 
-Kept is what is dear and small: outputs that took many multiplications for each value.
+Kept is what is dear: outputs that took many multiplications for each value.
 """
 
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from testtime.adaptation.lean import Shape
 DEAR = 256
 """Multiplications for a value of an output from which on it is kept: these took most of the time."""
 WIDE = 3
-"""Values of an output for each of what it was computed from, up to which it is kept: queries, keys and
-values of an attention in one, but not what a block widens to, which takes the most of memory."""
+"""Values of an output for each of what it was computed from, up to which it is kept for a few: queries,
+keys and values of an attention in one, but not what a block widens to, which takes the most of memory."""
 LEAST = 1 << 13
 """Values of a sample's output below which looking it up costs as much as computing it."""
 
@@ -36,9 +37,13 @@ class Kept(NamedTuple):
     version: int
 
     def fits(self, func: Callable[..., Tensor], x: Tensor, weight: Tensor) -> bool:
-        """Whether a later call asks for the same, and nobody has written to it."""
-        same = func is self.func and weight is self.weight and x.shape[1:] == self.sample
-        return same and self.output._version == self.version
+        """Whether a later call asks for the same."""
+        return func is self.func and weight is self.weight and x.shape[1:] == self.sample
+
+    @property
+    def intact(self) -> bool:
+        """Whether nobody has written to it."""
+        return self.output._version == self.version
 
 
 class _Known(torch.autograd.Function):
@@ -61,6 +66,7 @@ class Recorded(TorchFunctionMode):
 
     Args:
         samples: of the batch.
+        wide: values of an output for each of an input, up to which it is kept.
 
     Example:
         >>> layer = torch.nn.Linear(4, 3).requires_grad_(False)
@@ -74,9 +80,11 @@ class Recorded(TorchFunctionMode):
         (True, 1)
     """
 
-    def __init__(self, samples: int, *, dear: int = DEAR, least: int = LEAST) -> None:
+    def __init__(
+        self, samples: int, *, wide: float = WIDE, dear: int = DEAR, least: int = LEAST
+    ) -> None:
         super().__init__()
-        self.samples, self.dear, self.least = samples, dear, least
+        self.samples, self.wide, self.dear, self.least = samples, wide, dear, least
         self.kept: list[Kept] = []
 
     def __torch_function__(
@@ -97,13 +105,13 @@ class Replayed(TorchFunctionMode):
 
     Args:
         recorded: by the forward of all samples.
-        chosen: places of those that go through once more.
+        chosen: places of those that go through once more; None: all.
     """
 
-    def __init__(self, recorded: Recorded, chosen: Tensor) -> None:
+    def __init__(self, recorded: Recorded, chosen: Tensor | None = None) -> None:
         super().__init__()
         self.recorded, self.chosen = recorded, chosen
-        self.samples = len(chosen)
+        self.samples = recorded.samples if chosen is None else len(chosen)
         self.left = recorded.kept[::-1]
         self.taken = 0
         recorded.kept = []
@@ -118,10 +126,10 @@ class Replayed(TorchFunctionMode):
         fits = kept.fits(func, call.x, call.weight)
         if not fits:
             self.left = []
-        if not fits or call.learns:
+        if not fits or call.learns or not kept.intact:
             return func(*args, **kwargs or {})
         self.taken += 1
-        output = kept.output[self.chosen]
+        output = kept.output if self.chosen is None else kept.output[self.chosen]
         if not (torch.is_grad_enabled() and call.x.requires_grad):
             return output
         return _Known.apply(call.x, output, call.back)  # type: ignore[no-untyped-call]
@@ -143,8 +151,9 @@ def _call(
         return None
     x, weight, bias, back = read(*args, **kwargs)
     inputs, outputs = weight.numel() // len(weight), len(weight)
-    cheap = x.numel() < recorded.least * len(x) or inputs < recorded.dear or outputs > WIDE * inputs
-    if back is None or cheap or torch.is_autocast_enabled(x.device.type):
+    cheap = x.numel() < recorded.least * len(x) or inputs < recorded.dear
+    wide = outputs > recorded.wide * inputs
+    if back is None or cheap or wide or torch.is_autocast_enabled(x.device.type):
         return None
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     return _Call(x, weight, learns, back)

@@ -1,0 +1,146 @@
+"""Answers without a graph, which is made behind them: the same to the last bit."""
+
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import testtime as tt
+from battery import ALL, adapter_of, alike, recipe_of, told
+from models import batches, tiny, tiny_vit
+from testtime.adaptation import engine as engines
+from testtime.adaptation.deferred import TRIES, Sooner, answers_last
+from testtime.adaptation.replay import Recorded, Replayed
+
+ANSWER_FIRST = [n for n in ALL if n != "simatta" and answers_last(recipe_of(n)) is None]
+
+
+@pytest.fixture
+def twice(monkeypatch):
+    """All forwards go twice where they may, everything is kept; how much the second ones took."""
+    monkeypatch.setattr(Recorded.__init__, "__kwdefaults__", {"wide": 3, "dear": 1, "least": 1})
+    monkeypatch.setattr(engines, "WORTH", 1)
+    monkeypatch.setattr(Sooner, "twice", property(lambda self: self.may))
+    taken = []
+    out = Replayed.__exit__
+
+    def leave(self, *error):
+        taken.append(self.taken)
+        return out(self, *error)
+
+    monkeypatch.setattr(Replayed, "__exit__", leave)
+    return taken
+
+
+def compare(plain, deferred, xs):
+    """Both go through the stream; their answers, states and all they tell are the same."""
+    for x in xs:
+        assert torch.equal(plain(x), deferred(x))
+        deferred.flush()
+    assert alike(vars(plain.snapshot()), vars(deferred.snapshot()))
+    assert told(plain) == told(deferred)
+    assert plain.counts == deferred.counts
+
+
+@pytest.mark.parametrize("name", ANSWER_FIRST)
+@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_a_graph_made_behind_the_answer_changes_no_bit(name, kind, twice):
+    if name == "bn-adapt" and kind == "group":
+        kind = "frozen"
+    deferred = adapter_of(name, tiny(kind), deferred=True)
+    compare(adapter_of(name, tiny(kind)), deferred, batches(4))
+    assert bool(twice) == deferred.recipe.learns
+
+
+def test_what_learns_by_gradients_takes_what_is_known(twice):
+    compare(tt.adapt(tiny(), "tent"), tt.adapt(tiny(), "tent", deferred=True), batches(3))
+    assert len(twice) == 3
+    assert all(twice)
+
+
+def test_nor_does_it_in_a_transformer(twice):
+    compare(tt.adapt(tiny_vit(), "tent"), tt.adapt(tiny_vit(), "tent", deferred=True), batches(3))
+    assert len(twice) == 3
+    assert all(twice)
+
+
+def test_who_has_waited_for_an_update_gets_one_forward(twice, monkeypatch):
+    learn, slow = engines.Engine.learn, threading.Event()
+
+    def waiting(engine, evidence):
+        slow.wait(0.2)
+        return learn(engine, evidence)
+
+    monkeypatch.setattr(engines.Engine, "learn", waiting)
+    deferred = tt.adapt(tiny(), "tent", deferred=True)
+    for x in batches(4):
+        deferred(x)
+    deferred.flush()
+    assert len(twice) == 1
+
+
+class Chance(nn.Module):
+    """A model that answers otherwise each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny("group")
+
+    def forward(self, x):
+        return nn.functional.dropout(self.inner(x), 0.3, training=True)
+
+
+def test_a_model_that_answers_by_chance_is_asked_once(twice):
+    adapter = tt.adapt(Chance(), "tent", deferred=True)
+    for x in batches(3):
+        adapter(x)
+        adapter.flush()
+    assert not twice
+
+
+class Added(nn.Module):
+    """Writes to what its convolutions gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.head = nn.GroupNorm(2, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        out = self.second(x)
+        out += x
+        return self.head(nn.functional.relu(out, inplace=True).mean((2, 3)))
+
+
+def test_what_was_written_to_is_computed_and_what_is_taken_may_be_written_to(twice):
+    torch.manual_seed(0)
+    model = Added().eval()
+    xs = [torch.rand(6, 1, 8, 8) for _ in range(3)]
+    compare(tt.adapt(model, "tent"), tt.adapt(model, "tent", deferred=True), xs)
+    assert twice
+    assert all(twice)
+
+
+def measured(once: float, again: float) -> Sooner:
+    sooner = Sooner()
+    for _ in range(2 * TRIES):
+        with sooner:
+            time.sleep(again if sooner.twice else once)
+    return sooner
+
+
+def test_a_graph_is_made_behind_only_where_the_answer_would_wait_for_it():
+    assert measured(0.006, 0.001).twice
+    assert not measured(0.003, 0.003).twice
+    assert not measured(0.001, 0.006).twice
+
+
+def test_where_there_is_no_choice_none_is_tried():
+    sooner = Sooner(may=False)
+    for _ in range(3 * TRIES):
+        with sooner:
+            assert not sooner.twice
+    assert not sooner.twice
