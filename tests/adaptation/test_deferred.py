@@ -19,7 +19,7 @@ from testtime.adaptation.deferred import Behind, answers_last
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.events import Counts
 
-WHY = {name: answers_last(recipe_of(name)) for name in ALL if name != "simatta"}
+WHY = {name: answers_last(recipe_of(name)) for name in ALL}
 ANSWER_FIRST = [name for name, why in WHY.items() if why is None]
 ANSWER_LAST = [name for name, why in WHY.items() if why is not None]
 first = pytest.mark.parametrize("name", ANSWER_FIRST)

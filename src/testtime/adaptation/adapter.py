@@ -19,7 +19,7 @@ from testtime._core.options import whole
 from testtime.adaptation.budget import Ration
 from testtime.adaptation.checks import check_held, check_input, check_model, check_output, taking
 from testtime.adaptation.deferred import Behind, Give, Job, Lane, check_deferred
-from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.export import copied, exported
 from testtime.adaptation.gating import check_gate, judge
@@ -45,6 +45,7 @@ from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.resuming import owner, resumed
 from testtime.adaptation.source_like import Signals, SourceLike
 from testtime.adaptation.state import State, load_state, save_state
+from testtime.adaptation.steps import Step, Steps, begun, ended
 
 
 class Adapter:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from testtime._core.devices import wait_for
 from testtime._core.options import in_range
-from testtime.adaptation.engine import Engine, Steps, begun, ended
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.parts.statistics import SourceStatistics
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Steps, begun, ended
 
 LEAST = 0.5
 """Share of a forward that the backward of what adapts may take, however small the budget."""

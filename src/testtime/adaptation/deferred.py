@@ -5,6 +5,7 @@ state that the step before it left, as if nothing were deferred.
 """
 
 import contextvars
+import inspect
 import os
 import threading
 import time
@@ -41,8 +42,9 @@ def answers_last(recipe: Recipe) -> str | None:
         >>> answers_last(memo())
         'its own loop (EachImage) answers and learns in one go'
     """
-    if recipe.procedure is not None:
-        return f"its own loop ({type(recipe.procedure).__name__}) answers and learns in one go"
+    own = recipe.procedure
+    if own is not None and not inspect.isgeneratorfunction(own.step):
+        return f"its own loop ({type(own).__name__}) answers and learns in one go"
     if recipe.answer_after:
         return "it answers with a forward after its last step (answer_after=True)"
     if recipe.learns and recipe.steps > 1:

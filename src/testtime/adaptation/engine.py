@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Generator, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe, reads
 from testtime.adaptation.replay import Recorded
 from testtime.adaptation.state import State, rejoined
+from testtime.adaptation.steps import Step, Steps, ended
 from testtime.measures.entropy import entropy
 
 WORTH = 1 << 17
@@ -37,37 +38,6 @@ FEW = 0.5
 backward of all."""
 SOME = 0.15
 """Share of teaching samples from which on it pays to keep what their second forward can take."""
-
-
-class Step(NamedTuple):
-    """What a step gives: the answer, the state after it, and what became of it."""
-
-    output: Any
-    logits: Tensor
-    state: State
-    outcome: Outcome
-    measured: dict[str, Any]
-
-
-Steps = Generator[Any, None, Step]
-"""A step under way: it gives the output as soon as that is known, and ends with the whole step."""
-
-
-def ended(steps: Steps) -> Step:
-    """The step that is under way, brought to its end."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
-
-
-def begun(steps: Steps) -> tuple[Any, Step | None]:
-    """The output of a step under way, and the whole step where nothing is left to do."""
-    try:
-        return next(steps), None
-    except StopIteration as end:
-        return end.value.output, end.value
 
 
 class Engine:
@@ -228,6 +198,8 @@ class Engine:
             self.generator.set_state(state.generator)
         if recipe.procedure is not None:
             done = recipe.procedure.step(self, x, state)
+            if isinstance(done, Generator):
+                done = yield from done
         elif not recipe.learns:
             done = self._only_answer(x, state)
         elif recipe.steps > 1 or recipe.answer_after:
@@ -296,27 +268,41 @@ class Engine:
     def _one_step(self, x: Tensor, state: State) -> Steps:
         evidence = Evidence(self, state, self.leaves(state), x)
         self._look_first(evidence)
-        few = state.teaching is not None and state.teaching < FEW and self.may_part(x)
-        sooner = self._haste(x) if self.hasty and not few else None
-        twice = sooner is not None and sooner.twice
-        known = None
-        if twice:
-            known = Recorded(len(x), wide=math.inf)
-        elif few and (state.teaching or 0) >= SOME:
-            known = Recorded(len(x))
-        graph = not few and not twice
-        with sooner or nullcontext(), torch.set_grad_enabled(graph), known or nullcontext():
-            _ = evidence.logits
-        evidence.recorded = known
-        output, logits = self.answer(evidence)
-        yield output
-        if twice:
-            evidence.forget()
+        if self.recipe.prediction is from_teacher:
+            output, logits = self.answer(evidence)
+            yield output
+            self._see(evidence)
+        else:
+            twice = self._see(evidence, hasty=self.hasty)
+            output, logits = self.answer(evidence)
+            yield output
+            if twice:
+                evidence.forget()
         state, outcome, measured = self.learn(evidence)
         answered = self.recipe.prediction is student
         uncertainty = evidence.entropies if answered else entropy(logits)
         measured["entropy"] = uncertainty.detach().mean()
         return Step(output, logits.detach(), state, outcome, measured)
+
+    def _see(self, evidence: Evidence, *, hasty: bool = False) -> bool:
+        """The student's forward: with a graph, unless few will teach or its answer is awaited.
+
+        True where a second forward must make the graph of all.
+        """
+        x, teaching = evidence.inputs, evidence.state.teaching
+        few = teaching is not None and teaching < FEW and self.may_part(x)
+        sooner = self._haste(x) if hasty and not few else None
+        twice = sooner is not None and sooner.twice
+        known = None
+        if twice:
+            known = Recorded(len(x), wide=math.inf)
+        elif few and (teaching or 0) >= SOME:
+            known = Recorded(len(x))
+        graph = not few and not twice
+        with sooner or nullcontext(), torch.set_grad_enabled(graph), known or nullcontext():
+            _ = evidence.logits
+        evidence.recorded = known
+        return twice
 
     def joinable(self, x: Tensor) -> int:
         """How many batches like this one may share a forward: each answered as if it came alone.

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from testtime._core.gates import Gate
 from testtime._core.outcomes import Outcome
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.monitors import asked, check_monitor
 from testtime.adaptation.outputs import rows
 from testtime.adaptation.source_like import SourceLike, most_entropy
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step
 from testtime.measures.entropy import entropy
 
 AGAIN = 4

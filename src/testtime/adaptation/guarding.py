@@ -18,11 +18,12 @@ from torch import Tensor
 from testtime._core.errors import InputError
 from testtime._core.guards import Guard
 from testtime._core.outcomes import Outcome
-from testtime.adaptation.engine import Engine, Step, Steps, begun, ended
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.monitors import asked, check_monitor
 from testtime.adaptation.never_worse import RUN, NeverWorse, answered
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.state import STREAM, State, rejoined
+from testtime.adaptation.steps import Step, Steps, begun, ended
 from testtime.measures.entropy import entropy
 
 APART = 4

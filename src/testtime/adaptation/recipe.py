@@ -65,7 +65,8 @@ class Recipe:
         steps: steps on each batch.
         answer_after: whether the answer comes from a forward after the last step.
         procedure: a loop of the method's own, in place of the engine's. It has `step(engine, x,
-            state) -> Step`, and `predict(engine, x, state) -> (output, logits)` where its answer is
+            state) -> Step`, a generator that gives its output first where that is known before the
+            rest is done; and `predict(engine, x, state) -> (output, logits)` where its answer is
             not that of the recipe's prediction; and `read(output) -> logits` where the model answers
             with something else than logits. What it keeps is `state.memory`. One whose loss is not
             the engine's names what of this recipe it minimises, as `minimises`.

@@ -26,7 +26,7 @@ from testtime._core.errors import OptionError
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.learning import finite
 from testtime.adaptation.outputs import with_logits
@@ -34,6 +34,7 @@ from testtime.adaptation.parts.knowledge import FeatureMemory
 from testtime.adaptation.parts.optimizer import Adam
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step
 from testtime.measures.entropy import entropy
 
 Confidence = Literal["softmax", "score"]

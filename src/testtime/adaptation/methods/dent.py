@@ -20,7 +20,7 @@ from testtime._core.errors import ScopeError
 from testtime._core.options import whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import Kind, norm_layers
 from testtime.adaptation.learning import finite, gradients
@@ -30,6 +30,7 @@ from testtime.adaptation.parts.optimizer import AdaMod
 from testtime.adaptation.parts.scope import batchnorm_affine
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step
 from testtime.measures import entropy as measure
 
 Tensors = dict[str, Tensor]

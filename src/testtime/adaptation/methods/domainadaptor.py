@@ -22,7 +22,7 @@ from testtime._core.errors import OptionError
 from testtime._core.options import whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.loan import Places
@@ -46,6 +46,7 @@ from testtime.adaptation.parts.views import Augment, crop_and_flip, needs_pixels
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step
 from testtime.measures.entropy import entropy
 
 Tensors = dict[str, Tensor]

@@ -22,12 +22,13 @@ from testtime._core.arrays import at_least_single
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.outputs import map_tensors, read_logits, rows
 from testtime.adaptation.parts.evolution import CovarianceAdaptation
 from testtime.adaptation.parts.knowledge import ClsMoments
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step
 from testtime.adaptation.tokens import Blocks, find_blocks
 from testtime.measures.entropy import entropy
 

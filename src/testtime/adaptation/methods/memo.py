@@ -15,7 +15,7 @@ from torch import Tensor
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.outputs import join, read_logits, rows
 from testtime.adaptation.parts.objective import marginal_entropy
@@ -25,6 +25,7 @@ from testtime.adaptation.parts.statistics import MixedStatistics
 from testtime.adaptation.parts.views import Augment, augmix_view, needs_pixels
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step
 from testtime.measures.entropy import entropy
 
 

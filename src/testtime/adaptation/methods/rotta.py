@@ -23,7 +23,7 @@ from testtime._core.arrays import at_least_single
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.parts.objective import teacher_cross_entropy
 from testtime.adaptation.parts.optimizer import Adam
@@ -34,6 +34,7 @@ from testtime.adaptation.parts.teacher import MovingTeacher
 from testtime.adaptation.parts.views import Augment, cotta_view, needs_pixels
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step, Steps
 from testtime.measures.entropy import entropy
 
 
@@ -101,11 +102,13 @@ class BalancedMemory:
         """What is remembered of the samples themselves."""
         return memory["images"]
 
-    def step(self, engine: Engine, x: Tensor, state: State) -> Step:
+    def step(self, engine: Engine, x: Tensor, state: State) -> Steps:
         """Answers with the teacher, fills the memory, and learns from it when that is due."""
         with torch.no_grad():
             seen = Evidence(engine, state, state.tensors, x, learn=False)
             output, logits = engine.answer(seen)
+        yield output
+        with torch.no_grad():
             joined, images = engine.ranks.gather(at_least_single(logits)), engine.ranks.gather(x)
             probs = joined.softmax(-1)
             uncertainty = -(probs * (probs + 1e-6).log()).sum(-1)

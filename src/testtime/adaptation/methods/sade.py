@@ -22,11 +22,12 @@ from testtime._core.errors import ScopeError
 from testtime._core.options import in_range
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.parts.optimizer import SGD
 from testtime.adaptation.parts.views import Augment, moco_view, needs_pixels
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step
 from testtime.measures.entropy import entropy
 
 BEGIN = 1 / 3

@@ -32,13 +32,14 @@ from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.checks import read_labels
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.learning import gradients
 from testtime.adaptation.parts.optimizer import SGD
 from testtime.adaptation.parts.scope import all_parameters
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step, Steps
 from testtime.measures.entropy import entropy
 
 Oracle = Callable[[Tensor, Tensor], Any]
@@ -127,7 +128,7 @@ class ActiveLearning:
         """An old memory with the labels of a new one: they stay true, and count."""
         return {**new, "sure": (old or _nothing(new["sure"]["inputs"]))["sure"]}
 
-    def step(self, engine: Engine, x: Tensor, state: State) -> Step:
+    def step(self, engine: Engine, x: Tensor, state: State) -> Steps:
         """Answers, asks, remembers, learns."""
         if not engine.ranks.alone:
             raise OptionError(
@@ -136,6 +137,8 @@ class ActiveLearning:
         with torch.no_grad():
             seen = Evidence(engine, state, state.tensors, x, tapped=True)
             logits = seen.logits
+        yield seen.output
+        with torch.no_grad():
             doubt, source = entropy(logits), entropy(seen.source)
             told: dict[str, Any] = {"entropy": doubt.mean(), "used": 0}
             if not (doubt + source).isfinite().all():

@@ -22,7 +22,7 @@ from testtime._core.errors import TesttimeWarning
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.knowledge import SourceBatch
 from testtime.adaptation.parts.knowledge import joined
@@ -32,6 +32,7 @@ from testtime.adaptation.parts.scope import all_parameters
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step, Steps
 from testtime.measures.entropy import entropy
 
 VALIDATION = 3
@@ -128,11 +129,12 @@ class WhereRulesBreak:
     needs: tuple[ClassRules, ...] = field(repr=False)
     passes: ClassVar[tuple[float, float]] = (1.0, 1.0)
 
-    def step(self, engine: Engine, x: Tensor, state: State) -> Step:
+    def step(self, engine: Engine, x: Tensor, state: State) -> Steps:
         """One step on a batch."""
         evidence = Evidence(engine, state, engine.leaves(state), x)
         with torch.enable_grad():
             output, logits = engine.answer(evidence)
+        yield output
         values, rules = at_least_single(x).flatten(1), engine.known["rules"]
         logits = logits.detach()
         losses = rule_losses(logits, values, rules, ranks=engine.ranks)

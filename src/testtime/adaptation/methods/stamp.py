@@ -23,7 +23,7 @@ from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime._core.seeds import generator
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.outputs import read_logits, rows, with_logits
 from testtime.adaptation.parts.optimizer import SGD, CosineAnnealed, SharpnessAware
@@ -32,6 +32,7 @@ from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.parts.views import Augment, crop_and_flip, joined_copies, needs_pixels
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step, Steps
 from testtime.measures.entropy import entropy
 from testtime.measures.log_space import log_mean_prob, log_probs
 
@@ -84,11 +85,13 @@ class StableMemory:
         """What is remembered of the samples themselves."""
         return memory["images"]
 
-    def step(self, engine: Engine, x: Tensor, state: State) -> Step:
+    def step(self, engine: Engine, x: Tensor, state: State) -> Steps:
         """Answers, fills the bank, and learns from it."""
         with torch.no_grad():
             seen = Evidence(engine, state, state.tensors, x)
             output, logits = self._answer(engine, seen)
+        yield output
+        with torch.no_grad():
             memory = self._remember(engine, seen, logits, state)
         outcome: Outcome = Outcome.NOTHING_RELIABLE
         told: dict[str, Any] = {"used": 0}

@@ -32,7 +32,7 @@ from testtime._core.errors import OptionError
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.learning import finite
@@ -48,6 +48,7 @@ from testtime.adaptation.parts.teacher import MovingTeacher
 from testtime.adaptation.parts.views import Augment, weak_view
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step
 from testtime.measures.entropy import cross_entropy, entropy, entropy_of_probs
 
 POLICY = Adam(lr=0.1)

@@ -24,7 +24,7 @@ from testtime._core.arrays import at_least_single
 from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
-from testtime.adaptation.engine import Engine, Step
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.learning import finite
 from testtime.adaptation.outputs import read_logits, rows, with_logits
 from testtime.adaptation.parts.gaussians import (
@@ -46,6 +46,7 @@ from testtime.adaptation.parts.teacher import MovingTeacher
 from testtime.adaptation.parts.views import Augment, cotta_view, joined_copies, needs_pixels
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
+from testtime.adaptation.steps import Step, Steps
 from testtime.measures.entropy import entropy
 
 
@@ -108,11 +109,12 @@ class VariationalTeacher:
         """Teacher and source on the batch and its copies, and the student; one backward."""
         return 2 * (self.count + 1) + 1.0, 1.0
 
-    def step(self, engine: Engine, x: Tensor, state: State) -> Step:
+    def step(self, engine: Engine, x: Tensor, state: State) -> Steps:
         """Answers with the mixture, and moves the student towards it."""
         source = self._source(engine)
         student, teacher, adam = self._posteriors(engine, state, source)
         output, answer, trust = self._opinions(engine, x, teacher, source)
+        yield output
         told: dict[str, Any] = {"entropy": entropy(answer).mean(), "used": len(x)}
         told["trust"] = trust[0]
         leaves = flat(student)
