@@ -24,9 +24,12 @@ EDGES = {
     "skit": (
         {"rejected, beta 0.0": 10.0, "points, beta 0.0": 600.0, "rejected, beta 0.5": 90.0,
          "points, beta 0.3": 400.0, "points, beta 0.5": 230.0, "points, beta 1.0": 120.0,
-         "rejected by correlation, beta 0": 15.1},
+         "rejected by correlation, beta 0": 15.1,
+         "rejected by COCO, beta 0.0": 10.0, "rejected by COCO, beta 1.0": 90.0,
+         "rejected by KCC, beta 0.0": 10.0, "rejected by KCC, beta 1.0": 90.0},
         [{"rejected, beta 0.0": 10.1}, {"rejected, beta 0.5": 89.9}, {"points, beta 1.0": 230.0},
-         {"points, beta 0.3": 600.0}, {"rejected by correlation, beta 0": 15.0}],
+         {"points, beta 0.3": 600.0}, {"rejected by correlation, beta 0": 15.0},
+         {"rejected by COCO, beta 0.0": 10.1}, {"rejected by KCC, beta 1.0": 89.9}],
     ),
     "feature-shift": (
         {f"{what}, correlation {r}": value for r in (0.5, 0.3)

@@ -33,6 +33,44 @@ def independence(x, y, gamma_x, gamma_y, memory=10**9, limit=0.5):
     return path
 
 
+def correlated_independence(x, y, gamma_x, gamma_y, kappa=None, memory=10**9):
+    """Payoffs of COCO, or of KCC with kappa, by whole kernel matrices and eigenvectors."""
+
+    def kernel(gamma, a, b):
+        return np.exp(-gamma * ((a[:, None] - b[None]) ** 2).sum(-1))
+
+    def side(points, gamma):
+        n = len(points)
+        whole = kernel(gamma, points, points)
+        rest, centre = whole.copy(), np.eye(n) - 1 / n
+        while np.trace(rest) > 1e-3 * n:
+            i = rest.diagonal().argmax()
+            rest = rest - np.outer(rest[:, i], rest[i]) / rest[i, i]
+        sizes, basis = np.linalg.eigh(centre @ (whole - rest) @ centre)
+        sizes, basis = sizes[sizes >= 1e-12], basis[:, sizes >= 1e-12]
+        scale = np.ones(len(sizes)) if kappa is None else 1 / np.sqrt(sizes / n + kappa)
+        return basis, np.sqrt(sizes), scale, np.trace(rest)
+
+    def fit(px, py):
+        (u, s, a, ex), (v, t, b, ey) = side(px, gamma_x), side(py, gamma_y)
+        across = (u * s * a).T @ (v * t * b) / len(px)
+        r, q = across.shape
+        block = np.block([[np.zeros((r, r)), across], [across.T, np.zeros((q, q))]])
+        top = np.linalg.eigh(block)[1][:, -1]
+        alpha, beta = u @ (a / s * top[:r]), v @ (b / t * top[r:])
+        alpha /= math.sqrt((alpha**2).sum() * ex + ((a * top[:r]) ** 2).sum())
+        beta /= math.sqrt((beta**2).sum() * ey + ((b * top[r:]) ** 2).sum())
+        return px, py, alpha, beta
+
+    payoffs, due = [], [2 * k * k for k in range(1, 100)]
+    for t in range(2, len(x) - 1, 2):
+        if t in due:
+            px, py, alpha, beta = fit(x[max(0, t - memory) : t], y[max(0, t - memory) : t])
+        g, h = kernel(gamma_x, x[t : t + 2], px) @ alpha, kernel(gamma_y, y[t : t + 2], py) @ beta
+        payoffs.append((h[1] - h[0]) * (g[1] - g[0]) / 4)
+    return payoffs
+
+
 def grapa(payoffs, limit=0.9):
     wealth, seen = 0.0, [(1e-3, 1.0)]
     for f in payoffs:

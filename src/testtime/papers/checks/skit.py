@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,8 @@ from testtime.papers.reproduction import Progress, Reproduction, reproduce
 CLAIM = (
     "Y = beta X + noise, 600 points, 40 streams for each beta, alpha 0.05: SKIT rejects at most "
     "10 % at beta 0 and at least 90 % at beta 0.5, after ever fewer points as beta grows; a "
-    "correlation test that is looked at every 20 points rejects more than 15 % at beta 0."
+    "correlation test that is looked at every 20 points rejects more than 15 % at beta 0. With the "
+    "witnesses COCO and KCC it rejects at most 10 % at beta 0 and at least 90 % at beta 1."
 )
 BETAS = (0.0, 0.3, 0.5, 1.0)
 STREAMS = 40
@@ -35,11 +37,15 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
         chance = generator(seed, "skit", beta)
         x, noise = torch.randn(2, POINTS, STREAMS, 1, generator=chance, dtype=torch.float64)
         y = beta * x + noise
-        used = _points_used(Independence(gamma_x=1 / 4, gamma_y=1 / (4 * (1 + beta**2))), x, y)
-        yield f"rejected, beta {beta}", 100 * float((used <= POINTS).double().mean())
+        test = Independence(gamma_x=1 / 4, gamma_y=1 / (4 * (1 + beta**2)))
+        used = _points_used(test, x, y)
+        yield f"rejected, beta {beta}", _percent(used <= POINTS)
         yield f"points, beta {beta}", float(used.clamp(max=POINTS).double().mean())
+        for witness in ("coco", "kcc") if beta in (0, 1) else ():
+            used = _points_used(replace(test, witness=witness), x, y)
+            yield f"rejected by {witness.upper()}, beta {beta}", _percent(used <= POINTS)
         if beta == 0:
-            yield "rejected by correlation, beta 0", 100 * _peeked(x[..., 0], y[..., 0])
+            yield "rejected by correlation, beta 0", _peeked(x[..., 0], y[..., 0])
 
 
 def _points_used(test: Independence, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -52,14 +58,18 @@ def _points_used(test: Independence, x: torch.Tensor, y: torch.Tensor) -> torch.
     return used
 
 
+def _percent(hit: torch.Tensor) -> float:
+    return 100 * float(hit.double().mean())
+
+
 def _peeked(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Share of streams whose correlation looks significant at one of the looks, by Fisher's z."""
+    """Percent of streams whose correlation looks significant at one of the looks, by Fisher's z."""
     hit = torch.zeros(x.shape[1], dtype=torch.bool)
     for n in range(20, POINTS + 1, 20):
         a, b = (each[:n] - each[:n].mean(0) for each in (x, y))
         r = (a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()
         hit |= r.atanh().abs() * math.sqrt(n - 3) > 1.96
-    return float(hit.double().mean())
+    return _percent(hit)
 
 
 def holds(found: dict[str, float]) -> bool:
@@ -70,4 +80,6 @@ def holds(found: dict[str, float]) -> bool:
         and found["rejected, beta 0.5"] >= 90
         and all(more > fewer for more, fewer in pairwise(points))
         and found["rejected by correlation, beta 0"] > 15
+        and all(found[f"rejected by {each}, beta 0.0"] <= 10 for each in ("COCO", "KCC"))
+        and all(found[f"rejected by {each}, beta 1.0"] >= 90 for each in ("COCO", "KCC"))
     )
