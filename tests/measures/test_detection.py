@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from sklearn import metrics
 
 from reference import measures as reference
+from reference import monitors
 from testtime._core.errors import InputError
-from testtime.measures.detection import auroc, average_precision, fpr_at_95_tpr
+from testtime.measures.detection import aurc, auroc, average_precision, fpr_at_95_tpr
 
 DETECTIONS = [auroc, fpr_at_95_tpr, average_precision]
 few = st.integers(-3, 3).map(float)  # so few values that most of them tie
@@ -112,3 +113,23 @@ def test_only_positives_leave_precision_defined_and_nothing_else():
     for measure in (auroc, fpr_at_95_tpr):
         with pytest.raises(InputError, match="2 of 2 samples are positive"):
             measure(torch.zeros(2), flags)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    scores=st.lists(st.integers(0, 6), min_size=2, max_size=30), seed=st.integers(0, 10**6)
+)  # fmt: skip
+def test_aurc_is_the_area_below_the_risks_of_all_thresholds(scores, seed):
+    wrong = torch.rand(len(scores), generator=torch.Generator().manual_seed(seed)) < 0.4
+    wrong[0] = True
+    values = torch.tensor(scores).double() / 2
+    expected = monitors.aurc(values.numpy(), wrong.numpy())
+    assert aurc(values, wrong).item() == pytest.approx(expected, abs=1e-12)
+    assert aurc(torch.tensor(scores), wrong).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_aurc_needs_a_wrong_answer_and_prefers_the_better_order():
+    wrong = torch.tensor([False, False, True, True])
+    assert aurc(torch.arange(4.0), wrong) < aurc(-torch.arange(4.0), wrong)
+    with pytest.raises(InputError, match="positive"):
+        aurc(torch.arange(4.0), torch.zeros(4).bool())

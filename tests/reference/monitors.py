@@ -1,5 +1,6 @@
 """Monitors, written from the papers in numpy, one point at a time."""
 
+import itertools
 import math
 
 import numpy as np
@@ -116,6 +117,23 @@ def relative_uncertainty(tune, labels, probs, weight):
         m = 1 - np.eye(k)
     m /= np.sqrt((m**2).sum())
     return np.array([p @ m @ p for p in probs])
+
+
+def doctor(probs):
+    """Odds that two draws of a sample's answer differ, pair by pair of classes."""
+    k = range(probs.shape[1])
+    alike = np.array([sum(p[i] * p[j] for i in k for j in k if i == j) for p in probs])
+    other = np.array([sum(p[i] * p[j] for i in k for j in k if i != j) for p in probs])
+    return other / alike
+
+
+def aurc(scores, wrong):
+    """A threshold after the other, as the authors of Rel-U do, and the trapezium rule by hand."""
+    points = [
+        ((scores <= t).mean(), wrong[scores <= t].sum() / (scores <= t).sum())
+        for t in np.unique(scores)
+    ]
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in itertools.pairwise(points))
 
 
 def pairwise_uncertainty(probs, different=False):

@@ -26,7 +26,7 @@ from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
-from testtime.guard.relative_uncertainty import check_classified
+from testtime.guard.misclassification import check_classified
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Calibrated logits (n, classes), labels (n,) -> a number."""

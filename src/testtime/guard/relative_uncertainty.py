@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from testtime._core.errors import InputError
 from testtime._core.options import in_range
-from testtime.adaptation.outputs import read_logits
-from testtime.guard.borrow import borrowed
+from testtime.guard.misclassification import check_classified, perturbed_score
 
 
 @final
@@ -112,43 +111,10 @@ class RelativeUncertainty:
             InputError: as `score`.
             OptionError: epsilon is negative.
         """
-        in_range(0, epsilon=epsilon)
-        with borrowed(model, keep_grad=True):
-            leaf = x.detach().clone().requires_grad_()
-            # the logarithm has the sign of the score's own gradient, without its underflow
-            score = self.score(read_logits(model(leaf))).clamp(min=1e-30).log()
-            (slope,) = torch.autograd.grad(score.sum(), leaf)
-        with borrowed(model):
-            return self.score(read_logits(model(x + epsilon * slope.sign()))).detach()
+        return perturbed_score(model, x, self.score, epsilon=epsilon)
 
 
 def _outer(probs: Tensor, chosen: Bool[Tensor, " n"]) -> Tensor:
     """Mean of p pᵀ over the samples chosen; 0 where there are none."""
     picked = probs[chosen]
     return picked.T @ picked / max(len(picked), 1)
-
-
-def check_classified(logits: Tensor, labels: Tensor) -> None:
-    """Refuses logits that are not (n, classes) and finite, and labels that are not their classes.
-
-    Example:
-        >>> check_classified(torch.zeros(2, 3), torch.tensor([0, 3]))
-        Traceback (most recent call last):
-        testtime._core.errors.InputError: labels lie between 0 and 3; expected 0 to 2.
-    """
-    if logits.dim() != 2 or labels.shape != logits.shape[:1] or len(logits) == 0:
-        raise InputError(
-            f"logits have the shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
-            "expected (n, classes) and (n,), with at least one sample."
-        )
-    if logits.shape[1] < 2:
-        raise InputError(f"logits have {logits.shape[1]} class; expected at least two.")
-    if logits.is_complex() or not bool(logits.isfinite().all()):
-        raise InputError("logits are complex, or hold NaN or infinite values; leave these out.")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise InputError(f"labels are {labels.dtype}; expected whole numbers, such as int64.")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= logits.shape[1]:
-        raise InputError(
-            f"labels lie between {low} and {high}; expected 0 to {logits.shape[1] - 1}."
-        )

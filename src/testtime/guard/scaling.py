@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from testtime._core.errors import InputError
-from testtime.guard.relative_uncertainty import check_classified
+from testtime.guard.misclassification import check_classified
 
 
 @final

@@ -1,4 +1,4 @@
-"""How well a score tells positives from negatives: AUROC, FPR at 95 % TPR, average precision.
+"""How well a score tells positives from negatives: AUROC, FPR at 95 % TPR, average precision, AURC.
 
 All take scores `(n,)`, of which higher ones mean "positive" (for a detector of unknown inputs: the
 unknown ones), and `positive` `(n,)`, bool. Equal scores form one threshold, so the order of the
@@ -100,6 +100,33 @@ def average_precision(scores: Real[Tensor, "n"], positive: Bool[Tensor, "n"]) ->
     true, false = _thresholds(scores, positive)
     found = true.diff(prepend=true.new_zeros(1))
     return in_type_of(scores, (found * (true.double() / (true + false))).sum() / true[-1])
+
+
+def aurc(scores: Real[Tensor, "n"], wrong: Bool[Tensor, "n"]) -> Float[Tensor, ""]:
+    """Area under the risk-coverage curve, in [0, 1]; lower is better, and it knows the model's error.
+
+        risk(t) = P( wrong | s <= t ),    coverage(t) = P( s <= t )
+
+    The samples with the lowest scores are answered first. The area is that of a line through the
+    points of all distinct scores, from the least coverage on.
+
+    Args:
+        scores: (n,), higher for wrong answers; infinite values are allowed.
+        wrong: (n,) bool.
+
+    Raises:
+        InputError: for other shapes or types, NaN, or without any wrong answer.
+
+    Example:
+        >>> aurc(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([False, False, True]))
+        tensor(0.0556)
+
+    Reference: Geifman, El-Yaniv, Selective Classification for Deep Neural Networks, NeurIPS 2017.
+    """
+    _check(scores, wrong, negatives=False)
+    missed, correct = _thresholds(-scores.double(), wrong)
+    answered = (missed + correct).double()
+    return in_type_of(scores, torch.trapezoid(missed / answered, answered / len(scores)))
 
 
 def _thresholds(scores: Tensor, positive: Tensor) -> _Thresholds:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from testtime._core.registry import register
 from testtime._core.seeds import generator
+from testtime.guard.misclassification import MisclassificationNetwork, doctor, odin
 from testtime.guard.relative_uncertainty import RelativeUncertainty
 from testtime.measures.confidence import confidence
 from testtime.measures.detection import auroc
@@ -18,12 +19,12 @@ CLAIM = (
     "one surer and right: the AUROC of wrong samples by Rel-U is at least 80, by the largest "
     "probability at most 60 (percent)."
 )
-SAMPLES = 3000
+SAMPLES, EPOCHS = 3000, 100
 
 
 @register("check", paper="relative-uncertainty", name="relative-uncertainty")
 def check(*, seeds: Sequence[int] = (0, 1, 2), on_progress: Progress | None = None) -> Reproduction:
-    """AUROC of wrong samples by three scores."""
+    """AUROC of wrong samples by Rel-U and what it is compared with."""
     return reproduce(
         "relative-uncertainty", CLAIM, measure=measure, holds=holds, seeds=seeds,
         on_progress=on_progress,
@@ -35,12 +36,16 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
     chance = generator(seed, "relative-uncertainty")
     logits, labels = _answers(chance)
     rel_u = RelativeUncertainty.fit(logits, labels)
+    network = MisclassificationNetwork.fit(logits, labels, epochs=EPOCHS, seed=seed)
     logits, labels = _answers(chance)
     wrong = logits.argmax(1) != labels
     for name, score in (
         ("Rel-U", rel_u.score(logits)),
         ("largest probability", -confidence(logits)),
         ("entropy", entropy(logits)),
+        ("DOCTOR", doctor(logits)),
+        ("ODIN, temperature 2", odin(logits, temperature=2.0)),
+        ("MLP", network.score(logits)),
     ):
         yield name, 100 * float(auroc(score, wrong))
 
