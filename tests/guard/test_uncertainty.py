@@ -15,6 +15,7 @@ from testtime.guard.predictive_uncertainty import (
     dropout_logits,
     ensemble_logits,
     predictive_uncertainty,
+    uncertainty_cell,
 )
 from testtime.guard.relative_uncertainty import RelativeUncertainty
 
@@ -97,6 +98,31 @@ def test_uncertainty_is_the_mean_over_pairs(seed, members, classes):
     assert bool((found.total >= found.entropy - 1e-12).all())
     turned = predictive_uncertainty(logits.flip(0))
     torch.testing.assert_close(turned.total, found.total)
+
+
+MODELS = "single", "average", "expected"
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10**6), members=st.integers(1, 5), classes=st.integers(2, 5))
+@pytest.mark.parametrize("predicting", MODELS)
+@pytest.mark.parametrize("truth", MODELS)
+def test_the_nine_measures_are_those_of_their_models(predicting, truth, seed, members, classes):
+    logits = draw(seed, members, 2, classes)
+    found = uncertainty_cell(logits, predicting=predicting, truth=truth)
+    probs = logits.softmax(-1).numpy()
+    for i in range(2):
+        total, epistemic = reference.uncertainty_cell(probs[:, i], predicting, truth)
+        assert float(found.total[i]) == pytest.approx(total, rel=1e-9)
+        assert float(found.epistemic[i]) == pytest.approx(epistemic, abs=1e-9)
+    torch.testing.assert_close(found.total, found.aleatoric + found.epistemic)
+    other = predictive_uncertainty(logits)
+    if (predicting, truth) == ("expected", "average"):
+        torch.testing.assert_close(found.epistemic, other.mutual_information)
+    with pytest.raises(OptionError, match="expected 'single'"):
+        uncertainty_cell(logits, predicting="all", truth=truth)
+    with pytest.raises(InputError):
+        uncertainty_cell(logits * math.nan, predicting=predicting, truth=truth)
 
 
 def test_equal_members_agree_and_far_log_probs_do_not_underflow():

@@ -143,3 +143,12 @@ def pairwise_uncertainty(probs, different=False):
     aleatoric = np.mean([-(p * np.log(p)).sum() for p in probs])
     kl = np.mean([(probs[a] * np.log(probs[a] / probs[b])).sum() for a, b in pairs])
     return aleatoric + kl, aleatoric, kl
+
+
+def uncertainty_cell(probs, predicting, truth):
+    """Total and epistemic of members (S, K): which model predicts, what stands for the true one."""
+    average = [probs.mean(0)]
+    p = {"single": probs[:1], "average": average, "expected": probs}[predicting]
+    q = {"single": probs[-1:], "average": average, "expected": probs}[truth]
+    total = np.mean([-(a * np.log(b)).sum() for a in p for b in q])
+    return total, total - np.mean([-(a * np.log(a)).sum() for a in p])

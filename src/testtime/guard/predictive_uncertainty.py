@@ -12,6 +12,7 @@ bounded, so that members who are sure of different classes count for more.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -77,16 +78,7 @@ def predictive_uncertainty(
     """
     if pairs not in ("all", "different"):
         raise OptionError(f"pairs is {pairs!r}; expected 'all' or 'different'.")
-    if logits.dim() < 2 or logits.numel() == 0:
-        raise InputError(
-            f"logits have the shape {tuple(logits.shape)}; expected (members, *batch, classes)."
-        )
-    if logits.is_complex() or not bool(logits.detach().double().amax(-1).isfinite().all()):
-        raise InputError(
-            "logits hold NaN, +inf, or nothing but -inf for a sample; leave these samples out, and "
-            "count them."
-        )
-    members, exact = len(logits), logits.double()
+    exact, members = _checked(logits), len(logits)
     if pairs == "different" and members == 1:
         raise InputError("one member has no different one; expected at least two.")
     aleatoric, between = entropy(exact).mean(0), mutual_information(exact)
@@ -98,6 +90,80 @@ def predictive_uncertainty(
     parts = aleatoric + epistemic, aleatoric, epistemic, marginal_entropy(exact), between
     kind = torch.promote_types(logits.dtype, torch.float32)
     return Uncertainty(*(part.to(kind) for part in parts))
+
+
+class Cell(NamedTuple):
+    """A total uncertainty and its two parts, in nats, each (*batch).
+
+    Attributes:
+        total: cross-entropy of predicting model and truth.
+        aleatoric: entropy of the predicting model.
+        epistemic: divergence of the truth from the predicting model.
+    """
+
+    total: Tensor
+    aleatoric: Tensor
+    epistemic: Tensor
+
+
+Model = Literal["single", "average", "expected"]
+
+
+def uncertainty_cell(
+    logits: Float[Tensor, "members *batch classes"], *, predicting: Model, truth: Model
+) -> Cell:
+    """One of the authors' nine measures: by which model predicts, and what stands for the true one.
+
+    Of "expected" and "expected" it is that of `predictive_uncertainty` with all pairs; of "expected"
+    and "average" the epistemic part is the mutual information, of "average" and "expected" its
+    reverse.
+
+    Args:
+        logits: (members, *batch, classes), as there.
+        predicting: the first member, the mean of all, or the expectation over them.
+        truth: the last member, the mean of all, or the expectation over them.
+
+    Raises:
+        InputError: as `predictive_uncertainty`.
+        OptionError: predicting or truth is something else.
+
+    Example:
+        >>> p = torch.tensor([[0.999, 0.001], [0.001, 0.999]])
+        >>> uncertainty_cell(p.log(), predicting="expected", truth="average").epistemic
+        tensor(0.6852)
+
+    Reference: Schweighofer, Aichberger, Ielanskyi, Hochreiter, On Information-Theoretic Measures of
+    Predictive Uncertainty, UAI 2025, Table 1: A, B, C are what predicts, 1, 2, 3 the truth.
+    """
+    for name, value in (("predicting", predicting), ("truth", truth)):
+        if value not in ("single", "average", "expected"):
+            raise OptionError(f"{name} is {value!r}; expected 'single', 'average' or 'expected'.")
+    if predicting == truth == "expected":
+        found = predictive_uncertainty(logits)
+        return Cell(found.total, found.aleatoric, found.epistemic)
+    members = log_probs(_checked(logits))
+    mean = log_mean_prob(members)[None]
+    p = {"single": members[:1], "average": mean, "expected": members}[predicting]
+    q = {"single": members[-1:], "average": mean, "expected": members}[truth]
+    aleatoric = entropy(p).mean(0)
+    shape = torch.broadcast_shapes(p.shape, q.shape)
+    epistemic = kl_divergence(p.expand(shape), q.expand(shape)).mean(0)
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    return Cell(*(part.to(kind) for part in (aleatoric + epistemic, aleatoric, epistemic)))
+
+
+def _checked(logits: Tensor) -> Tensor:
+    """In double precision, if there are members, classes, and no NaN."""
+    if logits.dim() < 2 or logits.numel() == 0:
+        raise InputError(
+            f"logits have the shape {tuple(logits.shape)}; expected (members, *batch, classes)."
+        )
+    if logits.is_complex() or not bool(logits.detach().double().amax(-1).isfinite().all()):
+        raise InputError(
+            "logits hold NaN, +inf, or nothing but -inf for a sample; leave these samples out, and "
+            "count them."
+        )
+    return logits.double()
 
 
 def ensemble_logits(models: Sequence[nn.Module], x: Tensor) -> Tensor:
