@@ -10,7 +10,7 @@ from testtime._core.errors import InputError, OptionError, StateError
 from testtime.guard.betting import Grapa, Mixture, OnlineNewton, Starting
 from testtime.guard.independence import Independence
 from testtime.guard.monitor import Monitor
-from testtime.guard.witnesses import incomplete_cholesky, kernel, leading_pair
+from testtime.guard.witnesses import WITNESSES, incomplete_cholesky, kernel, leading_pair
 
 
 def draw(seed, n=40, d=2, beta=0.0):
@@ -44,8 +44,20 @@ def test_bets_on_the_leading_pair_equal_those_of_the_paper(witness, kappa, seed,
     assert max(map(abs, payoffs)) <= 1
 
 
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), beta=st.floats(0, 2), far=st.sampled_from([0.0, 1e4]))
+def test_bets_of_the_linear_witness_are_those_of_the_moments(seed, beta, far):
+    x, y = draw(seed, beta=beta)
+    test = Independence(
+        gamma_x=1.0, gamma_y=1.0, witness="linear", bets=Mixture(fractions=(0.5,))
+    )  # fmt: skip
+    wealth = Monitor(test).update(x + far, 1e6 * y - far).log_wealth.item()
+    payoffs = reference.linear_independence(x.numpy(), y.numpy())
+    assert wealth == pytest.approx(sum(math.log1p(f / 2) for f in payoffs), abs=1e-6)
+
+
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10**6), witness=st.sampled_from(["hsic", "coco", "kcc"]))
+@given(seed=st.integers(0, 10**6), witness=st.sampled_from(["hsic", "coco", "kcc", "linear"]))
 def test_the_payoff_changes_its_sign_where_the_y_are_exchanged(seed, witness):
     x, y = draw(seed, n=32, beta=1.0)
     other = y.clone()
@@ -59,7 +71,7 @@ def test_the_payoff_changes_its_sign_where_the_y_are_exchanged(seed, witness):
     assert payoff != 0
 
 
-@pytest.mark.parametrize("witness", ["hsic", "coco", "kcc"])
+@pytest.mark.parametrize("witness", WITNESSES)
 def test_the_mean_wealth_of_independent_streams_is_at_most_one(witness):
     chance = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 60, 100, 1, generator=chance, dtype=torch.float64)
@@ -88,7 +100,7 @@ def test_both_functions_of_the_leading_pair_have_a_norm_of_at_most_one(ridge):
 @given(cuts=st.lists(st.integers(1, 7), min_size=1, max_size=12))
 @pytest.mark.parametrize(
     ("bets", "witness"),
-    [(OnlineNewton(), "hsic"), (Grapa(), "hsic"), (Mixture(), "kcc"), (Starting(), "coco")],
+    [(OnlineNewton(), "hsic"), (Grapa(), "linear"), (Mixture(), "kcc"), (Starting(), "coco")],
 )
 def test_batches_and_saving_change_nothing(cuts, bets, witness):
     x, y = draw(3, n=sum(cuts), beta=1.0)
@@ -102,7 +114,7 @@ def test_batches_and_saving_change_nothing(cuts, bets, witness):
     torch.testing.assert_close(alarm.log_wealth, whole.log_wealth, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("witness", ["hsic", "coco", "kcc"])
+@pytest.mark.parametrize("witness", WITNESSES)
 def test_streams_side_by_side_are_tested_as_alone(witness):
     pairs = [draw(seed, beta=seed / 2) for seed in range(3)]
     x, y = (torch.stack(side, 1) for side in zip(*pairs, strict=True))
@@ -112,7 +124,7 @@ def test_streams_side_by_side_are_tested_as_alone(witness):
         torch.testing.assert_close(part, Monitor(test).update(*pair).log_wealth)
 
 
-@pytest.mark.parametrize("witness", ["hsic", "coco", "kcc"])
+@pytest.mark.parametrize("witness", WITNESSES)
 def test_a_constant_wins_nothing_and_memory_is_bounded(witness):
     x, y = draw(0, n=300)
     test = Independence(gamma_x=0.3, gamma_y=0.2, memory=20, witness=witness)
@@ -122,8 +134,16 @@ def test_a_constant_wins_nothing_and_memory_is_bounded(witness):
     for a, b in zip(x.split(10), y.split(10), strict=True):
         monitor.update(a, b)
     state = monitor.state_dict()
-    assert len(state["x"]) == 20
+    assert witness == "linear" or len(state["x"]) == 20
     assert max(value.numel() for value in state.values()) <= 40
+
+
+@pytest.mark.parametrize("witness", WITNESSES)
+def test_numbers_whose_squares_overflow_are_never_nan(witness):
+    x, y = draw(0, n=40, beta=1.0)
+    test = Independence(gamma_x=0.3, gamma_y=0.2, witness=witness)
+    for size in (1e80, 1e200, 1e-200):
+        assert bool(Monitor(test).update(size * x, size * y).log_wealth.isfinite())
 
 
 def test_input_stays_as_it_was_and_bad_input_changes_nothing():

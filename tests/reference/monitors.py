@@ -72,6 +72,17 @@ def correlated_independence(x, y, gamma_x, gamma_y, kappa=None, memory=10**9):
     return payoffs
 
 
+def linear_independence(x, y):
+    """Payoffs of the linear witness, all moments taken anew."""
+    payoffs, seen = [], []
+    for t in range(2, len(x) - 1, 2):
+        c = np.cov(x[:t].T, y[:t].T, bias=True)[: x.shape[1], x.shape[1] :]
+        w = (x[t] - x[t + 1]) @ c @ (y[t] - y[t + 1])
+        payoffs.append(math.tanh(w / math.sqrt(np.mean(np.square(seen)))) if seen else 0.0)
+        seen.append(w)
+    return payoffs
+
+
 def grapa(payoffs, limit=0.9):
     wealth, seen = 0.0, [(1e-3, 1.0)]
     for f in payoffs:

@@ -6,7 +6,7 @@
         W ← W (1 + λ f)                                                 # λ chosen before
         reject when W >= 1 / α
 
-The witnesses, HSIC, COCO and KCC, are in `witnesses`. They read at most `memory` points, the latest,
+The witnesses, HSIC, COCO, KCC and a linear one, are in `witnesses`. They read at most `memory` points, the latest,
 so that a pair costs O(memory) time, a stream O(n · memory), and the state O(memory) numbers. Any
 choice of past points keeps the test valid: the witness need only be known before the pair.
 """
@@ -21,7 +21,7 @@ from testtime._core.errors import InputError, OptionError
 from testtime._core.options import in_range, whole
 from testtime.guard.betting import Bets, OnlineNewton
 from testtime.guard.monitor import Alarm, State, finite, log_mean
-from testtime.guard.witnesses import begin, resume
+from testtime.guard.witnesses import WITNESSES, begin, resume
 
 
 @final
@@ -44,7 +44,8 @@ class Independence:
         alpha: bound on the probability of a false alarm; 0.05.
         bets: how much is bet; `OnlineNewton`, as in the authors' notebook.
         memory: points that the witness reads at most; 1000. The paper keeps all.
-        witness: "hsic", "coco" or "kcc"; "hsic", as in the authors' notebook.
+        witness: "hsic", as in the authors' notebook, "coco", "kcc", or "linear", which sees
+            correlations only, has no kernels and no memory of points, and no bound to its inputs.
 
     Raises:
         OptionError: an option is out of its range, memory is odd, or there is no such witness.
@@ -76,8 +77,8 @@ class Independence:
         whole(2, memory=self.memory)
         if self.memory % 2:
             raise OptionError(f"memory is {self.memory}; expected an even number, as pairs enter")
-        if self.witness not in ("hsic", "coco", "kcc"):
-            raise OptionError(f"witness is {self.witness!r}; expected 'hsic', 'coco' or 'kcc'")
+        if self.witness not in WITNESSES:
+            raise OptionError(f"witness is {self.witness!r}; expected {', '.join(WITNESSES)}")
 
     @staticmethod
     def fit(
@@ -190,9 +191,10 @@ def _pairs(state: State, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         )
     if state["log_peak"].numel():
         for name, given in (("x", x), ("y", y)):
-            if given.shape[1:] != state[name].shape[1:]:
+            before = state[f"late_{name}"].shape[1:]
+            if given.shape[1:] != before:
                 raise InputError(
                     f"points of {name} have the shape {tuple(given.shape[1:])}; those before had "
-                    f"{tuple(state[name].shape[1:])}. Call reset for another stream."
+                    f"{tuple(before)}. Call reset for another stream."
                 )
     return x, y

@@ -1,4 +1,4 @@
-"""What the sequential independence test bets on: three functions that tell pairs from strangers.
+"""What the sequential independence test bets on: four functions that tell pairs from strangers.
 
     given: kernels k(x, x') = exp(-γx |x - x'|²), l(y, y') alike, and D, the m points before the pair
 
@@ -10,6 +10,9 @@ COCO    K ≈ GG', L ≈ FF' by incomplete Cholesky, up to a trace of 0.001 m; c
         g, h = the leading singular pair of G'F / m, each with a norm of at most 1
         f = ( g(X2) - g(X1) ) ( h(Y2) - h(Y1) ) / 4
 KCC     the same of  (G'G / m + κ)^(-1/2) G'F / m (F'F / m + κ)^(-1/2),  κ = 0.1
+
+linear  C = the covariance of x and y over all points before, W = (X1 - X2)' C (Y1 - Y2)
+        f = tanh( W / root mean square of W so far )                     # for kernels without a bound
 
 All lie in [-1, 1] and change their sign where the two y are exchanged, so each has the mean 0 under
 the null hypothesis, whatever the points before are. The pair of COCO and KCC is found anew when
@@ -29,6 +32,8 @@ import torch
 from torch import Tensor
 
 from testtime.guard.monitor import State
+
+WITNESSES = ("hsic", "coco", "kcc", "linear")
 
 RIDGE = 0.1
 """κ of KCC (code)."""
@@ -62,6 +67,12 @@ class Witness(Protocol):
 def begin(witness: str, x: Tensor, y: Tensor) -> State:
     """The state of a witness before points like these, (n, *streams, d) and (n, *streams, e)."""
     none = x[:0, ..., 0]
+    if witness == "linear":
+        across = x[:0, ..., :, None] * y[:0, ..., None, :]
+        return {
+            "seen": torch.zeros((), dtype=torch.int64), "squares": none.sum(0),
+            "mean_x": x[:0].sum(0), "mean_y": y[:0].sum(0), "across": across.sum(0),
+        }  # fmt: skip
     if witness == "hsic":
         own = {"rows_k": none, "rows_l": none, "trace": x.new_zeros(x.shape[1:-1])}
     else:
@@ -74,6 +85,8 @@ def begin(witness: str, x: Tensor, y: Tensor) -> State:
 
 def resume(test: Kernels, state: State) -> Witness:
     """The witness of a test where its state was left."""
+    if test.witness == "linear":
+        return Linear(state)
     return Hsic(test, state) if test.witness == "hsic" else Correlated(test, state)
 
 
@@ -187,6 +200,46 @@ class Correlated:
         self.weights = (
             torch.stack([x for x, _ in found], 1), torch.stack([y for _, y in found], 1)
         )  # fmt: skip
+
+
+@final
+class Linear:
+    """All points at once: their number, means, and m times their covariance, as `across`.
+
+    squares is the sum of W² of all pairs but the first; memory does not matter.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.seen, self.squares, self.across = (
+            int(state["seen"]), state["squares"], state["across"]
+        )  # fmt: skip
+        self.mean_x, self.mean_y = state["mean_x"], state["mean_y"]
+
+    def state(self) -> State:
+        """Clones: these may be views of larger tensors."""
+        names = ("squares", "mean_x", "mean_y", "across")
+        return {name: getattr(self, name).clone() for name in names} | {
+            "seen": torch.tensor(self.seen)
+        }
+
+    def pair(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """The payoff of a pair, which then enters; None for the first, 0 for the second."""
+        payoff = None
+        if self.seen:
+            covariance = self.across / self.seen
+            w = torch.einsum("...d,...de,...e->...", x[0] - x[1], covariance, y[0] - y[1])
+            scale = (self.squares / max(self.seen // 2 - 1, 1)).sqrt()
+            ratio = w / scale.clamp(min=1e-300)
+            # squares that leave the numbers bet nothing
+            payoff = torch.where(scale > 0, ratio.nan_to_num(nan=0.0), 0).tanh()
+            self.squares = self.squares + w.square()
+        for point, other in zip(x, y, strict=True):
+            self.seen += 1
+            away = point - self.mean_x
+            self.mean_x = self.mean_x + away / self.seen
+            self.mean_y = self.mean_y + (other - self.mean_y) / self.seen
+            self.across = self.across + away[..., :, None] * (other - self.mean_y)[..., None, :]
+        return payoff
 
 
 def leading_pair(
