@@ -16,6 +16,7 @@ from testtime.measures.cauchy_schwarz import (
 )
 from testtime.measures.information import bounds
 from testtime.measures.information.consistency import self_consistency
+from testtime.measures.information.diffusion import minde_divergence, minde_entropy
 from testtime.measures.information.estimate import standardised
 from testtime.measures.information.laws import gaussian
 from testtime.measures.information.minde import minde
@@ -40,6 +41,8 @@ TRAINED = {
 INFORMATION = {"ksg 1": ksg, "ksg 2": partial(ksg, variant=2), **TRAINED}
 OTHERS = {
     "entropy": lambda x, y: kozachenko_leonenko(x),
+    "minde entropy": lambda x, y: minde_entropy(x, width=8, **SHORT),
+    "minde divergence": partial(minde_divergence, width=8, **SHORT),
     "consistency": lambda x, y: self_consistency(ksg, x, y).information,
     "network divergence": partial(network_divergence, **SHORT),
     "frechet": frechet_distance,

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from scipy import integrate, stats
 
 from testtime._core.errors import InputError, OptionError
 from testtime.measures.information import minde as file
+from testtime.measures.information.consistency import self_consistency
 from testtime.measures.information.estimate import Estimate
 from testtime.measures.information.laws import gaussian
 from testtime.measures.information.minde import diffusion_information, minde, sampled_times
@@ -121,3 +123,12 @@ def test_it_learns_what_a_gaussian_tells(kind):
     assert abs(found.value - truth) < 0.2
     longer = 1600 if kind == "j" else 400  # j finds two networks in one, which takes longer
     assert minde(x, y.flip(0), kind=kind, steps=longer).value < 0.1
+
+
+@pytest.mark.slow
+def test_the_information_of_an_independent_copy_adds_up():
+    x, y, _ = gaussian(6000, dims=1, information=0.7, generator=generator())
+    found = self_consistency(partial(minde, steps=700), x, y)
+    assert found.additivity == pytest.approx(2, abs=0.2)
+    assert abs(found.independent) < 0.05
+    assert found.processing == pytest.approx(1, abs=0.15)

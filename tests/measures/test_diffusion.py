@@ -1,0 +1,91 @@
+"""MINDE's entropy and divergence, with the exact predictions of Gaussians, and trained."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from testtime._core.errors import InputError, OptionError
+from testtime.measures.information.diffusion import (
+    diffusion_gap,
+    minde_divergence,
+    minde_entropy,
+)
+from testtime.measures.information.minde import signal_and_noise
+
+
+def draw(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def exact(mean, deviation):
+    """The mean of the noise given z, of a diffusion of independent normal coordinates."""
+
+    def noise(z, t):
+        m, s = (each[:, None] for each in signal_and_noise(t))
+        return s * (z - m * mean) / (m**2 * deviation**2 + s**2)
+
+    return noise
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (1.0, 1.0), (0.5, 0.6), (-0.3, 1.8)])
+def test_the_exact_predictions_give_the_exact_divergence(mean, deviation):
+    x = mean + deviation * draw(0, 8000, 2)
+    terms = diffusion_gap(
+        exact(mean, deviation),
+        exact(0.0, 1.0),
+        x,
+        draws=4,
+        generator=torch.Generator().manual_seed(1),
+    )
+    truth = 2 * ((deviation**2 + mean**2 - 1) / 2 - math.log(deviation))
+    error = float(terms.std()) / len(terms) ** 0.5
+    assert float(terms.mean()) == pytest.approx(truth, abs=4 * error + 1e-12)
+    assert error <= 0.05 * truth
+
+
+SHORT = {"steps": 3, "width": 8, "batch_size": 16}
+
+
+def test_units_move_the_entropy_by_their_logarithm_and_nothing_else():
+    x = draw(0, 64, 3)
+    before = torch.random.get_rng_state()
+    found = minde_entropy(x, **SHORT, trace=True)
+    with torch.inference_mode():
+        moved = minde_entropy(1e60 * x + 1e58, **SHORT)
+    assert moved.value == pytest.approx(found.value + 3 * 60 * math.log(10), abs=1e-3)
+    assert len(found.trace) == 3
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert minde_entropy(x, **SHORT).value == found.value
+    apart = partial(minde_divergence, **SHORT)
+    assert apart(x, x + 1).value == pytest.approx(apart(9 * x, 9 * x + 9).value, abs=1e-4)
+    assert apart(x[:40], x + 1).value >= 0
+
+
+def test_bad_input():
+    x = draw(0, 40, 2)
+    for call, said in (
+        (lambda: minde_entropy(x * math.nan), "NaN"),
+        (lambda: minde_entropy(x[:31]), "31 samples"),
+        (lambda: minde_entropy(x * torch.tensor([1.0, 0.0])), "constant"),
+        (lambda: minde_divergence(x, x[:, :1]), "coordinates"),
+        (lambda: minde_divergence(x, x[:9]), "9 samples"),
+    ):
+        with pytest.raises(InputError, match=said):
+            call()
+    for options in ({"width": 12}, {"steps": 0}, {"draws": 0}, {"decay": 2}):
+        with pytest.raises(OptionError, match=next(iter(options))):
+            minde_entropy(x, **options)
+        with pytest.raises(OptionError, match=next(iter(options))):
+            minde_divergence(x, x, **options)
+
+
+@pytest.mark.slow
+def test_it_learns_the_entropy_and_the_divergence_of_gaussians():
+    mixing = torch.tensor([[1.0, 0.0], [0.8, 0.6]]).double()
+    x = 3 * draw(0, 5000, 2) @ mixing.T
+    truth = math.log(2 * math.pi * math.e) + math.log(0.6) + 2 * math.log(3)
+    assert minde_entropy(x, steps=1000).value == pytest.approx(truth, abs=0.15)
+    found = minde_divergence(draw(1, 5000, 2), draw(2, 5000, 2) + 1, steps=1000)
+    assert found.value == pytest.approx(1.0, rel=0.15)
