@@ -14,6 +14,7 @@ from testtime.measures.network_divergence import (
     dequantised,
     frechet_distance,
     image_critic,
+    inception_score,
     network_divergence,
     penalised,
 )
@@ -251,3 +252,20 @@ def test_moments_of_what_is_none_are_refused():
     }.values():
         with pytest.raises(InputError, match=said):
             frechet_distance(x, y)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 30), st.integers(2, 5))
+def test_the_inception_score_is_its_formula(seed, n, classes):
+    z = 3 * torch.randn(n, classes, generator=torch.Generator().manual_seed(seed)).double()
+    p = z.softmax(1).numpy()
+    expected = np.exp(np.mean([(row * np.log(row / p.mean(0))).sum() for row in p]))
+    assert inception_score(z) == pytest.approx(expected, rel=1e-9)
+    assert 1 - 1e-9 <= inception_score(z) <= classes + 1e-9
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(3), torch.zeros(0, 3), torch.ones(2, 2).long(), torch.full((2, 2), torch.nan)]
+)  # fmt: skip
+def test_logits_without_predictions_have_no_score(bad):
+    with pytest.raises(InputError):
+        inception_score(bad)

@@ -27,6 +27,7 @@ from testtime._core.arrays import magnitude
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import generator
+from testtime.measures.entropy import mutual_information
 from testtime.measures.information.estimate import Estimate, checked, mean_estimate
 from testtime.measures.information.networks import Averaged, adam, mlp, training
 from testtime.measures.information.variational import HELD_OUT, LEAST, check_training, finite
@@ -275,6 +276,36 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     common = torch.linalg.eigvalsh(root @ of_y @ root).clamp(min=0).sqrt().sum()
     apart = (x.mean(0) - y.mean(0)).square().sum()
     return float((apart + of_x.trace() + of_y.trace() - 2 * common).clamp(min=0) * scale**2)
+
+
+def inception_score(logits: Float[Tensor, "samples classes"]) -> float:
+    """How sure and how varied a classifier finds a model's samples, from 1 to the number of classes.
+
+        exp( mean_i KL( p(. | x_i) || mean_j p(. | x_j) ) )
+
+    It sees no real samples, so a model that has learned its training set by heart is as good as can be.
+
+    Args:
+        logits: (n, classes) of the samples; of an Inception network on images, the score's own.
+
+    Raises:
+        InputError: fewer than one sample, or logits of which no prediction can be read.
+
+    Example:
+        >>> inception_score(torch.tensor([[50.0, 0.0], [0.0, 50.0]]))
+        2.0
+
+    Reference: Salimans et al., Improved Techniques for Training GANs, NeurIPS 2016.
+    """
+    if logits.ndim != 2 or not logits.numel() or not logits.is_floating_point():
+        raise InputError(
+            f"logits are {logits.dtype} of the shape {tuple(logits.shape)}; expected (n, classes) in "
+            "floating point, at least one sample."
+        )
+    score = float(mutual_information(logits.detach().double()).exp())
+    if not math.isfinite(score):
+        raise InputError("logits hold NaN, +inf, or nothing but -inf; leave these samples out.")
+    return score
 
 
 def _usual_critic(sample: Tensor, random: torch.Generator) -> nn.Module:
