@@ -1,11 +1,17 @@
 """Every run is the same: one thread, one terminal, and examples that depend on their test alone."""
 
+import gc
 import os
+import sys
 
-import torch
-from hypothesis import HealthCheck, settings
-from hypothesis.internal.conjecture.providers import HypothesisProvider
-from hypothesis.internal.constants_ast import Constants
+# a run starts dozens of processes: each would compile torch anew where no bytecode is kept
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis.internal.conjecture.providers import HypothesisProvider  # noqa: E402
+from hypothesis.internal.constants_ast import Constants  # noqa: E402
 
 torch.set_num_threads(1)  # tests run side by side: more threads would only wait for each other
 
@@ -29,3 +35,13 @@ def pytest_sessionstart() -> None:
     """
     if settings.default.derandomize:
         HypothesisProvider._local_constants = Constants()
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: the garbage collector need not look through it again."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Gives back what `freeze` kept, so that modules can take leave in order."""
+    gc.unfreeze()

@@ -1,5 +1,8 @@
 """Small networks that tests adapt."""
 
+import copy
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +81,11 @@ def tiny(
     kind: str = "batch", *, classes: int = 5, channels: int = 3, sharp: float = 6.0
 ) -> TinyNet:
     """A tiny network in eval mode, with statistics that fit its inputs and confident answers."""
+    return copy.deepcopy(made(kind, classes, channels, sharp))
+
+
+@cache
+def made(kind: str, classes: int, channels: int, sharp: float) -> TinyNet:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = TinyNet(kind, classes, channels)

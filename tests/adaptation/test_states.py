@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -84,6 +85,11 @@ def test_states_do_not_depend_on_when_the_order_of_layers_was_seen(name, tmp_pat
     assert all(torch.equal(second(x), y) for x, y in zip(xs[3:], later, strict=True))
 
 
+@cache
+def first_snapshot(name):
+    return adapter_of(name).snapshot()
+
+
 @each
 def test_snapshots_of_other_methods_and_models_are_refused(name):
     adapter = adapter_of(name)
@@ -91,7 +97,7 @@ def test_snapshots_of_other_methods_and_models_are_refused(name):
     mine = adapter.snapshot()
     for other in set(ALL) - {name}:
         with pytest.raises(StateError, match="another method"):
-            adapter.restore(adapter_of(other).snapshot())
+            adapter.restore(first_snapshot(other))
     if mine.tensors:
         wrapped = adapter_of(name, Headed(tiny()).eval())
         wrapped(batches(1)[0])
