@@ -38,8 +38,15 @@ TRANSFORMERS = ("vit", "vit_tiny_patch16_224", "ViT")  # FOA takes no others
 CLASSES = 7
 
 
-def tv_resnet():
-    return tv.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
+class NarrowResNet(tv.ResNet):
+    """A ResNet whose layers have an eighth of the channels."""
+
+    def __init__(self):
+        super().__init__(tv.resnet.BasicBlock, [1, 1, 1, 1])
+        self.fc = nn.Linear(64, CLASSES)
+
+    def _make_layer(self, block, planes, *args, **options):
+        return super()._make_layer(block, planes // 8, *args, **options)
 
 
 def tv_efficientnet():
@@ -55,8 +62,8 @@ def tv_convnext():
 
 
 TORCHVISION = {
-    "resnet": tv_resnet,
-    "mobilenet_v3": partial(tv.mobilenet_v3_small, num_classes=CLASSES),
+    "resnet": NarrowResNet,
+    "mobilenet_v3": partial(tv.mobilenet_v3_small, width_mult=0.25, num_classes=CLASSES),
     "efficientnet": tv_efficientnet,
     "convnext": tv_convnext,
     "densenet": partial(tv.DenseNet, 4, (2, 2, 2), 8, num_classes=CLASSES),

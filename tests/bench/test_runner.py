@@ -45,11 +45,12 @@ def without_times(rows):
 
 
 @pytest.fixture
-def few_clean_images(monkeypatch):
+def few_images(monkeypatch):
     monkeypatch.setattr("testtime.bench.trial.CLEAN_SAMPLES", 50)
+    monkeypatch.setattr("testtime.bench.trial.SOURCE_SAMPLES", 200)
 
 
-pytestmark = pytest.mark.usefixtures("few_clean_images")
+pytestmark = pytest.mark.usefixtures("few_images")
 
 
 def test_rows_are_complete_and_the_source_is_always_there(tmp_path):
