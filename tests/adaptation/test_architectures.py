@@ -49,6 +49,16 @@ class NarrowResNet(tv.ResNet):
         return super()._make_layer(block, planes // 8, *args, **options)
 
 
+def tv_mobilenet_v3():
+    block = tv.mobilenetv3.InvertedResidualConfig
+    settings = [
+        block(8, 3, 8, 8, True, "RE", 2, 1, 1),
+        block(8, 3, 24, 12, False, "RE", 2, 1, 1),
+        block(12, 5, 48, 12, True, "HS", 1, 1, 1),
+    ]
+    return tv.MobileNetV3(settings, 32, num_classes=CLASSES)
+
+
 def tv_efficientnet():
     block = tv.efficientnet.MBConvConfig
     settings = [block(1, 3, 1, 8, 8, 1, 1, 1), block(4, 3, 2, 8, 16, 1, 1, 1)]
@@ -63,7 +73,7 @@ def tv_convnext():
 
 TORCHVISION = {
     "resnet": NarrowResNet,
-    "mobilenet_v3": partial(tv.mobilenet_v3_small, width_mult=0.25, num_classes=CLASSES),
+    "mobilenet_v3": tv_mobilenet_v3,
     "efficientnet": tv_efficientnet,
     "convnext": tv_convnext,
     "densenet": partial(tv.DenseNet, 4, (2, 2, 2), 8, num_classes=CLASSES),

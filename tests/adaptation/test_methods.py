@@ -10,15 +10,14 @@ from torch import Tensor
 import testtime as tt
 from models import batches, tiny, tiny_vit
 from reference import methods as reference
-from testtime._core.errors import InputError, OptionError, ScopeError
+from testtime._core.errors import OptionError
 from testtime.adaptation.methods.eata import eata
-from testtime.adaptation.methods.lame import affinities
 from testtime.adaptation.methods.ostta import ostta
 from testtime.adaptation.methods.sar import sar
 from testtime.adaptation.methods.source import source
 from testtime.adaptation.methods.tent import tent
 from testtime.adaptation.parts.selection import ReliableAndNew
-from testtime.adaptation.parts.views import augmix_view, plain, small_augmix_view
+from testtime.adaptation.parts.views import plain
 from testtime.adaptation.ranks import Ranks
 from testtime.measures.entropy import entropy
 
@@ -226,52 +225,6 @@ def test_rotta_steps_do_not_depend_on_the_batch_size(size):
     assert int(adapter.snapshot().optimizer["steps"]) == 256 // 64
 
 
-def test_lame():
-    model = tiny("group")
-    kept: list[Tensor] = []
-    for x in batches(3):
-        hook = model.head.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
-        with torch.no_grad():
-            logits = model(x)
-        hook.remove()
-        got = tt.adapt(model, "lame")(x).softmax(1)
-        torch.testing.assert_close(
-            got, reference.lame(logits, kept[-1], 5).float(), rtol=0, atol=1e-4
-        )
-
-
-def test_memo_without_augmentation():
-    x = batches(1, 6)[0]
-    adapter = tt.adapt(tiny(), "memo", lr=1e-2, views=1, augment=plain)
-    expected = reference.memo_without_augmentation(tiny(), x, 1e-2, 1 / 17)
-    torch.testing.assert_close(adapter(x), expected, rtol=0, atol=1e-4)
-
-
-def test_small_images_keep_their_size_in_memo_s_copies():
-    x = torch.ones(8, 1, 16, 16)
-    large, small = (
-        view(x, torch.Generator().manual_seed(3)) for view in (augmix_view, small_augmix_view)
-    )
-    assert small.shape == x.shape
-    assert 0 <= float(small.min()) < float(small.max()) <= 1
-    assert not torch.equal(small[0], small[1])
-    assert torch.equal(small, small_augmix_view(x, torch.Generator().manual_seed(3)))
-    assert not torch.equal(small, large)
-    dot = torch.zeros(64, 1, 16, 16)
-    dot[:, :, 8, 8] = 1  # a crop to 8 % of the area makes nine of it, or none
-    seen = small_augmix_view(dot, torch.Generator().manual_seed(3)).amax((1, 2, 3))
-    assert float((seen > 0.1).double().mean()) > 0.9
-    adapter = tt.adapt(tiny(), "memo", views=2, augment=small_augmix_view)
-    with pytest.raises(InputError, match=r"\[0, 1\]"):
-        adapter(3 * batches(1)[0])
-
-
-def test_memo_does_not_remember_order():
-    x = batches(1, 6)[0]
-    adapter = tt.adapt(tiny(), "memo", lr=1e-2, views=2, augment=plain)
-    torch.testing.assert_close(adapter(x).flip(0), adapter(x.flip(0)))
-
-
 def test_rdumb_goes_back_to_the_source():
     x = batches(12)
     adapter = tt.adapt(tiny(), "rdumb", lr=1e-2, margin=0.6, redundancy=1.0, reset_every=4)
@@ -281,39 +234,6 @@ def test_rdumb_goes_back_to_the_source():
             eta.reset()
         assert torch.equal(adapter(batch), eta(batch))
     assert adapter.counts.resets == 2
-
-
-def test_bn_adapt_between_source_and_batch():
-    model, x = tiny(), batches(1)[0]
-    with torch.no_grad():
-        plain_answer = model(x)
-    batch_answer = reference.configured(model)[0](x).detach()
-    assert torch.equal(tt.adapt(model, "bn-adapt", alpha=0.0)(x), plain_answer)
-    torch.testing.assert_close(tt.adapt(model, "bn-adapt")(x), batch_answer)
-    torch.testing.assert_close(tt.adapt(model, "bn-adapt", prior=0.0)(x), batch_answer)
-    half = tt.adapt(model, "bn-adapt", prior=16.0)(x)
-    torch.testing.assert_close(half, tt.adapt(model, "bn-adapt", alpha=0.5)(x))
-    assert not torch.allclose(half, batch_answer, atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["group", "layer", "rms"])
-@pytest.mark.parametrize("options", [{}, {"prior": 16}, {"momentum": 0.1}])
-def test_bn_adapt_refuses_a_model_that_stores_no_statistics(kind, options):
-    with pytest.raises(ScopeError, match=r"stores none .*tent or sar"):
-        tt.adapt(tiny(kind), "bn-adapt", **options)
-
-
-def test_bn_adapt_moving_average_is_torch_running_statistics():
-    model = tiny()
-    other = tiny()
-    adapter = tt.adapt(model, "bn-adapt", momentum=0.1)
-    for x in batches(4):
-        for name in ("norm1", "norm2"):
-            getattr(other, name).train()
-        with torch.no_grad():
-            other(x)
-            other.eval()
-            torch.testing.assert_close(adapter(x), other(x))
 
 
 def test_episodic_tent_forgets():
@@ -383,15 +303,6 @@ def test_samples_weigh_what_published_code_gives_them_to_the_last_bit():
     assert 0 < chosen.sum() < 64
     assert torch.equal(weights[chosen], 1 / torch.exp(uncertainty[chosen] - limit))
     assert not weights[~chosen].any()
-
-
-@pytest.mark.parametrize("kind", ["knn", "rbf"])
-def test_lame_tells_close_samples_apart(kind):
-    generator = torch.Generator().manual_seed(0)
-    features = 1 + 1e-4 * torch.randn(64, 32, generator=generator)
-    close = affinities(features, kind=kind, neighbours=5)
-    exact = affinities(features.double(), kind=kind, neighbours=5)
-    torch.testing.assert_close(close.double(), exact, rtol=0, atol=1e-2)
 
 
 def test_inputs_are_free_where_no_picture_is_changed():

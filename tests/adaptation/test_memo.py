@@ -1,0 +1,42 @@
+"""MEMO against its reference, its copies of small images, and batches in any order."""
+
+import pytest
+import torch
+
+import testtime as tt
+from models import batches, tiny
+from reference import methods as reference
+from testtime._core.errors import InputError
+from testtime.adaptation.parts.views import augmix_view, plain, small_augmix_view
+
+
+def test_memo_without_augmentation():
+    x = batches(1, 6)[0]
+    adapter = tt.adapt(tiny(), "memo", lr=1e-2, views=1, augment=plain)
+    expected = reference.memo_without_augmentation(tiny(), x, 1e-2, 1 / 17)
+    torch.testing.assert_close(adapter(x), expected, rtol=0, atol=1e-4)
+
+
+def test_small_images_keep_their_size_in_memo_s_copies():
+    x = torch.ones(8, 1, 16, 16)
+    large, small = (
+        view(x, torch.Generator().manual_seed(3)) for view in (augmix_view, small_augmix_view)
+    )
+    assert small.shape == x.shape
+    assert 0 <= float(small.min()) < float(small.max()) <= 1
+    assert not torch.equal(small[0], small[1])
+    assert torch.equal(small, small_augmix_view(x, torch.Generator().manual_seed(3)))
+    assert not torch.equal(small, large)
+    dot = torch.zeros(64, 1, 16, 16)
+    dot[:, :, 8, 8] = 1  # a crop to 8 % of the area makes nine of it, or none
+    seen = small_augmix_view(dot, torch.Generator().manual_seed(3)).amax((1, 2, 3))
+    assert float((seen > 0.1).double().mean()) > 0.9
+    adapter = tt.adapt(tiny(), "memo", views=2, augment=small_augmix_view)
+    with pytest.raises(InputError, match=r"\[0, 1\]"):
+        adapter(3 * batches(1)[0])
+
+
+def test_memo_does_not_remember_order():
+    x = batches(1, 6)[0]
+    adapter = tt.adapt(tiny(), "memo", lr=1e-2, views=2, augment=plain)
+    torch.testing.assert_close(adapter(x).flip(0), adapter(x.flip(0)))
