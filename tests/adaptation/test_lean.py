@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torchvision.models import vgg
 
 import testtime as tt
 from models import batches, tiny, tiny_vit
@@ -46,12 +47,19 @@ def assert_same(model, x, learnt=()):
     assert any(g is not None and g.abs().sum() > 0 for g in grads)
 
 
+def network(name: str) -> nn.Module:
+    if name == "vgg11_bn":  # without a hundred million weights of linear layers
+        body = vgg.make_layers(vgg.cfgs["A"], batch_norm=True)
+        return nn.Sequential(body, nn.Flatten(), nn.Linear(2048, 10))
+    options = {"init_weights": True} if name == "googlenet" else {}
+    return torchvision.models.get_model(name, weights=None, **options)
+
+
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_networks(name, memory_format):
     torch.manual_seed(0)
-    options = {"init_weights": True} if name == "googlenet" else {}
-    model = torchvision.models.get_model(name, weights=None, **options)
+    model = network(name)
     model = model.to(memory_format=memory_format)
     learnt = norms_learn(model)
     x = torch.rand(2, 3, 64, 64).to(memory_format=memory_format).requires_grad_(not learnt)
