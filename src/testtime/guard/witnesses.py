@@ -16,7 +16,8 @@ linear  C = the covariance of x and y over all points before, W = (X1 - X2)' C (
 
 All lie in [-1, 1] and change their sign where the two y are exchanged, so each has the mean 0 under
 the null hypothesis, whatever the points before are. The pair of COCO and KCC is found anew when
-2, 8, 18, …, 2k² points were seen, in O(m r²) for r columns of the factors.
+2, 8, 18, …, 2k² points were seen, in O(m r²) for r columns of the factors: few columns where points
+have few coordinates, nearly m where they have many.
 
 The authors' code multiplies factors whose rows it has permuted, those of x otherwise than those of
 y, so its COCO and KCC learn from points that belong to different pairs; here rows stay in order. Its
