@@ -3,15 +3,17 @@
 import importlib
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from edges import assert_edge
 from testtime._core.errors import OptionError
 from testtime._core.registry import entries
 from testtime.papers.catalogue import catalogue, record, search
-from testtime.papers.digits import Images, accuracy, corrupt, network, stream, train
+from testtime.papers.digits import Images, accuracy, corrupt, stream, train
 from testtime.papers.reproduction import reproduce
 
 METHODS = {entry.paper for entry in entries("method").values() if entry.name != "source"}
@@ -196,7 +198,7 @@ def test_what_a_record_names_exists():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Untrained networks, few random images, one round: what is left of a check is its plumbing."""
+    """Tiny untrained networks, few random images, one round: what is left of a check is its plumbing."""
 
     def images(seed, split):
         random = torch.Generator().manual_seed(seed)
@@ -205,7 +207,12 @@ def small(monkeypatch):
     def untrained(*_, norm="batch", classes=10, **__):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            return network(norm, classes).eval().requires_grad_(False)
+            layer = nn.BatchNorm2d if norm == "batch" else partial(nn.GroupNorm, 2)
+            net = nn.Sequential(
+                nn.Conv2d(1, 8, 3, 2, 1), layer(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), layer(8),
+                nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+            )  # fmt: skip
+            return net.eval().requires_grad_(False)
 
     stand_ins = {"digits": images, "trained": untrained, "train": untrained, "ROUNDS": 1,
                  "PASSES": 1, "STEPS": 2, "IMAGES": 6, "EPOCHS": 1, "TEST_LARGEST": 60}  # fmt: skip
