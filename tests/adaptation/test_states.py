@@ -72,7 +72,7 @@ class Backwards(nn.Module):
 
 @each
 def test_states_do_not_depend_on_when_the_order_of_layers_was_seen(name, tmp_path):
-    xs = batches(6)
+    xs = batches(6, 8)
     first = adapter_of(name, blocks_registered_backwards())
     mark = first.snapshot()
     begin = [first(x) for x in xs[:3]]
