@@ -109,14 +109,12 @@ class Rmt(MeanTeacher):
         self.optimizer.add_param_group({"params": projector.parameters()})
 
     def contrast(self, views: list[Tensor]) -> Tensor:
-        h = [F.normalize(self.projector(v), dim=1) for v in views]
-        points = [(v, i) for v in range(3) for i in range(len(h[0]))]
-        losses = []
-        for a in points:
-            others = [b for b in points if b != a]
-            likeness = torch.stack([h[a[0]][a[1]] @ h[b[0]][b[1]] / 0.1 for b in others])
-            log_p = likeness.log_softmax(0)
-            losses += [-log_p[[k for k, b in enumerate(others) if b[1] == a[1]]].mean()]
+        h = torch.cat([F.normalize(self.projector(v), dim=1) for v in views])
+        n, losses = len(views[0]), []
+        for a in range(len(h)):
+            others = [b for b in range(len(h)) if b != a]
+            log_p = (h[others] @ h[a] / 0.1).log_softmax(0)
+            losses.append(-log_p[[k for k, b in enumerate(others) if b % n == a % n]].mean())
         return torch.stack(losses).mean()
 
     def warm_up(self, loader: list[Tensor]) -> None:
