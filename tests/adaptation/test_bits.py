@@ -76,6 +76,14 @@ def test_rotta(monkeypatch):
 SHAPES = [(64, 40), (64, 40, 1, 1), (5, 3, 7), (16, 6, 24, 24), (1, 3, 80, 90), (2, 3, 6, 30, 30)]
 
 
+def written(x: Tensor, weight: Tensor, bias: Tensor, blend, eps: float) -> Tensor:
+    wide = (1, -1, *[1] * (x.dim() - 2))
+    others = [d for d in range(x.dim()) if d != 1]
+    used = blend(Moments(*reversed(torch.var_mean(x, dim=others, unbiased=False))))
+    x = (x - used.mean.view(wide)) / torch.sqrt(used.var.view(wide) + eps)
+    return x * weight.view(wide) + bias.view(wide)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "turned", "both turned", "expanded"])
 @pytest.mark.parametrize("size", [1 << 18, 700])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -96,13 +104,6 @@ def test_a_layer(shape, size, layout, monkeypatch):
     def blend(batch: Moments) -> Moments:
         return Moments(0.9 * mean + 0.1 * batch.mean, 0.9 * var + 0.1 * batch.var)
 
-    def written(x: Tensor, weight: Tensor, bias: Tensor, blend, eps: float) -> Tensor:
-        wide = (1, -1, *[1] * (x.dim() - 2))
-        others = [d for d in range(x.dim()) if d != 1]
-        used = blend(Moments(*reversed(torch.var_mean(x, dim=others, unbiased=False))))
-        x = (x - used.mean.view(wide)) / torch.sqrt(used.var.view(wide) + eps)
-        return x * weight.view(wide) + bias.view(wide)
-
     leaves = [value.requires_grad_() for value in (x, weight, bias)]
     ours, theirs = (
         (made, *torch.autograd.grad(made, leaves, slope))
@@ -110,6 +111,54 @@ def test_a_layer(shape, size, layout, monkeypatch):
     )
     assert all(map(torch.equal, ours, theirs))
     assert ours[0].stride() == x.stride()
+
+
+def test_a_gradient_that_others_hold_stays(monkeypatch):
+    chance = torch.Generator().manual_seed(0)
+    x, slope = (torch.randn(4, 3, 9, 9, generator=chance).requires_grad_() for _ in range(2))
+    scale = torch.randn(3, generator=chance).requires_grad_()
+    given, made = [], []
+    inner = robust._backward
+
+    def backward(ctx, grad, ours):
+        found = inner(ctx, grad, ours)
+        given.append(grad.data_ptr())
+        made.append(found[0].data_ptr())
+        return found
+
+    monkeypatch.setattr(robust, "_backward", backward)
+
+    def gradients(function):
+        once = function(x, scale, scale, lambda batch: Moments(0.3 * batch.mean, batch.var), 1e-3)
+        twice = function(once * slope, scale, scale, lambda batch: batch, 1e-3)
+        return torch.autograd.grad(((once + twice) * slope).sum(), [x, slope, scale])
+
+    # where gradients meet, torch adds them up in an order of its own
+    torch.testing.assert_close(gradients(robust.normalise_as_written), gradients(written))
+    assert [a == b for a, b in zip(given, made, strict=True)] == [False, True]
+
+
+def test_an_input_that_needs_no_gradient():
+    chance = torch.Generator().manual_seed(0)
+    x, slope = (torch.randn(4, 3, 9, 9, generator=chance) for _ in range(2))
+    leaves = [value.requires_grad_() for value in torch.randn(2, 3, generator=chance)]
+    ours, theirs = (
+        torch.autograd.grad(f(x, *leaves, lambda batch: batch, 1e-3), leaves, slope)
+        for f in (robust.normalise_as_written, written)
+    )
+    assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.slow
+def test_on_two_threads(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(robust, "CACHED", 1 << 15)
+        for shape in ((3, 3, 200, 250), (2, 3, 300, 301), (1, 5, 260, 260)):
+            test_a_layer(shape, 1 << 15, "contiguous", monkeypatch)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_gradients_in_double():

@@ -58,7 +58,7 @@ class _BitReLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad = grads[0]
         # a product of this backward alone may be written to, unless it is differentiated again
-        into = holders(grad) == _held_by_nobody() and not torch.is_grad_enabled()
+        into = holders(grad) == held_by_nobody() and not torch.is_grad_enabled()
         return masked(grad, ctx.bits, ctx.shape, into=into), None
 
 
@@ -207,7 +207,7 @@ class _Asked(torch.autograd.Function):
 
 
 @cache
-def _held_by_nobody() -> tuple[int, ...] | None:
+def held_by_nobody() -> tuple[int, ...] | None:
     """What `holders` says of a gradient that a backward alone holds; None if it cannot be told."""
     alone: list[tuple[int, ...]] = []
     shared: list[tuple[int, ...]] = []
@@ -284,7 +284,7 @@ class Lean(TorchFunctionMode):
     def __init__(self, least: int = LEAST) -> None:
         super().__init__()
         self.least = least
-        _held_by_nobody()  # found out before the mode is on
+        held_by_nobody()  # found out before the mode is on
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None

@@ -8,18 +8,19 @@ zero but for rounding. So these are the formula's own operations, and those of a
 back, in their order; but done on parts that a CPU's cache holds, and of all in between x alone is kept.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from testtime.adaptation.lean import held_by_nobody, holders
 from testtime.adaptation.moments import wide
 from testtime.adaptation.parts.statistics import Moments
 
-CACHED = 1 << 17
-"""Values that are worked on at once."""
+CACHED = 1 << 18
+"""Values that are worked on at once by each thread, of all tensors together: its core holds them."""
 
 
 class _AsWritten(torch.autograd.Function):
@@ -32,52 +33,73 @@ class _AsWritten(torch.autograd.Function):
         blend: Callable[[Moments], Moments],
         eps: float,
     ) -> Tensor:
-        batch = exact_moments(x)
-        with torch.enable_grad():
-            ctx.batch = Moments(batch.mean.requires_grad_(), batch.var.requires_grad_())
-            used = blend(ctx.batch)
-            ctx.used = used.mean, (used.var + eps).sqrt()
-        ctx.save_for_backward(x, weight)
-        mean, root = (value.detach() for value in ctx.used)
-        out = torch.empty_like(x)
-        for values, into, m, r, w, b in _parts((x, out), (mean, root, weight, bias)):
-            torch.sub(values, m, out=into).div_(r).mul_(w).add_(b)
+        with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]  # modes look at each call
+            batch = exact_moments(x)
+            with torch.enable_grad():
+                ctx.batch = Moments(batch.mean.requires_grad_(), batch.var.requires_grad_())
+                used = blend(ctx.batch)
+                ctx.used = used.mean, (used.var + eps).sqrt()
+            ctx.save_for_backward(x, weight)
+            mean, root = (value.detach() for value in ctx.used)
+            out = torch.empty_like(x)
+            for values, into, m, r, w, b in _parts((x, out), (mean, root, weight, bias)):
+                torch.sub(values, m, out=into).div_(r).mul_(w).add_(b)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad, others, count = grads[0], _others(x), x.numel() // x.shape[1]
-        mean, root = (value.detach() for value in ctx.used)
+        grad = grads[0]
+        ours = holders(grad) == held_by_nobody()
+        return _backward(ctx, grad, ours)
+
+
+@once_differentiable
+def _backward(ctx: Any, grad: Tensor, ours: bool) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias; that of x lies in the given one's place if that is ours."""
+    x, weight = ctx.saved_tensors
+    others, count = _others(x), x.numel() // x.shape[1]
+    mean, root = (value.detach() for value in ctx.used)
+    # torch adds up image by image where these lie in one piece, and so it may be done in parts
+    apart = x.is_contiguous() and grad.is_contiguous() and x.shape[1] > 1 and count > len(x)
+    below = ctx.needs_input_grad[0]
+    made = grad
+    if below and not (ours and apart):
         made = torch.empty_like(x if 0 in grad.stride() else grad)  # laid out as its products are
-        # torch adds up image by image where these lie in one piece, and so it may be done in parts
-        apart = x.is_contiguous() and grad.is_contiguous() and x.shape[1] > 1 and count > len(x)
-        ones = [1] * (x.dim() - 2)
-        sums = x.new_zeros(5, len(x) if apart else 1, x.shape[1], *ones)
-        over, size = (others[1:], CACHED) if apart else (others, x.numel())
-        tensors, channels = (x, grad, made, *sums), (mean, root, weight)
-        for values, slope, into, *told, m, r, w in _parts(tensors, channels, size):
-            unit = (values - m).div_(r)
-            product = slope * unit
-            told[0].copy_(product.sum(over, keepdim=True))
+    sums = x.new_zeros(5, len(x) if apart else 1, x.shape[1])
+    if apart:
+        others = [1]
+        pieces = _parts((x, grad, made), (mean, root, weight), sums.flatten(1).unbind(), rooms=2)
+    else:
+        whole = (wide(value, x) for value in (mean, root, weight))
+        pieces = iter([(x, grad, made, *whole, *sums[:, 0])])
+    unit = product = None
+    for values, slope, into, m, r, w, *told in pieces:
+        if apart:
+            unit, product = (_room(room, values) for room in (unit, product))
+        unit = torch.sub(values, m, out=unit).div_(r)
+        torch.sum(slope, others, out=told[3])
+        product = torch.mul(slope, unit, out=product)
+        torch.sum(product, others, out=told[0])
+        if below:
+            torch.sum(values, others, out=told[4])
             torch.mul(slope, w, out=product)
-            torch.div(product, r, out=into)
-            told[1].copy_(product.mul_(unit.div_(r)).sum(over, keepdim=True))
-            for total, summed in zip(told[2:], (into, slope, values), strict=True):
-                total.copy_(summed.sum(over, keepdim=True))
-        total = torch.zeros_like(sums[:, 0])
-        for image in sums.unbind(1):
-            total += image
-        to_weight, to_root, to_mean, to_bias, in_all = total.flatten(1)
-        to_used = -to_mean, -to_root
-        to_mean, to_var = torch.autograd.grad(ctx.used, ctx.batch, to_used, retain_graph=True)
-        channels = (in_all / count, 2 / count * to_var, to_mean / count)
-        for values, into, centre, slope, shift in _parts((x, made), channels):
-            into.add_((values - centre).mul_(slope).add_(shift))
-        return made, to_weight, to_bias, None, None
+            torch.sum(torch.div(product, r, out=into), others, out=told[2])
+            torch.sum(product.mul_(unit.div_(r)), others, out=told[1])
+    total = torch.zeros_like(sums[:, 0])
+    for image in sums.unbind(1):
+        total += image
+    to_weight, to_root, to_mean, to_bias, in_all = total
+    if not below:
+        return None, to_weight, to_bias, None, None
+    to_used = -to_mean, -to_root
+    to_mean, to_var = torch.autograd.grad(ctx.used, ctx.batch, to_used, retain_graph=True)
+    channels = (in_all / count, 2 / count * to_var, to_mean / count)
+    for values, into, centre, slope, shift in _parts((x, made), channels, rooms=1):
+        unit = _room(unit, values)
+        into.add_(torch.sub(values, centre, out=unit).mul_(slope).add_(shift))
+    return made, to_weight, to_bias, None, None
 
 
 def normalise_as_written(
@@ -113,12 +135,7 @@ def exact_moments(x: Tensor) -> Moments:
     """
     others, count = _others(x), x.numel() // x.shape[1]
     if x.dtype == torch.float32:
-        sums, squares = x.new_zeros(2, x.shape[1], dtype=torch.float64)
-        for values, total, square in _parts((x,), (sums, squares)):
-            double = values.double()
-            total.add_(double.sum(others, keepdim=True))
-            square.add_(double.square_().sum(others, keepdim=True))
-        mean, square = sums / count, squares / count
+        mean, square = _power_sums(x) / count
         found = torch.stack([mean, square - mean.square()])
         doubt = 1e-13 * torch.stack([square.sqrt(), square])
         low, high = ((found + side * doubt).float() for side in (-1, 1))
@@ -132,24 +149,58 @@ def exact_moments(x: Tensor) -> Moments:
     return Moments(mean, var)
 
 
+def _power_sums(x: Tensor) -> Tensor:
+    """Sums over each channel of the values, and of their squares, in float64."""
+    last = x.movedim(1, -1)
+    by_row = not last.is_contiguous()
+    flat = x.reshape(len(x) * x.shape[1], -1) if by_row else last.view(-1, x.shape[1])
+    room, found = None, []
+    for (values,) in _split([flat], 3):  # and twice its size
+        room = _room(room, values, torch.float64).copy_(values)
+        found.append((room.sum(int(by_row)), room.square_().sum(int(by_row))))
+    return torch.stack(
+        [torch.cat(each).view(-1, x.shape[1]).sum(0) for each in zip(*found, strict=True)]
+    )
+
+
 def _parts(
-    tensors: tuple[Tensor, ...], channels: tuple[Tensor, ...], size: int = 0
+    tensors: tuple[Tensor, ...],
+    channels: tuple[Tensor, ...],
+    rows: tuple[Tensor, ...] = (),
+    *,
+    rooms: int = 0,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Parts of tensors of that many values, each with its part of what belongs to channels."""
-    x, size = tensors[0], size or CACHED
-    image = max(x[0].numel(), 1)
-    samples = max(size // image, 1)
-    along = max(range(1, x.dim()), key=lambda d: x.stride(d) if x.shape[d] > 1 else 0)
-    share = max(size * x.shape[along] // image, 1)
-    own = [wide(value, x) for value in channels]
-    for i in range(0, len(x), samples):
-        rows = [t[i : i + samples] for t in tensors]
-        if share >= x.shape[along]:
-            yield (*rows, *own)
-            continue
-        for j in range(0, x.shape[along], share):
-            here = (*[slice(None)] * along, slice(j, j + share))
-            yield (*(t[here] for t in rows), *(t[here] if along == 1 else t for t in own))
+    """Parts of tensors that lie alike, each with its part of what belongs to channels and to rows.
+
+    A row is a channel of an image, or a pixel of all channels where these lie next to each other.
+    """
+    x = tensors[0]
+    last, share = [t.movedim(1, -1) for t in tensors], len(tensors) + rooms
+    if all(t.is_contiguous() for t in last):
+        for part in _split([t.view(-1, x.shape[1]) for t in last], share):
+            yield (*part, *channels)
+    elif all(t.is_contiguous() for t in tensors):
+        count = len(x) * x.shape[1]
+        own = [value.repeat(len(x))[:, None] for value in channels]
+        yield from _split([*(t.view(count, -1) for t in tensors), *own, *rows], share)
+    else:
+        yield (*tensors, *(wide(value, x) for value in channels))
+
+
+def _split(tensors: Sequence[Tensor], share: int) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of a few rows, but not of one alone, which torch's threads would add up in two."""
+    first, size = tensors[0], CACHED * torch.get_num_threads() // share
+    count = max(min(first.numel() // size, len(first) // 2), 1)
+    return zip(*(t.tensor_split(count) for t in tensors), strict=True)
+
+
+def _room(room: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory that is used again, laid out anew; more of it where it is too small."""
+    if room is not None and room.shape == like.shape:
+        return room
+    if room is None or room.untyped_storage().nbytes() < like.numel() * room.element_size():
+        return torch.empty_like(like, dtype=dtype)
+    return room.as_strided(like.shape, like.stride())
 
 
 def _others(x: Tensor) -> list[int]:
