@@ -71,12 +71,21 @@ class Evidence:
         with self.replayed or nullcontext():
             output, self.averages = self.engine.run(
                 self.student_inputs,
-                self.tensors,
+                {**self._beside_what_adapts(), **self.tensors},
                 averages=self.state.averages,
                 learn=self.learn,
                 tap=self._tap(self._features),
             )
         return output
+
+    def _beside_what_adapts(self) -> dict[str, Tensor]:
+        """What a teacher averages with itself, as leaves whose gradient nobody reads.
+
+        It asks for one in published code, and torch multiplies by such weights otherwise.
+        """
+        engine = self.engine
+        others = engine.followed[len(engine.names) :] if torch.is_grad_enabled() else ()
+        return {n: t.requires_grad_() for n, t in engine.source_tensors(others).items()}
 
     @cached_property
     def logits(self) -> Tensor:
@@ -128,9 +137,10 @@ class Evidence:
 
         def run(inputs: Tensor) -> Tensor:
             self._differentiates(inputs)
-            output, _ = self.engine.run(
-                inputs, self.tensors, averages=self.state.averages, learn=self.learn
-            )
+            with self.engine.loan.in_full():
+                output, _ = self.engine.run(
+                    inputs, self.tensors, averages=self.state.averages, learn=self.learn
+                )
             return rows(read_logits(output))
 
         return run

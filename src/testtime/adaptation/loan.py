@@ -139,8 +139,7 @@ class Loan:
                 weight. It needs the model's own functions, so it has no effect on a compiled one.
             activations: type in which what a backward needs is kept; None: as it was computed. It
                 has no effect on a compiled model either.
-            groups: batches of equal size that `x` was joined from, each normalised by itself; where
-                `takes_groups` says so.
+            groups: equal batches in `x`, each normalised by itself; where `takes_groups` says so.
         """
         fresh = averages
         if averages and learn:
@@ -199,7 +198,9 @@ class Loan:
         swapped: list[tuple[dict[str, Any], str, Any]] = []
         hooks: list[Any] = []
         training = [module for module in self.modules if module.training]
-        wanting = [p for p in self.parameters if p.requires_grad] if torch.is_grad_enabled() else []
+        # without a gradient too, or torch multiplies otherwise than it did with one
+        plain_inference = isinstance(statistics, SourceStatistics) and not torch.is_grad_enabled()
+        wanting = [] if plain_inference else [p for p in self.parameters if p.requires_grad]
 
         def put(holder: dict[str, Any], key: str, value: Any) -> None:
             swapped.append((holder, key, holder.get(key, ABSENT)))
@@ -325,7 +326,6 @@ class Normaliser:
             if alike and values > 1 and (moving := self.moving()):
                 mean, var, share = moving
                 return F.batch_norm(x, mean, var, weight, bias, True, share, self.eps)
-            # as RoTTA's code rounds, of its teacher too
             as_written = alike and x.is_cpu and getattr(self.statistics, "robust", False)
             if not (as_written or (alike and torch.is_grad_enabled() and x.requires_grad)):
                 return type(module).forward(module, *self(module, (x,)))
