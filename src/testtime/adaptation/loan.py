@@ -29,7 +29,7 @@ from testtime.adaptation.parts.statistics import (
     Statistics,
 )
 from testtime.adaptation.ranks import Ranks
-from testtime.adaptation.robust import normalise_as_written
+from testtime.adaptation.robust import as_torch, infer_as_written, normalise_as_written
 from testtime.adaptation.traces import traces_of
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
@@ -232,8 +232,9 @@ class Loan:
                     buffers["running_mean"] = buffers["running_var"] = None
                 elif isinstance(statistics, RunningStatistics) and averages and not learn:
                     for key, moment in (("running_mean", "mean"), ("running_var", "var")):
-                        stored = averages[f"{layer.name}.{moment}"]
-                        buffers[key] = stored.to(source.mean.dtype)
+                        buffers[key] = averages[f"{layer.name}.{moment}"].to(source.mean.dtype)
+                    if statistics.robust and self.own_functions and as_torch(layer.module):
+                        put(vars(layer.module), "forward", partial(infer_as_written, layer.module))
                 else:
                     normalise = Normaliser(
                         layer.name, layer.eps, source, statistics, averages, fresh, len(x), ranks
@@ -311,8 +312,7 @@ class Normaliser:
     def may_stand_in(self, module: nn.Module) -> bool:
         """Whether it can be the layer's whole forward: torch's own, with moments to blend or move."""
         blends = isinstance(self.statistics, MixedStatistics | RunningStatistics)
-        own = type(module).forward is nn.modules.batchnorm._BatchNorm.forward
-        return blends and own and self.ranks.alone and "forward" not in module.__dict__
+        return blends and self.ranks.alone and as_torch(module)
 
     def in_place_of(self, module: Any) -> Callable[[Tensor], Tensor]:
         """The layer's forward, which passes over its input once where a gradient flows through."""

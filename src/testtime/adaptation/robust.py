@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from testtime.adaptation.lean import held_by_nobody, holders
@@ -41,10 +41,7 @@ class _AsWritten(torch.autograd.Function):
                 ctx.used = used.mean, (used.var + eps).sqrt()
             ctx.save_for_backward(x, weight)
             mean, root = (value.detach() for value in ctx.used)
-            out = torch.empty_like(x)
-            for values, into, m, r, w, b in _parts((x, out), (mean, root, weight, bias)):
-                torch.sub(values, m, out=into).div_(r).mul_(w).add_(b)
-        return out
+            return _normalised(x, mean, root, weight, bias)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -121,6 +118,39 @@ def normalise_as_written(
                 [2.]])
     """
     return _AsWritten.apply(x, weight, bias, blend, eps)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def as_torch(module: nn.Module) -> bool:
+    """Whether a layer runs torch's own batch normalisation, for which another may stand in."""
+    own = type(module).forward is nn.modules.batchnorm._BatchNorm.forward
+    return own and "forward" not in module.__dict__
+
+
+def infer_as_written(module: Any, x: Tensor) -> Tensor:
+    """The forward of torch's batch normalisation with the statistics it stores, without a gradient.
+
+    Only on a CPU, where x and what the layer holds are of one type; else torch's own.
+
+    Example:
+        >>> layer = torch.nn.BatchNorm1d(1, eps=0.0).eval()
+        >>> with torch.no_grad():
+        ...     infer_as_written(layer, torch.tensor([[1.0], [3.0]]))
+        tensor([[1.],
+                [3.]])
+    """
+    mean, var, weight, bias = module.running_mean, module.running_var, module.weight, module.bias
+    plain = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled()
+    if not plain or weight is None or not x.dtype == weight.dtype == var.dtype:
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    module._check_input_dim(x)
+    return _normalised(x, mean, (var + module.eps).sqrt(), weight, bias)
+
+
+def _normalised(x: Tensor, mean: Tensor, root: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    for values, into, m, r, w, b in _parts((x, out), (mean, root, weight, bias)):
+        torch.sub(values, m, out=into).div_(r).mul_(w).add_(b)
+    return out
 
 
 def exact_moments(x: Tensor) -> Moments:

@@ -194,9 +194,7 @@ def rotta(
         augment: T, what the student sees.
 
     Departure from the code: there a layer that fuses normalisation and activation, as timm's
-    BatchNormAct2d does, is replaced by one without the activation; here it stays as it is. There the
-    teacher averages what does not adapt with itself, too, which changes its last bits; here it is the
-    model's, of which it would take a copy.
+    BatchNormAct2d does, is replaced by one without the activation; here it stays as it is.
 
     Example:
         >>> rotta().procedure.every
@@ -212,7 +210,7 @@ def rotta(
         objective=teacher_cross_entropy,
         selection=timeliness,
         procedure=BalancedMemory(capacity=capacity, every=every, augment=augment),
-        teacher=MovingTeacher(momentum=1 - nu),
+        teacher=MovingTeacher(momentum=1 - nu, whole=True),
         prediction=from_teacher,
         optimizer=Adam(lr=lr),
     )
