@@ -40,3 +40,16 @@ def test_after_steps_only_what_adapts_is_held(name):
     again = adapter.snapshot().tensors
     assert all(torch.equal(again[key], own[key]) for key in again)
     assert places(again.values()) <= places(own.values())
+
+
+@pytest.mark.parametrize(("name", "asked"), [("rotta", False), ("tent", False), ("cotta", True)])
+def test_weights_ask_for_a_gradient_only_where_they_adapt(name, asked):
+    model, found = tiny(), []
+    first = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    first.register_forward_hook(
+        lambda module, _, out: found.append(module.weight.requires_grad and out.requires_grad)
+    )
+    adapter = tt.adapt(model, name, **SMALL.get(name, {}))
+    for x in batches(4):
+        adapter(x)
+    assert any(found) == asked

@@ -81,10 +81,12 @@ class Evidence:
     def _beside_what_adapts(self) -> dict[str, Tensor]:
         """What a teacher averages with itself, as leaves whose gradient nobody reads.
 
-        It asks for one in published code, and torch multiplies by such weights otherwise.
+        Where more than normalisation layers adapts, it asks for one in published code, and torch
+        multiplies by such weights otherwise.
         """
         engine = self.engine
-        others = engine.followed[len(engine.names) :] if torch.is_grad_enabled() else ()
+        asks = torch.is_grad_enabled() and not engine.lean
+        others = engine.followed[len(engine.names) :] if asks else ()
         return {n: t.requires_grad_() for n, t in engine.source_tensors(others).items()}
 
     @cached_property
