@@ -1,7 +1,7 @@
 """Modes of torch, which belong to a thread: those a step sets aside, and those it takes along."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -15,8 +15,9 @@ def computing() -> Iterator[None]:
     """
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
+    inside = torch.is_inference_mode_enabled()
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False) if inside else nullcontext(), torch.no_grad():
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)

@@ -54,6 +54,8 @@ def with_logits(output: Any, logits: Tensor) -> Any:
 
 def detached(output: Any) -> Any:
     """The same output without its graph."""
+    if isinstance(output, Tensor):
+        return output.detach()
     return with_logits(output, read_logits(output))
 
 
