@@ -113,7 +113,7 @@ def test_labels_that_were_asked_for_outlive_a_loss_of_trust():
     )
     got = outcomes(adapter, batches(3))
     assert got == [Outcome.ADAPTED, Outcome.ADAPTED, Outcome.ROLLED_BACK]
-    assert max(asked) >= 32  # of the batch that cost the trust, too
+    assert 16 <= max(asked) < 32  # for the batch that cost the trust nobody was asked
     target = adapter.snapshot().memory["target"]
     assert target["labels"].tolist() == [place % 5 for place in asked]
     with pytest.warns(TesttimeWarning, match="all 15 labels"):

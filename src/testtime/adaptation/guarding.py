@@ -94,8 +94,6 @@ def guarded(
     if worse:
         if steps is not None:
             steps.close()
-        if done is not None:
-            state = _bought(engine, state, done.state)
         if first:
             state, seen = _rolled_back(engine, state, seen), {**seen, "marks": [], "since": 0}
         elif seen["since"] >= PATIENCE:
