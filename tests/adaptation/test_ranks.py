@@ -115,6 +115,15 @@ def work(rank: int, folder: str) -> None:
             except InputError:
                 answers["refused"].append(new.snapshot().steps == mark.steps)
     answers["after"] = adapter(x)
+    adapter, waits, reduce = (
+        adapter_of("tent", {}, process_group=dist.group.WORLD),
+        [],
+        dist.all_reduce,
+    )
+    adapter(stream(1)[0])
+    dist.all_reduce = lambda *args, **more: waits.append(1) or reduce(*args, **more)
+    adapter(stream(1)[0])
+    answers["waits"] = len(waits)
     torch.save(answers, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -123,9 +132,12 @@ def work(rank: int, folder: str) -> None:
 def test_two_ranks_are_one(tmp_path):
     mp.spawn(work, (str(tmp_path),), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    layers = sum(isinstance(m, torch.nn.BatchNorm2d) for m in model_of("tent").modules())
     for half in halves:
         assert half["refused"] == [True] * 10
         assert half["after"].isfinite().all()
+        # the batch; each layer forward and backward; the loss, its samples and both's way back; the gradient
+        assert half["waits"] <= 1 + 2 * layers + 4 + 1
     for name, options in OPTIONS.items():
         adapter = adapter_of(name, options)
         for step, x in enumerate(stream(4)):

@@ -378,4 +378,6 @@ class Engine:
         if self.ranks.alone:
             return grads
         share = 1.0 / torch.distributed.get_world_size(self.ranks.group)
-        return [self.ranks.sum(grad) * share for grad in grads]
+        total = self.ranks.sum(torch.cat([grad.flatten() for grad in grads])) * share
+        parts = total.split([grad.numel() for grad in grads])
+        return [part.view_as(grad).to(grad) for part, grad in zip(parts, grads, strict=True)]

@@ -112,10 +112,13 @@ def moments(x: Tensor, ranks: Ranks) -> tuple[Moments, float]:
     mean, var = _Moments.apply(x)  # type: ignore[no-untyped-call]
     if ranks.alone:
         return Moments(mean, var), values
-    total = ranks.sum(mean.new_tensor(values))
-    share = values / total
-    joined = ranks.sum(share * mean)
-    return Moments(joined, ranks.sum(share * (var + (mean - joined).square()))), float(total)
+    # all at once, since each time that ranks agree they wait for one another
+    told = ranks.stack(torch.cat([mean, var, mean.new_tensor([values])]))
+    means, variances, counts = told.split([len(mean), len(var), 1], dim=1)
+    total = float(counts.detach().sum())
+    joined = (counts / total * means).sum(0)
+    spread = variances + (means - joined).square()
+    return Moments(joined, (counts / total * spread).sum(0)), total
 
 
 def normalise(x: Tensor, used: Moments, eps: float) -> Tensor:

@@ -43,6 +43,14 @@ class Ranks:
         """Sum over ranks; gradients flow to all of them."""
         return value if self.alone else _Sum.apply(value, self.group)  # type: ignore[no-any-return]
 
+    def stack(self, value: Tensor) -> Tensor:
+        """Everyone's, one below another in order of rank; gradients flow to all of them."""
+        if self.alone:
+            return value[None]
+        everyone = range(dist.get_world_size(self.group))
+        mine, nothing = dist.get_rank(self.group), torch.zeros_like(value)
+        return self.sum(torch.stack([value if rank == mine else nothing for rank in everyone]))
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the first dimension of the joined batch of all ranks."""
         if self.alone:
