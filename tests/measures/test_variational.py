@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from reference import information as reference
 from testtime._core.errors import InputError, OptionError
@@ -19,6 +19,7 @@ from testtime.measures.information.mine import (
     mine,
     mine_objective,
     mine_value,
+    partners,
     running_log_mean,
 )
 from testtime.measures.information.neighbours import ksg
@@ -99,6 +100,43 @@ def test_the_information_gradient_is_never_longer_than_the_other():
     assert torch.allclose(adaptive_clip(10 * g, limit), limit.norm() * g / g.norm())
     assert torch.equal(adaptive_clip(0.01 * g, limit), 0.01 * g)
     assert torch.equal(adaptive_clip(torch.zeros(5), limit.float()), torch.zeros(5))
+
+
+def test_no_sample_of_a_small_batch_of_mine_is_its_own_partner():
+    random = generator()
+    for n in (2, 3, 4, 31):
+        met = torch.zeros(n, n)
+        for _ in range(300):
+            drawn = partners(n, random)
+            assert sorted(drawn.tolist()) == list(range(n))
+            assert not any(i == j for i, j in enumerate(drawn.tolist()))
+            met[range(n), drawn] += 1
+        if n < 31:  # every other sample is met equally often
+            expected = 300 / (n - 1) * (1 - torch.eye(n))
+            assert bool(((met - expected).abs() <= 4 * expected.sqrt()).all())
+    kept = [int((partners(64, random) == torch.arange(64)).sum()) for _ in range(300)]
+    assert 0.7 < sum(kept) / 300 < 1.3  # one on average, as of any permutation
+
+
+def test_in_a_batch_of_two_mine_scores_each_x_with_the_y_of_the_other():
+    x, y, _ = gaussian(64, dims=1, information=2.0, generator=generator())
+    scored: list[tuple[Tensor, Tensor]] = []
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = JointCritic(mlp([2, 4, 1], generator(5)))
+
+        def forward(self, a, b):
+            if len(a) == 2:  # the held-out samples are 16
+                scored.append((a, b))
+            return self.inner(a, b)
+
+    mine(x, y, critic=Spy(), steps=20, batch_size=2)
+    for (a, b), (c, d) in zip(scored[::2], scored[1::2], strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b.flip(0), d)
+    assert len(scored) == 40
 
 
 def test_a_step_of_mine_by_hand():

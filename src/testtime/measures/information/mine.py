@@ -1,7 +1,8 @@
 """MINE: mutual information neural estimation.
 
 for each step:
-    (x_1, y_1) ... (x_b, y_b) drawn, and partners y_pi(i) from a permutation
+    (x_1, y_1) ... (x_b, y_b) drawn, and partners y_pi(i) from a permutation, in which
+        no sample of a small batch keeps its own
     V = mean_i T(x_i, y_i) - ln mean_i e^T(x_i, y_pi(i))
     ma <- (1 - a) ma + a mean_i e^T(x_i, y_pi(i))
     T <- T + lr * Adam of ( mean_i grad T(x_i, y_i) - mean_i grad e^T(x_i, y_pi(i)) / ma )
@@ -40,6 +41,10 @@ from testtime.measures.information.variational import (
 
 PARTNERS = 16
 """Wrong partners of each held-out sample, for the mean over the product law."""
+SMALL = 32
+"""Samples of a batch below which no sample may be its own wrong partner; the number is ours.
+
+A permutation leaves one true pair on average, which is little among many."""
 
 
 def mine(
@@ -100,13 +105,29 @@ def mine(
         for index in batches(len(known[0]), batch_size, steps, random):
             a, b = (v[index] for v in known)
             together = critic(a, b)
-            apart = critic(a, b[torch.randperm(len(b), generator=random)])
+            apart = critic(a, b[partners(len(b), random)])
             log_mean = running_log_mean(log_mean, apart, rate=rate)
             descend(-mine_objective(together, apart, log_mean))
             if trace:
                 values.append(float(mine_value(together, apart).detach()))
     with torch.no_grad():
         return finite(_held_out(critic, held[0], held[1], tuple(values)))
+
+
+def partners(n: int, random: torch.Generator) -> Tensor:
+    """Whose y each sample's x meets for the product law: a permutation, (n,).
+
+    Below 32 samples it is a derangement, a random cycle through all: nobody meets their own. That
+    needs two samples, which the batches of `mine` have.
+
+    Example:
+        >>> partners(2, torch.Generator())
+        tensor([1, 0])
+
+    Reference: Belghazi et al., ICML 2018.
+    """
+    order = torch.randperm(n, generator=random)
+    return order if n >= SMALL else order.roll(1)[order.argsort()]
 
 
 def mine_value(
