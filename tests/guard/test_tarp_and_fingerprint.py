@@ -201,6 +201,26 @@ def test_a_fingerprint_notices_faults_and_changes_nothing():
         Fingerprint.fit(broken, [x])
 
 
+def test_the_two_bands_are_those_of_the_same_fingerprints():
+    model, x = network(), torch.randn(300, 8, generator=chance())
+    bands = [
+        Fingerprint.fit(model, x.split(100), epochs=3, band=band)
+        for band in ("quantiles", "deviations")
+    ]
+    known = [each.read(model, x).fingerprint.double().numpy() for each in bands]
+    np.testing.assert_array_equal(*known)
+    np.testing.assert_allclose(
+        (bands[0].low, bands[0].high), np.quantile(known[0], [0.005, 0.995]), rtol=1e-6
+    )
+    mean = known[0].sum() / 300
+    std = math.sqrt(((known[0] - mean) ** 2).sum() / 299)
+    np.testing.assert_allclose(
+        (bands[1].low, bands[1].high), (mean - 3 * std, mean + 3 * std), rtol=1e-6
+    )
+    with pytest.raises(OptionError, match="band"):
+        Fingerprint.fit(model, [x], band="mean")
+
+
 def test_the_fault_monitor_counts_the_latest_window():
     detector = FaultMonitor(low=0.9, high=1.1, window=4, limit=0.5)
     good, bad = torch.tensor([1.0]), torch.tensor([2.0])

@@ -2,7 +2,8 @@
 
     given: a trained network, a prediction head on features b(x)
     train a small head u on fault-free features: minimise mean ( max_k u(b(x))_k - 1 )²
-    band [low, high] ← quantiles 0.5 % and 99.5 % of F = max_k u(b(x))_k on fault-free data
+    band [low, high] ← quantiles 0.5 % and 99.5 % of F = max_k u(b(x))_k on fault-free data,
+        or mean F ± 3 standard deviations of F
     while running: one forward gives the prediction and F; a sample outside of the band is flagged
     faulty, if more than a share of the last samples is flagged
 
@@ -14,7 +15,7 @@ that does not move the features far is not seen.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ from testtime.adaptation.look import named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
 from testtime.guard.monitor import State
+
+Band = Literal["quantiles", "deviations"]
+DEVIATIONS = 3
+"""Standard deviations from the mean to either end of the band "deviations"."""
 
 
 class Reading(NamedTuple):
@@ -88,6 +93,7 @@ class Fingerprint:
         layer: str | None = None,
         hidden: int = 64,
         outputs: int = 10,
+        band: Band = "quantiles",
         outside: float = 0.01,
         lr: float = 2e-3,
         epochs: int = 60,
@@ -103,7 +109,10 @@ class Fingerprint:
                 last.
             hidden: width of the head's hidden layer.
             outputs: values that the head gives.
-            outside: share of fault-free samples outside of the band, half on each side; 0.01.
+            band: "quantiles" of the fault-free fingerprints; or "deviations", their mean ± 3 standard
+                deviations, which a few odd samples widen. Which of them the paper has is not sure.
+            outside: share of fault-free samples outside of the quantiles, half on each side; 0.01.
+                The other band does not read it.
             lr: step size of Adam.
             epochs: passes over the features.
             batch_size: features in a step.
@@ -115,6 +124,8 @@ class Fingerprint:
             OptionError: an option is out of its range.
         """
         whole(1, hidden=hidden, outputs=outputs, epochs=epochs, batch_size=batch_size)
+        if band not in ("quantiles", "deviations"):
+            raise OptionError(f"band is {band!r}; expected 'quantiles' or 'deviations'")
         in_range(0, 1, outside=outside)
         in_range(0, lr=lr)
         seen = [_forward(model, x, layer)[1] for x in batches]
@@ -146,7 +157,11 @@ class Fingerprint:
                 f"training left the numbers: features go up to {float(features.abs().max()):.3g}. "
                 "Name a layer with smaller ones, or take a lower lr."
             )
-        low, high = (float(known.quantile(q)) for q in (outside / 2, 1 - outside / 2))
+        if band == "quantiles":
+            low, high = (float(known.quantile(q)) for q in (outside / 2, 1 - outside / 2))
+        else:
+            mean, away = float(known.mean()), DEVIATIONS * float(known.std())
+            low, high = mean - away, mean + away
         return Fingerprint(head=head, low=low, high=high, layer=layer)
 
     def read(self, model: nn.Module, x: Tensor) -> Reading:
