@@ -66,6 +66,56 @@ def test_a_perturbed_input_scores_higher_and_the_model_stays():
         assert torch.equal(rel_u.score_perturbed(model, x, epsilon=0.01), moved)
 
 
+def small_inputs(seed, n=60):
+    """A linear model whose answers a step of 0.004 moves, and inputs of which some are misjudged."""
+    chance = torch.Generator().manual_seed(seed)
+    model = nn.Linear(3, 4, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(100 * torch.randn(4, 3, generator=chance, dtype=torch.float64))
+    x = 0.02 * torch.randn(n, 3, generator=chance, dtype=torch.float64)
+    answers, other = model(x).argmax(1), torch.randint(4, (n,), generator=chance)
+    labels = torch.where(torch.rand(n, generator=chance) < 0.4, other, answers)
+    return model, x, labels
+
+
+def test_the_search_finds_what_the_definition_finds():
+    chosen = set()
+    for seed in range(4):
+        model, x, labels = small_inputs(seed)
+        tuning = [(x[:30], labels[:30])]
+        held = list(zip(x[30:].split(7), labels[30:].split(7), strict=True))
+        found = RelativeUncertainty.search(model.train(), tuning, held)
+        arrays = (model.weight.detach().T, x[:30], labels[:30], x[30:], labels[30:])
+        expected = reference.searched_relative_uncertainty(*(each.numpy() for each in arrays))
+        got = found.detector.temperature, found.epsilon, found.fpr
+        assert got == pytest.approx(expected)
+        chosen.add(got[:2])
+        fitted = RelativeUncertainty.fit(
+            model(x[:30]).detach(), labels[:30], temperature=found.detector.temperature
+        )
+        assert torch.equal(found.detector.distances, fitted.distances)
+        assert model.training
+        assert model.weight.grad is None
+    assert len(chosen) > 1
+    assert any(epsilon for _, epsilon in chosen)
+
+
+def test_the_search_refuses_data_that_tell_nothing():
+    model, x, labels = small_inputs(0)
+    batch = [(x, labels)]
+    for tuning, held, said in (
+        ([], batch, "tuning"),
+        (batch, [], "held"),
+        (batch, [(x, model(x).argmax(1))], "one of each kind"),
+        (batch, [(x, labels + 4)], "labels"),
+        ([(x[:20], labels[:40]), (x[20:], labels[40:])], batch, "labels"),  # 60 of each in all
+    ):
+        with pytest.raises(InputError, match=said):
+            RelativeUncertainty.search(model, tuning, held)
+    with pytest.raises(OptionError, match="weight"):
+        RelativeUncertainty.search(model, batch, batch, weight=2.0)
+
+
 def test_rel_u_refuses_bad_input():
     logits, labels = draw(0, 6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
     for bad in (

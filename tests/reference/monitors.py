@@ -130,6 +130,33 @@ def relative_uncertainty(tune, labels, probs, weight):
     return np.array([p @ m @ p for p in probs])
 
 
+def searched_relative_uncertainty(weights, tune, labels, held, truth):
+    """(temperature, epsilon, FPR) of a linear model, slopes by differences, FPR by thresholds."""
+
+    def probs(x, temperature):
+        z = np.exp(x @ weights / temperature)
+        return z / z.sum(1, keepdims=True)
+
+    wrong, best = (held @ weights).argmax(1) != truth, None
+    for temperature in (0.2, 0.4, 0.6, 0.8, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 2):
+
+        def score(x, temperature=temperature):
+            known = probs(tune, temperature)
+            return relative_uncertainty(known, labels, probs(x, temperature), 0.5)
+
+        step = 1e-6 * np.eye(held.shape[1])
+        slope = np.stack([score(held + each) - score(held - each) for each in step], 1)
+        for epsilon in (0, 0.0005, 0.001, 0.0015, 0.002, 0.0025, 0.003, 0.0035, 0.004):
+            scores = score(held + epsilon * np.sign(slope))
+            rates = [
+                (scores[~wrong] >= t).mean() for t in scores if (scores[wrong] >= t).mean() >= 0.95
+            ]
+            higher = (scores[wrong][:, None] > scores[~wrong]).mean()
+            if best is None or (min(rates), -higher) < best[0]:
+                best = (min(rates), -higher), (temperature, epsilon, min(rates))
+    return best[1]
+
+
 def doctor(probs):
     """Odds that two draws of a sample's answer differ, pair by pair of classes."""
     k = range(probs.shape[1])

@@ -103,13 +103,24 @@ def perturbed_score(
         True
     """
     in_range(0, epsilon=epsilon)
+    direction = raising_direction(model, x, score)
+    with borrowed(model):
+        return score(read_logits(model(x + epsilon * direction))).detach()
+
+
+def raising_direction(model: nn.Module, x: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Where each number of the input has to go for a score to grow in size: 1, -1, or 0; as x.
+
+    Example:
+        >>> raising_direction(nn.Identity(), torch.tensor([[1.0, 0.0]]), doctor)
+        tensor([[-1.,  1.]])
+    """
     with borrowed(model, keep_grad=True):
         leaf = x.detach().clone().requires_grad_()
         # the logarithm has the sign of the score's own gradient, without its underflow
         size = score(read_logits(model(leaf))).abs().clamp(min=1e-30).log()
         (slope,) = torch.autograd.grad(size.sum(), leaf)
-    with borrowed(model):
-        return score(read_logits(model(x + epsilon * slope.sign()))).detach()
+    return slope.sign()
 
 
 @final
