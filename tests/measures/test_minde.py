@@ -35,6 +35,35 @@ def test_times_have_the_density_of_the_rate():
     assert 0 <= times.min() <= times.max() <= 1
 
 
+@pytest.mark.parametrize("difference", ["inside", "outside"])
+def test_uniform_times_weigh_the_difference_of_scores_by_beta(difference):
+    """Against the integral of beta |score difference|^2 / 2, for predictions 0 and z, by hand."""
+    times = sampled_times(2000, generator(), importance=False).numpy()
+    assert stats.kstest(times, "uniform", (1e-5, 1 - 1e-5)).pvalue > 1e-3
+
+    def noise(z, tau):  # z where x is alone, 0 where y is given
+        return z * (tau[:, 1:] == 1)
+
+    x = torch.randn(1, 1, generator=generator(3), dtype=torch.float64)
+    terms = diffusion_information(
+        noise, x, x, kind="c", difference=difference, importance=False,
+        draws=3, generator=generator(4),
+    )  # fmt: skip
+    random, by_hand = generator(4), 0.0
+    for _ in range(3):
+        t = 1e-5 + (1 - 1e-5) * float(torch.rand(1, generator=random, dtype=torch.float64))
+        e = float(torch.randn(1, 2, generator=random, dtype=torch.float64)[0, 0])
+        beta, grown = 0.1 + 19.9 * t, 0.1 * t + 9.95 * t**2
+        m, s = math.exp(-grown / 2), math.sqrt(1 - math.exp(-grown))
+        z = m * float(x) + s * e
+        alone, given, normal = -z / s, 0.0, -s * z / s
+        if difference == "inside":
+            by_hand += beta / 2 * (alone - given) ** 2
+        else:
+            by_hand += beta / 2 * ((given - normal) ** 2 - (alone - normal) ** 2)
+    assert float(terms) == pytest.approx(by_hand / 3, rel=1e-9)
+
+
 def exact(rho, dims):
     """The best predictions for correlated Gaussians: s Sigma_t^-1 (z - mean), by conditioning."""
 
@@ -66,14 +95,15 @@ def exact(rho, dims):
 
 @pytest.mark.parametrize("kind", ["c", "j"])
 @pytest.mark.parametrize("difference", ["inside", "outside"])
+@pytest.mark.parametrize("importance", [True, False])
 @pytest.mark.parametrize("information", [0.2, 1.0, 2.0])
-def test_the_exact_noise_gives_the_exact_information(kind, difference, information):
+def test_the_exact_noise_gives_the_exact_information(kind, difference, importance, information):
     dims = 2
     rho = math.sqrt(1 - math.exp(-2 * information / dims))
     x, y, _ = gaussian(8000, dims=dims, information=information, generator=generator())
     terms = diffusion_information(
         exact(rho, dims), x, y,
-        kind=kind, difference=difference, draws=4, generator=generator(1),
+        kind=kind, difference=difference, importance=importance, draws=4, generator=generator(1),
     )  # fmt: skip
     error = float(terms.std()) / len(terms) ** 0.5
     assert float(terms.mean()) == pytest.approx(information, abs=4 * error)
@@ -113,6 +143,22 @@ def test_bad_input():
     ):
         with pytest.raises(OptionError, match=next(iter(options))):
             minde(x, x, **options)
+
+
+def test_uniform_times_are_those_of_the_training_too():
+    x, y, _ = gaussian(64, dims=2, information=1.0, generator=generator())
+    seen, drawn = [], file.sampled_times
+
+    def spy(n, generator, *, importance=True):
+        seen.append(importance)
+        return drawn(n, generator, importance=importance)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file, "sampled_times", spy)
+        found = minde(x, y, steps=3, draws=2, width=8, importance=False)
+    assert seen == [False] * 5
+    assert math.isfinite(found.value)
+    assert found != minde(x, y, steps=3, draws=2, width=8)
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@
 
 for each step:
     a mask is drawn; kind "c": x alone, or x given y; kind "j": both (twice as often), x|y, y|x
-    t ~ r(t) / Z,   r = beta / s^2 held at r(0.001) below 0.001,   Z = integral of r
+    t ~ r(t) / Z,   r = beta / s^2 held at r(0.001) below 0.001,   Z = integral of r;
+        or, without importance sampling, t ~ U(0.00001, 1)
     minimise w sum_k (eps_k - noise_k)^2 / n over the n diffused coordinates, w = 1 + (D - n) / D
 value, with running means of the weights, on held-out samples:
     "c"   Z/2 mean | eps_x - eps_x|y |^2
@@ -14,6 +15,7 @@ value, with running means of the weights, on held-out samples:
 or, "outside", with e(S) = Z/2 mean | eps_S - s z_t |^2, a divergence from a standard normal law:
     "c"   e(x|y) - e(x)
     "j"   e(x|y) + e(y|x) - e(xy)
+without importance sampling Z |eps - eps'|^2 is beta(t) |eps - eps'|^2 / s^2, as a score is -eps / s
 """
 
 # torch leaves some types open
@@ -54,6 +56,8 @@ LOW, HIGH = 0.1, 20.0
 """b0 and b1 (code)."""
 HELD = 1e-3
 """The time below which the rate is held (code)."""
+EARLIEST = 1e-5
+"""The earliest of uniform times (code)."""
 FREQUENCIES = 16
 
 
@@ -63,6 +67,7 @@ def minde(
     *,
     kind: Kind = "c",
     difference: Difference = "inside",
+    importance: bool = True,
     width: int = 64,
     steps: int = 1500,
     batch_size: int = 256,
@@ -82,6 +87,8 @@ def minde(
         y: (n, dy) or (n,), the partner of each.
         kind: "c" diffuses x only, "j" both.
         difference: of scores, "inside" the square, and never negative; "outside" it, of divergences.
+        importance: times drawn by how much they count, as in the published runs; False: uniform
+            ones, in training and for the value.
         width: of the network; the code has 64 up to ten coordinates in all, 128 up to 50, then 256.
         steps: 1500, ours for small problems; the code makes 300 to 500 epochs of 100,000 samples.
         batch_size: 256 (code; 128 up to five coordinates).
@@ -124,14 +131,14 @@ def minde(
         descend = adam(network, lr=lr, decay_over=steps)
         values: list[float] = []
         for index in batches(len(known[0]), batch_size, steps, random):
-            loss = _loss(network, known[0][index], known[1][index], kind, random)
+            loss = _loss(network, known[0][index], known[1][index], kind, random, importance)
             descend(loss)
             averaged.follow(network)
             if trace:
                 values.append(float(loss.detach()))
     terms = diffusion_information(
         averaged.network, held[0], held[1],
-        kind=kind, difference=difference, draws=draws, generator=random,
+        kind=kind, difference=difference, importance=importance, draws=draws, generator=random,
     )  # fmt: skip
     return finite(mean_estimate(terms, tuple(values)))
 
@@ -143,6 +150,7 @@ def diffusion_information(
     *,
     kind: Kind,
     difference: Difference = "inside",
+    importance: bool = True,
     draws: int,
     generator: torch.Generator,
 ) -> Tensor:
@@ -154,6 +162,7 @@ def diffusion_information(
         y: (n, dy), standardised.
         kind: "c" or "j".
         difference: "inside" or "outside", as of `minde`.
+        importance: whether times are drawn by how much they count, as of `minde`.
         draws: of noise and time for every sample.
         generator: of these, on the CPU.
 
@@ -170,7 +179,9 @@ def diffusion_information(
     d = x.shape[1]
     with torch.no_grad():
         for _ in range(draws):
-            t = sampled_times(len(x), generator).to(x)
+            drawn = sampled_times(len(x), generator, importance=importance)
+            weight = rate_integral() if importance else _rate(drawn).to(x.device)
+            t = drawn.to(x)
             both = torch.cat([x, y], 1)
             z = _diffused(both, _normal_like(both, generator), t)
             given = noise(*_fed(both, z, t, d, "x|y"))[:, :d]
@@ -184,8 +195,8 @@ def diffusion_information(
             else:
                 normal = signal_and_noise(t)[1][:, None] * z[:, : alone.shape[1]]
                 gap = (given - normal).double().square() - (alone - normal).double().square()
-            total += gap.sum(1)
-    return rate_integral() / 2 * total / draws
+            total += weight * gap.sum(1)
+    return total / 2 / draws
 
 
 def signal_and_noise(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,14 +221,22 @@ def rate_integral() -> float:
     return HELD * _held_rate() + _log_growth(1.0) - _log_growth(HELD)
 
 
-def sampled_times(n: int, generator: torch.Generator) -> Tensor:
-    """Times of density r / Z, by the inverse of its distribution function.
+def sampled_times(n: int, generator: torch.Generator, *, importance: bool = True) -> Tensor:
+    """Times of density r / Z, by the inverse of its distribution function; or uniform ones.
+
+    Args:
+        n: of times.
+        generator: on the CPU.
+        importance: False: uniform from 0.00001 to 1.
 
     Example:
         >>> bool((sampled_times(9, torch.Generator().manual_seed(0)) <= 1).all())
         True
     """
-    v = rate_integral() * torch.rand(n, generator=generator, dtype=torch.float64)
+    v = torch.rand(n, generator=generator, dtype=torch.float64)
+    if not importance:
+        return EARLIEST + (1 - EARLIEST) * v
+    v = rate_integral() * v
     start = HELD * _held_rate()
     b = F.softplus(v - start + _log_growth(HELD))  # ln(e^B - 1) = G
     late = ((LOW**2 + 2 * (HIGH - LOW) * b).sqrt() - LOW) / (HIGH - LOW)
@@ -271,11 +290,13 @@ class NoiseNetwork(nn.Module):
 MASKS = {"c": ("x", "x|y"), "j": ("xy", "xy", "x|y", "y|x")}
 
 
-def _loss(network: Noise, x: Tensor, y: Tensor, kind: Kind, random: torch.Generator) -> Tensor:
+def _loss(
+    network: Noise, x: Tensor, y: Tensor, kind: Kind, random: torch.Generator, importance: bool
+) -> Tensor:
     masks = MASKS[kind]
     mask = masks[int(torch.randint(len(masks), (), generator=random))]
     both, d = torch.cat([x, y], 1), x.shape[1]
-    t = sampled_times(len(x), random).to(x)
+    t = sampled_times(len(x), random, importance=importance).to(x)
     noise = _normal_like(both, random)
     told = network(*_fed(both, _diffused(both, noise, t), t, d, mask))
     part = {"x": slice(d), "x|y": slice(d), "y|x": slice(d, None), "xy": slice(None)}[mask]
@@ -310,6 +331,10 @@ def _log_growth(t: float) -> float:
     return math.log(math.expm1(LOW * t + (HIGH - LOW) * t**2 / 2))
 
 
+def _rate(t: Tensor) -> Tensor:
+    """beta / s^2, not held."""
+    return (LOW + t * (HIGH - LOW)) / signal_and_noise(t)[1].square()
+
+
 def _held_rate() -> float:
-    b = LOW * HELD + (HIGH - LOW) * HELD**2 / 2
-    return (LOW + HELD * (HIGH - LOW)) / -math.expm1(-b)
+    return float(_rate(torch.tensor(HELD, dtype=torch.float64)))
