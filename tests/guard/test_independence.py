@@ -48,9 +48,7 @@ def test_bets_on_the_leading_pair_equal_those_of_the_paper(witness, kappa, seed,
 @given(seed=st.integers(0, 10**6), beta=st.floats(0, 2), far=st.sampled_from([0.0, 1e4]))
 def test_bets_of_the_linear_witness_are_those_of_the_moments(seed, beta, far):
     x, y = draw(seed, beta=beta)
-    test = Independence(
-        gamma_x=1.0, gamma_y=1.0, witness="linear", bets=Mixture(fractions=(0.5,))
-    )  # fmt: skip
+    test = Independence(witness="linear", bets=Mixture(fractions=(0.5,)))
     wealth = Monitor(test).update(x + far, 1e6 * y - far).log_wealth.item()
     payoffs = reference.linear_independence(x.numpy(), y.numpy())
     assert wealth == pytest.approx(sum(math.log1p(f / 2) for f in payoffs), abs=1e-6)
@@ -165,6 +163,24 @@ def test_input_stays_as_it_was_and_bad_input_changes_nothing():
             monitor.update(*bad)
     for name, value in monitor.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_only_witnesses_with_kernels_need_their_widths():
+    x, y = draw(0, beta=1.0)
+    linear = Independence(witness="linear")
+    assert Independence.fit(x, y, witness="linear") == linear
+    found, given = (
+        Monitor(test).update(x, y).log_wealth
+        for test in (linear, Independence(gamma_x=0.3, gamma_y=0.2, witness="linear"))
+    )
+    assert torch.equal(found, given)
+    for witness in ("hsic", "coco", "kcc"):
+        for name, other in (("gamma_x", "gamma_y"), ("gamma_y", "gamma_x")):
+            with pytest.raises(OptionError, match=f"{name} is None.*{witness}.*fit"):
+                Independence(**{other: 1.0}, witness=witness)
+    for bad in (0.0, math.nan, "wide"):
+        with pytest.raises(OptionError, match="gamma_y"):
+            Independence(gamma_y=bad, witness="linear")
 
 
 def test_bad_options_and_states_are_refused():

@@ -21,7 +21,7 @@ from testtime._core.errors import InputError, OptionError
 from testtime._core.options import in_range, whole
 from testtime.guard.betting import Bets, OnlineNewton
 from testtime.guard.monitor import Alarm, State, finite, log_mean
-from testtime.guard.witnesses import WITNESSES, begin, resume
+from testtime.guard.witnesses import WITNESSES, begin, kernel_widths, resume
 
 
 @final
@@ -39,7 +39,8 @@ class Independence:
     mean of them. A point without a partner waits for the next batch.
 
     Args:
-        gamma_x: inverse squared width of the kernel on x; `Independence.fit` finds it.
+        gamma_x: inverse squared width of the kernel on x; `Independence.fit` finds it. The witness
+            "linear" has no kernels and does not read it; the others need it.
         gamma_y: the same of y.
         alpha: bound on the probability of a false alarm; 0.05.
         bets: how much is bet; `OnlineNewton`, as in the authors' notebook.
@@ -48,7 +49,8 @@ class Independence:
             correlations only, has no kernels and no memory of points, and no bound to its inputs.
 
     Raises:
-        OptionError: an option is out of its range, memory is odd, or there is no such witness.
+        OptionError: an option is out of its range, memory is odd, there is no such witness, or it
+            needs a gamma that was not given.
 
     Example:
         >>> from testtime.guard.monitor import Monitor
@@ -64,21 +66,24 @@ class Independence:
     Testing, ICML 2023.
     """
 
-    gamma_x: float
-    gamma_y: float
+    gamma_x: float | None = None
+    gamma_y: float | None = None
     alpha: float = 0.05
     bets: Bets = field(default_factory=OnlineNewton)
     memory: int = 1000
     witness: str = "hsic"
 
     def __post_init__(self) -> None:
-        in_range(1e-300, gamma_x=self.gamma_x, gamma_y=self.gamma_y)
+        given = {"gamma_x": self.gamma_x, "gamma_y": self.gamma_y}
+        in_range(1e-300, **{name: gamma for name, gamma in given.items() if gamma is not None})
         in_range(1e-12, 1, alpha=self.alpha)
         whole(2, memory=self.memory)
         if self.memory % 2:
             raise OptionError(f"memory is {self.memory}; expected an even number, as pairs enter")
         if self.witness not in WITNESSES:
             raise OptionError(f"witness is {self.witness!r}; expected {', '.join(WITNESSES)}")
+        if self.witness != "linear":
+            kernel_widths(self)
 
     @staticmethod
     def fit(
@@ -92,14 +97,15 @@ class Independence:
     ) -> "Independence":
         """The test with the median heuristic, γ = 1 / (2 median |x - x'|²), on a first chunk.
 
-        Do not send these points through the test as well: its kernels would know them.
+        Do not send these points through the test as well: its kernels would know them. The witness
+        "linear" has no kernels, so nothing of the points is kept.
 
         Raises:
             InputError: a median distance is 0: at least half of the pairs of points are equal.
         """
         return Independence(
-            gamma_x=median_gamma("x", x),
-            gamma_y=median_gamma("y", y),
+            gamma_x=None if witness == "linear" else median_gamma("x", x),
+            gamma_y=None if witness == "linear" else median_gamma("y", y),
             alpha=alpha,
             bets=bets or OnlineNewton(),
             memory=memory,

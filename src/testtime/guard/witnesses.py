@@ -32,6 +32,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
+from testtime._core.errors import OptionError
 from testtime.guard.monitor import State
 
 WITNESSES = ("hsic", "coco", "kcc", "linear")
@@ -44,9 +45,9 @@ class Kernels(Protocol):
     """What a witness reads of its test."""
 
     @property
-    def gamma_x(self) -> float: ...
+    def gamma_x(self) -> float | None: ...
     @property
-    def gamma_y(self) -> float: ...
+    def gamma_y(self) -> float | None: ...
     @property
     def witness(self) -> str: ...
     @property
@@ -63,6 +64,21 @@ class Witness(Protocol):
     def pair(self, x: Tensor, y: Tensor) -> Tensor | None:
         """The payoff of a pair, (*streams,), which then enters; None for the first."""
         ...
+
+
+def kernel_widths(test: Kernels) -> tuple[float, float]:
+    """Both gammas of a test whose witness has kernels.
+
+    Raises:
+        OptionError: one was not given.
+    """
+    if test.gamma_x is None or test.gamma_y is None:
+        missing = "gamma_x" if test.gamma_x is None else "gamma_y"
+        raise OptionError(
+            f"{missing} is None; expected a number above 0, as the witness {test.witness!r} has "
+            "kernels. Let Independence.fit find it, or take witness='linear', which has none."
+        )
+    return test.gamma_x, test.gamma_y
 
 
 def begin(witness: str, x: Tensor, y: Tensor) -> State:
@@ -99,7 +115,7 @@ class Hsic:
     """
 
     def __init__(self, test: Kernels, state: State) -> None:
-        self.test = test
+        self.test, self.gammas = test, kernel_widths(test)
         self.x, self.y = state["x"], state["y"]
         self.rows_k, self.rows_l, self.trace = state["rows_k"], state["rows_l"], state["trace"]
 
@@ -111,8 +127,8 @@ class Hsic:
 
     def pair(self, x: Tensor, y: Tensor) -> Tensor | None:
         """The payoff of a pair, which then enters; None for the first."""
-        k = [kernel(self.test.gamma_x, self.x, each) for each in x]
-        l = [kernel(self.test.gamma_y, self.y, each) for each in y]  # noqa: E741
+        k = [kernel(self.gammas[0], self.x, each) for each in x]
+        l = [kernel(self.gammas[1], self.y, each) for each in y]  # noqa: E741
         payoff = self._payoff(k[0] - k[1], l[0] - l[1]) if len(self.x) else None
         self._enter(x, y, k, l)
         if len(self.x) > self.test.memory:
@@ -132,8 +148,8 @@ class Hsic:
         return torch.where(safe, witness / (2 * norm.clamp(min=1e-12).sqrt()), 0).clamp(-1, 1)
 
     def _enter(self, x: Tensor, y: Tensor, k: list[Tensor], l: list[Tensor]) -> None:  # noqa: E741
-        k_both = kernel(self.test.gamma_x, x[:1], x[1])[0]
-        l_both = kernel(self.test.gamma_y, y[:1], y[1])[0]
+        k_both = kernel(self.gammas[0], x[:1], x[1])[0]
+        l_both = kernel(self.gammas[1], y[:1], y[1])[0]
         self.trace = self.trace + 2 * (1 + k_both * l_both)
         self.trace = self.trace + 2 * (k[0] * l[0] + k[1] * l[1]).sum(0)
         new_k = torch.stack([1 + k_both + each.sum(0) for each in k])
@@ -145,8 +161,8 @@ class Hsic:
     def _leave(self) -> None:
         """The oldest two points are forgotten."""
         for _ in range(2):
-            k = kernel(self.test.gamma_x, self.x, self.x[0])
-            l = kernel(self.test.gamma_y, self.y, self.y[0])  # noqa: E741
+            k = kernel(self.gammas[0], self.x, self.x[0])
+            l = kernel(self.gammas[1], self.y, self.y[0])  # noqa: E741
             self.trace = self.trace - 2 * (k * l).sum(0) + 1
             self.rows_k, self.rows_l = (self.rows_k - k)[1:], (self.rows_l - l)[1:]
             self.x, self.y = self.x[1:], self.y[1:]
@@ -160,7 +176,7 @@ class Correlated:
     """
 
     def __init__(self, test: Kernels, state: State) -> None:
-        self.test = test
+        self.test, self.gammas = test, kernel_widths(test)
         self.x, self.y, self.seen = state["x"], state["y"], int(state["seen"])
         self.fitted = state["fitted_x"], state["fitted_y"]
         self.weights = state["weights_x"], state["weights_y"]
@@ -185,19 +201,18 @@ class Correlated:
 
     def _rise(self, side: int, pair: Tensor) -> Tensor:
         """g(X2) - g(X1), or the same of h."""
-        gamma = (self.test.gamma_x, self.test.gamma_y)[side]
+        gamma = self.gammas[side]
         first, second = (kernel(gamma, self.fitted[side], each) for each in pair)
         return (self.weights[side] * (second - first)).sum(0)
 
     def _fit(self) -> None:
         ridge = RIDGE if self.test.witness == "kcc" else None
-        gammas = self.test.gamma_x, self.test.gamma_y
         self.fitted = self.x, self.y
         if self.x.dim() == 2:
-            self.weights = leading_pair(self.x, self.y, gammas, ridge=ridge)
+            self.weights = leading_pair(self.x, self.y, self.gammas, ridge=ridge)
             return
         streams = zip(self.x.unbind(1), self.y.unbind(1), strict=True)
-        found = [leading_pair(x, y, gammas, ridge=ridge) for x, y in streams]
+        found = [leading_pair(x, y, self.gammas, ridge=ridge) for x, y in streams]
         self.weights = (
             torch.stack([x for x, _ in found], 1), torch.stack([y for _, y in found], 1)
         )  # fmt: skip
