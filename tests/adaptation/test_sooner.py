@@ -23,7 +23,7 @@ def twice(monkeypatch):
     """All forwards go twice where they may, everything is kept; how much the second ones took."""
     monkeypatch.setattr(Recorded.__init__, "__kwdefaults__", {"wide": 3, "dear": 1, "least": 1})
     monkeypatch.setattr(engines, "WORTH", 1)
-    monkeypatch.setattr(Sooner, "twice", property(lambda self: self.may))
+    monkeypatch.setattr(Sooner, "twice", True)
     taken = []
     out = Replayed.__exit__
 
@@ -141,9 +141,8 @@ def test_a_graph_is_made_behind_only_where_the_answer_would_wait_for_it():
     assert not measured(0.001, 0.006).twice
 
 
-def test_where_there_is_no_choice_none_is_tried():
-    sooner = Sooner(may=False)
-    for _ in range(3 * TRIES):
-        with sooner:
-            assert not sooner.twice
-    assert not sooner.twice
+def test_a_forward_that_failed_is_not_measured():
+    sooner = Sooner()
+    with pytest.raises(RuntimeError), sooner:
+        raise RuntimeError
+    assert not sooner.once

@@ -204,9 +204,6 @@ class Sooner:
     Both ways are tried `TRIES` times, in turn; then the one with a graph is kept, which costs less,
     unless the answer comes later by more than `WAIT`.
 
-    Args:
-        may: whether there is a choice.
-
     Example:
         >>> sooner = Sooner()
         >>> for _ in range(2 * TRIES):
@@ -216,8 +213,7 @@ class Sooner:
         True
     """
 
-    def __init__(self, *, may: bool = True) -> None:
-        self.may = may
+    def __init__(self) -> None:
         self.once: list[float] = []
         self.again: list[float] = []
 
@@ -226,14 +222,14 @@ class Sooner:
         """Whether the next forward does without a graph."""
         if len(self.again) == TRIES:
             return min(self.once) > WAIT * min(self.again)
-        return self.may and len(self.again) < len(self.once)
+        return len(self.again) < len(self.once)
 
     def __enter__(self) -> None:
         self._began = time.perf_counter()
 
     def __exit__(self, *error: Any) -> None:
         tried = self.again if self.twice else self.once
-        if len(tried) < TRIES:
+        if len(tried) < TRIES and error == (None, None, None):
             tried.append(time.perf_counter() - self._began)
 
 

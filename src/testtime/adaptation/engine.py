@@ -86,6 +86,7 @@ class Engine:
             for layer in norms
         )
         self._apart: bool | None = None
+        self._again: bool | None = None
         self.hasty = False
         self._sooner: dict[torch.Size, Sooner] = {}
         self.feature_layer = feature_layer
@@ -358,10 +359,9 @@ class Engine:
             return None
         if not self.loan.own_functions or not self.ranks.alone:
             return None
-        if x.shape not in self._sooner:
-            again = answers_again(self.loan, x, SourceStatistics())
-            self._sooner[x.shape] = Sooner(may=again)
-        return self._sooner[x.shape]
+        if self._again is None:
+            self._again = answers_again(self.loan, x, SourceStatistics())
+        return self._sooner.setdefault(x.shape, Sooner()) if self._again else None
 
     def leaves(self, state: State) -> dict[str, Tensor]:
         """The adapted tensors as leaves of a new graph."""

@@ -127,44 +127,46 @@ class Hsic:
 
     def pair(self, x: Tensor, y: Tensor) -> Tensor | None:
         """The payoff of a pair, which then enters; None for the first."""
-        k = [kernel(self.gammas[0], self.x, each) for each in x]
-        l = [kernel(self.gammas[1], self.y, each) for each in y]  # noqa: E741
-        payoff = self._payoff(k[0] - k[1], l[0] - l[1]) if len(self.x) else None
-        self._enter(x, y, k, l)
+        near_x = [kernel(self.gammas[0], self.x, each) for each in x]
+        near_y = [kernel(self.gammas[1], self.y, each) for each in y]
+        risen = near_x[0] - near_x[1], near_y[0] - near_y[1]
+        payoff = self._payoff(*risen) if len(self.x) else None
+        self._enter(x, y, near_x, near_y)
         if len(self.x) > self.test.memory:
             self._leave()
         return payoff
 
-    def _payoff(self, k: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-        m = len(k)
+    def _payoff(self, near_x: Tensor, near_y: Tensor) -> Tensor:
+        m = len(near_x)
         norm = (
             self.trace / m**2
             + self.rows_k.sum(0) * self.rows_l.sum(0) / m**4
             - 2 * (self.rows_k * self.rows_l).sum(0) / m**3
         )
-        witness = (k * l).mean(0) - k.mean(0) * l.mean(0)
+        witness = (near_x * near_y).mean(0) - near_x.mean(0) * near_y.mean(0)
         # where all points of one variable are equal, the witness is 0 and nothing can be won
         safe = norm > 1e-12
         return torch.where(safe, witness / (2 * norm.clamp(min=1e-12).sqrt()), 0).clamp(-1, 1)
 
-    def _enter(self, x: Tensor, y: Tensor, k: list[Tensor], l: list[Tensor]) -> None:  # noqa: E741
+    def _enter(self, x: Tensor, y: Tensor, near_x: list[Tensor], near_y: list[Tensor]) -> None:
         k_both = kernel(self.gammas[0], x[:1], x[1])[0]
         l_both = kernel(self.gammas[1], y[:1], y[1])[0]
         self.trace = self.trace + 2 * (1 + k_both * l_both)
-        self.trace = self.trace + 2 * (k[0] * l[0] + k[1] * l[1]).sum(0)
-        new_k = torch.stack([1 + k_both + each.sum(0) for each in k])
-        new_l = torch.stack([1 + l_both + each.sum(0) for each in l])
-        self.rows_k = torch.cat([self.rows_k + k[0] + k[1], new_k])
-        self.rows_l = torch.cat([self.rows_l + l[0] + l[1], new_l])
+        self.trace = self.trace + 2 * (near_x[0] * near_y[0] + near_x[1] * near_y[1]).sum(0)
+        new_k = torch.stack([1 + k_both + each.sum(0) for each in near_x])
+        new_l = torch.stack([1 + l_both + each.sum(0) for each in near_y])
+        self.rows_k = torch.cat([self.rows_k + near_x[0] + near_x[1], new_k])
+        self.rows_l = torch.cat([self.rows_l + near_y[0] + near_y[1], new_l])
         self.x, self.y = torch.cat([self.x, x]), torch.cat([self.y, y])
 
     def _leave(self) -> None:
         """The oldest two points are forgotten."""
         for _ in range(2):
-            k = kernel(self.gammas[0], self.x, self.x[0])
-            l = kernel(self.gammas[1], self.y, self.y[0])  # noqa: E741
-            self.trace = self.trace - 2 * (k * l).sum(0) + 1
-            self.rows_k, self.rows_l = (self.rows_k - k)[1:], (self.rows_l - l)[1:]
+            near_x = kernel(self.gammas[0], self.x, self.x[0])
+            near_y = kernel(self.gammas[1], self.y, self.y[0])
+            self.trace = self.trace - 2 * (near_x * near_y).sum(0) + 1
+            self.rows_k = (self.rows_k - near_x)[1:]
+            self.rows_l = (self.rows_l - near_y)[1:]
             self.x, self.y = self.x[1:], self.y[1:]
 
 

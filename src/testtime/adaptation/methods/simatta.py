@@ -335,9 +335,9 @@ def simatta(
         oracle: `oracle(indices, inputs)` gives the labels of `inputs` (n, ...), as n whole numbers
             in the same order; `indices` (n,) are their places in the stream, counted from 0 since
             the adapter was built or reset. It is called at most once for each batch. An error that
-            it raises reaches the caller, and nothing has changed then. None: no label is asked
-            for, and the model learns from its own sure answers alone (as with `e_high` infinite).
-            Adapters with another oracle can load the same state.
+            it raises reaches the caller, or with `deferred=True`, where it is called in another
+            thread, the next call; nothing has changed then. None: no label is asked for, and the
+            model learns from its sure answers alone. Adapters with another oracle can load a state.
         budget: labels that are asked for at most, since the source. The code knows no such bound;
             300 is about what it needs for a stream of the paper. A guard takes no label back.
         lr: step size of SGD with momentum 0.9, which starts anew with each batch; 1e-3 (code, PACS
