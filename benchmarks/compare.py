@@ -65,11 +65,12 @@ def cell(row: dict[str, Any], column: str) -> str:
     return f"{value:.2f}" if column == "memory_to_textbook" else f"{value:.0f}"
 
 
-def groups(rows: Rows) -> dict[str, Rows]:
-    """Rows by model and batch."""
-    found: dict[str, Rows] = {}
+def groups(rows: Rows) -> dict[tuple[str, str], Rows]:
+    """Rows by model and batch, and by the machine that gave their times."""
+    found: dict[tuple[str, str], Rows] = {}
     for row in rows:
-        found.setdefault(f"{row['model']}, batch {row['batch']}", []).append(row)
+        title = f"{row['model']}, batch {row['batch']}"
+        found.setdefault((title, row.get("machine", "no times")), []).append(row)
     return found
 
 
@@ -78,7 +79,7 @@ def show(rows: Rows) -> None:
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    for title, own in groups(rows).items():
+    for (title, _), own in groups(rows).items():
         table = Table(title=title, box=None, header_style="bold")
         table.add_column("")
         for column in COLUMNS:
@@ -92,21 +93,20 @@ def show(rows: Rows) -> None:
 
 def page(path: Path, found: dict[str, Any]) -> None:
     """Writes the tables between the marks of a page."""
-    about = found["machine"]
-    lines = [
-        f"{about['cpu']}, {about['cores']} cores, {about['threads']} threads, torch "
-        f"{about['torch']}, float32. Times are medians of rounds with the smallest and largest."
-    ]
-    for title, own in groups(found["rows"]).items():
+    lines = ["In float32. Times are medians of rounds with the smallest and largest."]
+    for (title, machine), own in groups(found["rows"]).items():
         columns = [name for name, key in COLUMNS.items() if any(key in row for row in own)]
-        lines += ["", f"**{title}**", "", f"| | {' | '.join(columns)} |"]
+        lines += ["", f"**{title}** ({machine})", "", f"| | {' | '.join(columns)} |"]
         lines.append(f"|---|{'---:|' * len(columns)}")
         for row in own:
             cells = [cell(row, COLUMNS[name]) for name in columns]
             lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     if "overhead_ms" in found:
         told = ", ".join(
-            f"{value:.2f} for `{name}`" for name, value in found["overhead_ms"].items()
+            f"{value:.2f} for `{name}`"
+            for name, value in found["overhead_ms"].items()
+            if name != "machine"
         )
-        lines += ["", f"Beyond the work itself a call costs, in milliseconds: {told}."]
+        machine = found["overhead_ms"]["machine"]
+        lines += ["", f"Beyond the work itself a call costs, in milliseconds: {told} ({machine})."]
     write_between(path, "measured", lines)

@@ -10,9 +10,10 @@ import torch
 from scripts import script
 
 ROW = {
-    "model": "m", "batch": 4, "name": "tent", "to_inference": [2.0, 1.9, 2.1], "megabytes": 100.0,
+    "model": "m", "batch": 4, "name": "tent", "machine": "a", "to_inference": [2.0, 1.9, 2.1],
+    "megabytes": 100.0,
 }  # fmt: skip
-FILE = {"machine": {"cpu": "c", "cores": 2, "threads": 2, "torch": "t"}, "rows": [ROW]}
+FILE = {"rows": [ROW]}
 
 
 @pytest.fixture
@@ -51,9 +52,8 @@ def test_what_is_worse_is_told_and_fails(figures, says, cost, tmp_path, monkeypa
 
 
 def test_newer_figures_take_the_place_of_older(cost):
-    later = {"machine": {"cpu": "d"}, "rows": [{"model": "m", "batch": 4, "name": "tent", "x": 1}]}
-    joined = cost.join(FILE, later)
-    assert joined == {"machine": {"cpu": "d"}, "rows": [{**ROW, "x": 1}]}
+    later = {"rows": [{"model": "m", "batch": 4, "name": "tent", "x": 1}]}
+    assert cost.join(FILE, later) == {"rows": [{**ROW, "x": 1}]}
     assert cost.join({}, FILE) == FILE
 
 
@@ -61,13 +61,17 @@ def test_tables_are_written_between_the_marks(cost, tmp_path):
     path = tmp_path / "page.md"
     path.write_text("before\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nafter\n")
     for _ in range(2):
-        cost.page(path, {**FILE, "overhead_ms": {"tent": 0.25}})
+        other = {**ROW, "name": "sar", "machine": "b"}
+        overhead = {"machine": "a", "tent": 0.25}
+        cost.page(path, {"rows": [ROW, other], "overhead_ms": overhead})
     text = path.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert text.count("| tent | 2.00 (1.90 to 2.10) | 100 |") == 1
-    assert "0.25 for `tent`" in text
+    assert text.index("**m, batch 4** (a)") < text.index("| tent |")
+    assert text.index("**m, batch 4** (b)") < text.index("| sar |")
+    assert "0.25 for `tent` (a)" in text
 
 
 @pytest.mark.slow

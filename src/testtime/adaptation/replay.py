@@ -20,9 +20,9 @@ from testtime.adaptation.lean import Shape
 
 DEAR = 256
 """Multiplications for a value of an output from which on it is kept: these took most of the time."""
-WIDE = 3
-"""Values of an output for each of what it was computed from, up to which it is kept for a few: queries,
-keys and values of an attention in one, but not what a block widens to, which takes the most of memory."""
+WIDE = 4
+"""Values of an output for each of what it was computed from, up to which it is kept for a few: what the
+blocks of residual networks and transformers widen to, but not what mobile networks do."""
 LEAST = 1 << 13
 """Values of a sample's output below which looking it up costs as much as computing it."""
 
