@@ -19,6 +19,7 @@ from testtime.decode import prefixes
 from testtime.decode.labels import yes_verifier
 from testtime.decode.language import Sampler
 from testtime.decode.models import load_language_model
+from testtime.decode.padding import bears_company, bears_padding
 from testtime.decode.search import Found
 from testtime.decode.strategies import beam_search
 
@@ -39,6 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer = load_language_model(args.model)
     read = 0
+    bears_padding(model), bears_company(model)  # asked once, and not counted
 
     def count(_module: Any, _args: Any, given: dict[str, Any]) -> None:
         nonlocal read

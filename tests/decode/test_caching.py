@@ -26,6 +26,13 @@ KINDS = {
     "mamba": ("MambaForCausalLM", "MambaConfig", SMALL | {"state_size": 4}),
     "bamba": ("BambaForCausalLM", "BambaConfig", BAMBA),  # states in one layer, keys in the other
     "rwkv": ("RwkvForCausalLM", "RwkvConfig", SMALL | {"context_length": 128}),
+    "minimax": (  # says that it holds nothing, for its first layer has no keys, and misreads a mask
+        "MiniMaxForCausalLM", "MiniMaxConfig",
+        SMALL | {"num_attention_heads": 2, "intermediate_size": 32, "num_key_value_heads": 1,
+                 "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 8,
+                 "layer_types": ["linear_attention", "full_attention"],
+                 "experts_implementation": "eager"},
+    ),
     "first gpt": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig",
                   {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}),
 }  # fmt: skip
@@ -89,12 +96,21 @@ def test_a_batch_writes_what_each_prompt_alone_does(model, tokenizer, method):
         assert list(each.tokens) == reference.greedy(model, ids, 6)
 
 
+def test_rows_of_one_length_write_what_each_alone_does(model, tokenizer):
+    prompts = ["snow", "rain", "hail"]
+    found = tt.decode.generate(model, tokenizer, prompts, "greedy", max_new_tokens=6)
+    for prompt, each in zip(prompts, found, strict=True):
+        assert list(each.tokens) == reference.greedy(model, tokenizer(prompt)["input_ids"], 6)
+
+
 def test_rows_are_read_together_where_padding_changes_nothing(model, llama):
     lengths = [3, 5, 3]
     assert together(llama, lengths) == [[0, 1, 2]]
-    apart = type(model).__name__.startswith("Rwkv")
-    assert together(model, lengths) == ([[0, 2], [1]] if apart else [[0, 1, 2]])
-    assert together(model, [4, 4]) == [[0, 1]]
+    rwkv, minimax = (type(model).__name__.startswith(name) for name in ("Rwkv", "MiniMax"))
+    apart = [[0], [1], [2]] if rwkv else [[0, 2], [1]]
+    assert together(model, lengths) == (apart if rwkv or minimax else [[0, 1, 2]])
+    assert together(model, [4, 4]) == ([[0], [1]] if rwkv else [[0, 1]])
+    assert together(model, [4, 4, 4], [9, 8, 9]) == ([[0], [1], [2]] if rwkv else [[0, 2], [1]])
     half = tiny_model("gpt2").to(torch.bfloat16)
     try:
         assert together(half, lengths) == [[0, 1, 2]]

@@ -11,6 +11,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from testtime._core.seeds import derive, generator
 from testtime.decode.labels import read_labels, yes_verifier
 from testtime.decode.language import Sampler
+from testtime.decode.padding import bears_company
 from testtime.decode.prefixes import Prefixes
 from testtime.decode.search import Path, Step
 from testtime.decode.strategies import beam_search, lookahead_search, revise
@@ -134,6 +135,7 @@ def test_only_what_is_new_is_read():
     model.config.use_cache = model.generation_config.use_cache = False  # as training leaves it
     kept, _ = kept_and_forgetful(model)
     read = []
+    assert bears_company(model)  # which is asked once
     hook = model.register_forward_pre_hook(
         lambda _m, _a, given: read.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )

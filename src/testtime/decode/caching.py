@@ -77,7 +77,7 @@ def go_on(
     length = tokens.shape[1]
     if mask is None and getattr(cache, "layers", ()) and _keys_somewhere(cache):
         # some models (Bamba) would count positions from 0 again
-        mask = tokens.new_ones(len(tokens), cache.get_seq_length() + length)
+        mask = tokens.new_ones(len(tokens), _held(cache) + length)
     if isinstance(cache, Anew):
         tokens, cache = torch.cat([cache.tokens, tokens], 1), None
     elif cache is not None and length > 1 and not keys_alone(cache):
@@ -124,8 +124,16 @@ def keys_alone(cache: Any) -> bool:
         return True
     from transformers import cache_utils  # noqa: PLC0415
 
+    if not type(cache).__module__.startswith("transformers.cache_utils"):  # MiniMax has its own
+        return False
     plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
     return all(type(layer) in plain for layer in getattr(cache, "layers", (None,)))
+
+
+def _held(cache: Any) -> int:
+    """Tokens that a cache holds; a layer of another kind than keys and values may say 0."""
+    layers = [layer for layer in cache.layers if hasattr(layer, "keys")]
+    return max(layer.get_seq_length() for layer in layers)
 
 
 def _keys_somewhere(cache: Any) -> bool:
