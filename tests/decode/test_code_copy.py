@@ -207,6 +207,8 @@ def test_bad_calls_are_refused(model):
         shorten(model, tokenizer, ["x", "y" * 600], 0.5)
     with pytest.raises(InputError, match="code 0 has"):
         shorten(model, tokenizer, [" "], 0.5)
+    with pytest.raises(InputError, match="no character"):
+        shorten(model, tokenizer, ["x\udcff"], 0.5)
     with pytest.raises(OptionError, match="ratio"):
         shorten(model, tokenizer, ["x"], 1.5)
     for known, held in (([], pairs), (pairs, []), (pairs, [("a" * 999, "b")])):

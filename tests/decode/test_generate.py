@@ -264,7 +264,7 @@ def test_wrong_calls_are_refused_before_anything_runs(llama, tokenizer, monkeypa
     for prompt, said in [
         ("", "at least one character"), ([], "no prompt"), (["a", ""], "prompt 1 is ''"),
         ("x" * 127, "prompt 0 has 128 tokens, and the model looks at 128"),
-        ([3], "prompt 0 is 3"),
+        ([3], "prompt 0 is 3"), (["a", "b\udcff"], "'\\\\udcff' at 1, which is no character"),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=said):
             tt.decode.generate(model, tokenizer, prompt)

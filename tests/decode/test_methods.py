@@ -19,6 +19,7 @@ from testtime.decode.methods.edt import edt, entropy_temperature
 from testtime.decode.methods.em_inf import LowerEntropy, lower_entropy
 from testtime.decode.methods.min_p import min_p
 from testtime.decode.methods.uscd import contrast, unsure, without_examples
+from testtime.decode.watermark import Watermark, _green
 from testtime.measures.entropy import entropy
 
 NONE = torch.zeros(1, 0, dtype=torch.long)
@@ -206,6 +207,16 @@ def test_draws_of_a_row_are_its_own():
     for _ in range(5):
         assert int(batch(z)[1]) == int(alone(z[1:2]))
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_draws_and_green_lists_do_not_depend_on_the_default_device():
+    logits, before = torch.zeros(2, 50), torch.full((2, 1), 3)
+    mark = Watermark(vocabulary=50, tau=None)
+    drawn, marked = Drawer([1, 2])(logits), mark(before, logits)
+    _green.cache_clear()
+    with torch.device("meta"):  # stands for any other device
+        assert torch.equal(Drawer([1, 2])(logits), drawn)
+        assert torch.equal(mark(before, logits), marked)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

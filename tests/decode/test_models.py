@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
 import testtime as tt
 from testtime._core.errors import InputError, UnknownName
@@ -57,6 +57,11 @@ def test_an_unknown_model_is_refused(tmp_path):
             load_language_model(spec)
     with pytest.raises(InputError, match="cannot be loaded as a causal language model"):
         load_language_model(f"hf:{tmp_path}")
+    T5Config().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="cannot be loaded as a causal") as caught:
+        load_language_model(f"hf:{tmp_path}")
+    assert "T5Config" in str(caught.value)
+    assert len(str(caught.value)) < 600  # without the names of all models that there are
 
 
 def test_pairs_that_do_not_belong_together_are_refused(llama, tokenizer):

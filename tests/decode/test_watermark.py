@@ -257,6 +257,8 @@ def test_a_text_in_words_is_counted_as_its_tokens_are_with_or_without_the_prompt
         assert detect_text(words, llama, tokenizer, mark, prompt=prompt) == expected
     with pytest.raises(InputError, match="text is empty"):
         detect_text("", llama, tokenizer, mark)
+    with pytest.raises(InputError, match="no character"):
+        detect_text("a\udcff", llama, tokenizer, mark)
 
 
 def test_our_own_generation_takes_it_as_its_first_step(llama, tokenizer):

@@ -28,6 +28,7 @@ from testtime._core.options import in_range, whole
 from testtime.decode.caching import cache_name
 from testtime.decode.decoding import evaluating
 from testtime.decode.models import end_tokens, vocabulary_size
+from testtime.decode.prompts import in_unicode
 
 TASK = "Suggestion"
 """One of the paper's three; the others are Assertion and Bugs2Fix."""
@@ -212,7 +213,7 @@ def read_code(model: CopyModel, tokenizer: Any, text: str) -> list[int]:
     Raises:
         InputError: the tokenizer does not belong to the model.
     """
-    tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    tokens: list[int] = tokenizer(in_unicode(text), verbose=False)["input_ids"]
     rows = vocabulary_size(model.model)
     if any(token >= rows for token in tokens):
         raise InputError(

@@ -165,7 +165,7 @@ def train_copy_model(
         draw = generator(seed, "copy", "order")
         while len(losses) < epochs and len(losses) - _first_best(checked) <= patience:
             model.train()
-            order = torch.randperm(len(known), generator=draw).tolist()
+            order = torch.randperm(len(known), generator=draw, device="cpu").tolist()
             total = 0.0
             for at in range(0, len(order), batch_size):
                 batch = [known[place] for place in order[at : at + batch_size]]

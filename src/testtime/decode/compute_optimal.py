@@ -222,7 +222,7 @@ def _best(level: Tensor, right: Tensor, bins: int) -> Tensor:
 def _folds(level: Tensor, seed: int) -> Tensor:
     """0 or 1 for each question: every level in halves, and neither half empty."""
     chance = generator(seed, "compute-optimal", "folds")
-    shuffled = torch.randperm(len(level), generator=chance).to(level.device)
+    shuffled = torch.randperm(len(level), generator=chance, device="cpu").to(level.device)
     order = shuffled[level[shuffled].argsort(stable=True)]
     fold = torch.empty_like(level)
     fold[order] = torch.arange(len(level), device=level.device) % 2

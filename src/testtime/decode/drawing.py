@@ -65,5 +65,8 @@ class Drawer:
         """One token for each row."""
         if self._random is None:
             return logits.argmax(-1)
-        numbers = [torch.rand(1, generator=g, dtype=torch.float64) for g in self._random]
+        # named, for a default device may be another than that of the generators
+        numbers = [
+            torch.rand(1, generator=g, dtype=torch.float64, device="cpu") for g in self._random
+        ]
         return inverse_cdf(logits, torch.cat(numbers).to(logits.device))

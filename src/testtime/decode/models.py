@@ -58,8 +58,9 @@ def load_language_model(spec: str, *, on_progress: Told | None = None) -> tuple[
             model: Any = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
+        said = str(error).partition("\nModel type should be one of")[0]  # a list of all there are
         raise InputError(
-            f"{spec} cannot be loaded as a causal language model with its tokenizer: {error} "
+            f"{spec} cannot be loaded as a causal language model with its tokenizer: {said} "
             "Expected the name of a model on Hugging Face, or a folder with safetensors."
         ) from error
     return model.eval(), tokenizer

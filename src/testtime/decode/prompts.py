@@ -94,9 +94,35 @@ def fitted(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], *, room: i
 
 
 def read_text(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of one text, with the token of beginning once where the tokenizer adds one."""
-    ids: list[int] = tokenizer(text)["input_ids"]
+    """Tokens of one text, with the token of beginning once where the tokenizer adds one.
+
+    Raises:
+        InputError: it holds what is no character.
+    """
+    ids: list[int] = tokenizer(in_unicode(text))["input_ids"]
     begin = tokenizer.bos_token_id
     if begin is not None and ids[:2] == [begin, begin]:  # the prompt had it already
         return ids[1:]
     return ids
+
+
+def in_unicode(text: str) -> str:
+    """The text, which has no half of a surrogate pair: no tokenizer reads one.
+
+    Raises:
+        InputError: it has one, as arguments of a program and names of files do that are no UTF-8.
+
+    Example:
+        >>> in_unicode("caf\\udce9")
+        Traceback (most recent call last):
+        testtime._core.errors.InputError: the text holds '\\udce9' at 3, which is no character; expected
+        Unicode. Decode its bytes with their own encoding, e.g. data.decode("latin-1").
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text holds {text[error.start]!r} at {error.start}, which is no character; expected "
+            'Unicode. Decode its bytes with their own encoding, e.g. data.decode("latin-1").'
+        ) from error
+    return text

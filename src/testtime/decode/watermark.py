@@ -27,6 +27,7 @@ from testtime._core.options import check_types, whole
 from testtime.decode.decoding import evaluating
 from testtime.decode.drawing import check_logits
 from testtime.decode.models import check_pair, context_length
+from testtime.decode.prompts import in_unicode
 from testtime.decode.windows import read, start_token
 from testtime.measures.entropy import entropy
 
@@ -112,7 +113,7 @@ class Watermark:
         if scores.isnan().any():
             raise InputError("scores hold NaN; the model's logits are broken, nothing was marked")
         marked = scores.clone()
-        unsure = torch.ones(len(scores), dtype=torch.bool)
+        unsure = torch.ones(len(scores), dtype=torch.bool, device="cpu")
         if self.tau is not None:
             unsure = (entropy(scores) > self.tau).cpu()
         for row in unsure.nonzero().flatten().tolist():
@@ -125,8 +126,8 @@ class Watermark:
 def _green(previous: int, vocabulary: int, count: int, key: int) -> Bool[Tensor, "vocabulary"]:
     # a generator of the CPU, so that each machine finds the same list
     generator = torch.Generator("cpu").manual_seed(key * previous)
-    chosen = torch.randperm(vocabulary, generator=generator)[:count]
-    return torch.zeros(vocabulary, dtype=torch.bool).index_fill_(0, chosen, True)
+    chosen = torch.randperm(vocabulary, generator=generator, device="cpu")[:count]
+    return torch.zeros(vocabulary, dtype=torch.bool, device="cpu").index_fill_(0, chosen, True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +280,7 @@ def detect_text(
     """
     check_pair(model, tokenizer)
     own, before = (
-        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+        tokenizer(in_unicode(part), add_special_tokens=False, verbose=False)["input_ids"]
         for part in (text, prompt)
     )
     if not own:
