@@ -1,7 +1,9 @@
 import copy
+import lzma
 import struct
 import zlib
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from testtime.decode.compression import compress, decompress
 from testtime.decode.container import inspect
 from testtime.decode.decoding import Decoding
 from testtime.decode.lossless_tokens import BREAK, from_tokens, to_tokens
+from testtime.decode.models import load_language_model
 from testtime.decode.windows import WindowedModel
 from toys import ToyModel, ToyTokenizer
 
@@ -264,6 +267,15 @@ def test_progress_reaches_the_end():
              on_progress=lambda done, total: seen.append((done, total)))  # fmt: skip
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1] == len(to_tokens(TEXT, TOKENIZER))
+
+
+@pytest.mark.extra
+def test_the_real_model_beats_xz_on_english_that_it_has_not_read():
+    model, tokenizer = load_language_model("gemma:270m")
+    text = (Path(__file__).parents[2] / "docs/never-worse.md").read_bytes()[:700]
+    made = compress(text, model, tokenizer, lanes=4)
+    assert len(made.data) < 0.8 * len(lzma.compress(text, preset=9))
+    assert decompress(made.data, model, tokenizer) == text
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
