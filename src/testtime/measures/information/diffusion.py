@@ -48,7 +48,7 @@ def minde_entropy(
     seed: int = 0,
     trace: bool = False,
 ) -> Estimate:
-    """Differential entropy of x in nats, which may be negative. Options as `minde`.
+    """Differential entropy of x in nats, which may be negative. Options, uniform times too, as `minde`.
 
     Few steps leave it too low: what the network has not learned counts as divergence from a normal
     law.
@@ -97,7 +97,9 @@ def minde_divergence(
     seed: int = 0,
     trace: bool = False,
 ) -> Estimate:
-    """KL divergence of the law of x from that of y in nats, never negative. Options as `minde`.
+    """KL divergence of the law of x from that of y in nats, never negative.
+
+    Options, uniform times too, as `minde`.
 
     Args:
         x: (n, d) or (n,).

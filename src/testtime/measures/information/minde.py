@@ -79,7 +79,8 @@ def minde(
         kind: "c" diffuses x only, "j" both.
         difference: of scores, "inside" the square, and never negative; "outside" it, of divergences.
         importance: times drawn by how much they count, as in the published runs; False: uniform
-            ones, in training and for the value.
+            ones, in training and for the value, whose standard error is several times as large, as
+            early times are rare and count much.
         width: of the network; the code has 64 up to ten coordinates in all, 128 up to 50, then 256.
         steps: 1500, ours for small problems; the code makes 300 to 500 epochs of 100,000 samples.
         batch_size: 256 (code; 128 up to five coordinates).
