@@ -67,13 +67,17 @@ def bottleneck() -> str:
 
 
 def symmetry() -> str:
-    """W1 of equal laws in the disk."""
+    """Divergences of equal laws in the disk."""
     turns = (1, 4, 16)
-    found = [(float(k), mean("group-divergence", f"W1, {k} turns")) for k in turns]
+    found, regularised = (
+        [(float(k), mean("group-divergence", f"{name}, {k} turns")) for k in turns]
+        for name in ("W1", "D2")
+    )
     rate = [(k, found[0][1] / math.sqrt(k)) for k, _ in found]
     return chart(
-        {"W1 under turns": found, "the rate, 1/√k": rate}, x="turns k of the group",
-        y="W1 of two samples of one law", log=(True, True), across=turns,
+        {"W1 under turns": found, "D, alpha 2, under turns": regularised, "the rate, 1/√k": rate},
+        x="turns k of the group", y="divergence of two samples of one law", log=(True, True),
+        across=turns,
     )  # fmt: skip
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from testtime._core.errors import InputError, OptionError
+from testtime.measures.information import diffusion
 from testtime.measures.information.diffusion import (
     diffusion_gap,
     minde_divergence,
     minde_entropy,
 )
-from testtime.measures.information.minde import signal_and_noise
+from testtime.measures.information.noise import signal_and_noise
 
 
 def draw(seed, *shape):
@@ -29,13 +30,15 @@ def exact(mean, deviation):
     return noise
 
 
+@pytest.mark.parametrize("importance", [True, False])
 @pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (1.0, 1.0), (0.5, 0.6), (-0.3, 1.8)])
-def test_the_exact_predictions_give_the_exact_divergence(mean, deviation):
+def test_the_exact_predictions_give_the_exact_divergence(mean, deviation, importance):
     x = mean + deviation * draw(0, 8000, 2)
     terms = diffusion_gap(
         exact(mean, deviation),
         exact(0.0, 1.0),
         x,
+        importance=importance,
         draws=4,
         generator=torch.Generator().manual_seed(1),
     )
@@ -79,6 +82,32 @@ def test_bad_input():
             minde_entropy(x, **options)
         with pytest.raises(OptionError, match=next(iter(options))):
             minde_divergence(x, x, **options)
+
+
+def test_uniform_times_are_those_of_the_training_too():
+    x, seen, drawn = draw(0, 64, 2), [], diffusion.sampled_times
+
+    def spy(n, generator, *, importance=True):
+        seen.append(importance)
+        return drawn(n, generator, importance=importance)
+
+    for call in (minde_entropy, partial(minde_divergence, y=x + 1)):
+        seen.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(diffusion, "sampled_times", spy)
+            found = call(x, importance=False, draws=2, **SHORT)
+        assert seen == [False] * 5
+        assert found != call(x, draws=2, **SHORT)
+
+
+@pytest.mark.slow
+def test_it_learns_with_uniform_times():
+    x = 3 * draw(0, 4000, 2)
+    truth = math.log(2 * math.pi * math.e) + 2 * math.log(3)
+    uniform = {"importance": False, "steps": 800, "draws": 20}
+    assert minde_entropy(x, **uniform).value == pytest.approx(truth, abs=0.15)
+    found = minde_divergence(draw(1, 4000, 2), draw(2, 4000, 2) + 1, **uniform)
+    assert found.value == pytest.approx(1.0, abs=0.6)  # early times, of much weight, are rare
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from scipy import integrate, stats
 
 from testtime._core.errors import InputError, OptionError
 from testtime.measures.information import minde as file
+from testtime.measures.information import noise as schedule
 from testtime.measures.information.consistency import self_consistency
 from testtime.measures.information.estimate import Estimate
 from testtime.measures.information.laws import gaussian
@@ -25,7 +26,7 @@ def rate(t):
 
 def test_times_have_the_density_of_the_rate():
     total = integrate.quad(rate, 0, 1, points=[1e-3])[0]
-    assert file.rate_integral() == pytest.approx(total, rel=1e-6)
+    assert schedule.rate_integral() == pytest.approx(total, rel=1e-6)
     times = sampled_times(2000, generator()).numpy()
 
     def below(t):
@@ -72,10 +73,10 @@ def exact(rho, dims):
         x, y = z.double()[:, :dims], z.double()[:, dims:]
 
         def alone(v, t):  # variance 1 stays 1
-            return file.signal_and_noise(t)[1][:, None] * v
+            return schedule.signal_and_noise(t)[1][:, None] * v
 
         def given(v, clean, t):
-            m, s = (f[:, None] for f in file.signal_and_noise(t))
+            m, s = (f[:, None] for f in schedule.signal_and_noise(t))
             return s * (v - m * rho * clean) / (m**2 * (1 - rho**2) + s**2)
 
         if bool((b == 1).all()):
@@ -84,7 +85,7 @@ def exact(rho, dims):
             return torch.cat([given(x, y, a), torch.zeros_like(y)], 1)
         if bool((a == 0).all()):
             return torch.cat([torch.zeros_like(x), given(y, x, b)], 1)
-        m, s = (f[:, None] for f in file.signal_and_noise(a))
+        m, s = (f[:, None] for f in schedule.signal_and_noise(a))
         c = m**2 * rho
         return torch.cat([s * (x - c * y), s * (y - c * x)], 1) / torch.cat(
             [1 - c**2] * 2 * dims, 1
@@ -169,6 +170,15 @@ def test_it_learns_what_a_gaussian_tells(kind):
     assert abs(found.value - truth) < 0.2
     longer = 1600 if kind == "j" else 400  # j finds two networks in one, which takes longer
     assert minde(x, y.flip(0), kind=kind, steps=longer).value < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("difference", ["inside", "outside"])
+def test_it_learns_with_uniform_times(difference):
+    x, y, truth = gaussian(4000, dims=2, information=1.0, generator=generator())
+    uniform = partial(minde, difference=difference, importance=False, steps=800, draws=20)
+    assert abs(uniform(x, y).value - truth) < 0.5  # early times, of much weight, are rare
+    assert abs(uniform(x, y.flip(0)).value) < 0.3
 
 
 @pytest.mark.slow

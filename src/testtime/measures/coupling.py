@@ -110,7 +110,8 @@ def greedy_bottleneck(p: Float[Tensor, "source"], *, rate: float) -> Bottleneck:
     """A deterministic T of X with H(T) <= rate that keeps nearly as much as any encoder can.
 
     The best encoder, random ones among them, keeps at most h(p_2) <= 1 bit more, with the binary
-    entropy h and the second largest probability p_2. O(n log n).
+    entropy h and the second largest probability p_2. The search is O(n log n); the joint law that is
+    answered has n m entries.
 
     Args:
         p: (n,) law of X.
@@ -157,10 +158,12 @@ def refined_bottleneck(p: Float[Tensor, "source"], *, rate: float) -> Bottleneck
     """
     law = check_law(p, "p")
     below, above = _around(law, rate)
-    found = [_bottleneck(_split(_joint(law, below), rate))]
+    found = _bottleneck(_split(_joint(law, below), rate))
     if above is not None:
-        found.append(_bottleneck(_poured(_joint(law, above), rate)))
-    return max(found, key=_information)
+        other = _bottleneck(_poured(_joint(law, above), rate))
+        if other.information > found.information + SLACK:  # else rounding would choose
+            return other
+    return found
 
 
 def uniform_bottleneck(p: Float[Tensor, "source"], *, rate: float) -> Bottleneck:
@@ -190,21 +193,32 @@ Group = tuple[float, list[int]]
 
 
 def _around(law: Tensor, rate: float) -> tuple[list[Group], list[Group] | None]:
-    """The greedy search's first mapping with H(T) <= rate, and the one it was merged from."""
+    """The greedy search's first mapping with H(T) <= rate, and the one it was merged from.
+
+    What is merged stays the largest: a mapping is the number of the largest symbols that share a code.
+    """
     in_range(0, rate=rate)
     groups = sorted(
         ((mass, [place]) for place, mass in enumerate(_floats(law)) if mass > 0),
         key=_largest_first,
     )
-    left, before = entropy_bits(law), None
-    while left > rate + SLACK and len(groups) > 1:
-        before = groups
-        small = left - _lost(groups[-1][0], groups[-2][0])
-        if small <= rate + SLACK:
-            return [*groups[:-2], _merged(groups[-2], groups[-1])], before
-        left -= _lost(groups[0][0], groups[1][0])
-        groups = [_merged(groups[0], groups[1]), *groups[2:]]  # the merged one stays the largest
-    return groups, before
+    left, merged, head = entropy_bits(law), 1, groups[0][0]
+    while left > rate + SLACK and merged < len(groups):
+        two = len(groups) - merged == 1
+        second = head if two else groups[-2][0]
+        if left - _lost(groups[-1][0], second) <= rate + SLACK:
+            before = _headed(groups, merged)
+            return [*before[:-2], _merged(*before[-2:])], before
+        left -= _lost(head, groups[merged][0])
+        head += groups[merged][0]
+        merged += 1
+    return _headed(groups, merged), _headed(groups, merged - 1) if merged > 1 else None
+
+
+def _headed(groups: list[Group], merged: int) -> list[Group]:
+    """The mapping that gives the first `merged` symbols one code."""
+    head = sum(mass for mass, _ in groups[:merged])
+    return [(head, [place for _, (place,) in groups[:merged]]), *groups[merged:]]
 
 
 def _joint(law: Tensor, groups: list[Group]) -> Tensor:
@@ -215,14 +229,12 @@ def _joint(law: Tensor, groups: list[Group]) -> Tensor:
 
 
 def _bottleneck(joint: Tensor) -> Bottleneck:
-    joint = joint[:, joint.sum(0) > 0]
-    return Bottleneck(
-        joint, max(entropy_bits(joint.sum(0)), 0.0), max(mutual_information_bits(joint), 0.0)
-    )
-
-
-def _information(found: Bottleneck) -> float:
-    return found.information
+    codes = joint.sum(0)
+    if not bool((codes > 0).all()):
+        joint, codes = joint[:, codes > 0], codes[codes > 0]
+    rate = entropy_bits(codes)
+    kept = entropy_bits(joint.sum(1)) + rate - entropy_bits(joint[joint > 0])
+    return Bottleneck(joint, max(rate, 0.0), max(kept, 0.0))
 
 
 def _split(joint: Tensor, rate: float) -> Tensor:
@@ -323,7 +335,8 @@ def coupling_with_bottleneck(
     q = check_law(q, "q")
     joint = encoder(p, rate=rate).joint
     codes = joint.sum(0)
-    return joint / codes @ greedy_coupling(codes, q)
+    told = (joint / codes).to_sparse()  # a symbol has few codes
+    return told @ greedy_coupling(codes, q)
 
 
 def check_law(law: Tensor, name: str) -> Float[Tensor, "symbols"]:

@@ -1,10 +1,12 @@
 """Divergences of laws that a finite group of isometries leaves as they are, from fewer samples.
 
-    W1_S   optimal transport with the cost min_g |x - g y|
-    MMD_S  with the kernel mean_g k(g x, y)
+    W1_S     optimal transport with the cost min_g |x - g y|
+    D_a^S    Lipschitz-regularised alpha-divergence with the same cost
+    MMD_S    with the kernel mean_g k(g x, y)
+    T_0(x)   the point of the orbit of x in a fundamental domain
 
 If both laws are invariant, these tell the same as the plain divergences of the laws, and of samples
-they err less: W1 as if there were |S| times as many. A group is its matrices (|S|, d, d).
+they err less: W1 and D_a as if there were |S| times as many. A group is its matrices (|S|, d, d).
 """
 
 import itertools
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from testtime._core.errors import InputError, MissingExtra, OptionError
 from testtime._core.options import whole
+from testtime.measures.lipschitz import lipschitz_divergence
 
 LARGEST = 50_000
 """Elements of a group at most."""
@@ -113,6 +116,72 @@ def invariant_wasserstein(
         raise MissingExtra("POT", "transport") from error
     cost = invariant_distances(x, y, group).double().cpu().numpy()
     return cast(float, ot.emd2([], [], cost, numItermax=10_000_000))  # pyright: ignore[reportUnknownMemberType]
+
+
+def invariant_alpha_divergence(
+    x: Float[Tensor, "m dims"],
+    y: Float[Tensor, "n dims"],
+    group: Float[Tensor, "group dims dims"],
+    *,
+    alpha: float = 2.0,
+) -> float:
+    """The Lipschitz-regularised alpha-divergence of samples of two invariant laws, of x from y.
+
+    The supremum over functions that are 1-Lipschitz and invariant, as
+    [`lipschitz_divergence`][testtime.measures.lipschitz.lipschitz_divergence] finds it between orbits.
+    Never above the plain one, which is that of the group with one element, nor above W1. It is not
+    symmetric in x and y.
+
+    Raises:
+        InputError: as `invariant_distances`.
+        OptionError, WorkFailed: as `lipschitz_divergence`.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> round(invariant_alpha_divergence(x, -x, sign_flips(1)), 6)
+        0.0
+        >>> round(invariant_alpha_divergence(x, -x, torch.eye(1)[None]), 6)
+        3.5
+
+    Reference: Chen, Katsoulakis, Rey-Bellet, Zhu, Sample Complexity of Probability Divergences
+        under Group Symmetry, ICML 2023.
+    """
+    return lipschitz_divergence(invariant_distances(x, y, group), alpha=alpha)
+
+
+def fundamental_domain(
+    x: Float[Tensor, "n dims"], group: Float[Tensor, "group dims dims"]
+) -> Float[Tensor, "n dims"]:
+    """Each sample moved by the element of the group that brings it nearest to (1, √2, √3, ...).
+
+    The domain is what lies no nearer to an image of that point: under changes of sign the samples with
+    no negative coordinate, under permutations those in ascending order. A plain divergence of the moved
+    samples is one of the invariant laws too. Where reflections make the group, as they make these
+    two, it is the invariant one; elsewhere, as of rotations, it may lie above, since two points on
+    either side of the domain can have orbits that are close.
+
+    Raises:
+        InputError: as `invariant_distances`, and a group that leaves (1, √2, √3, ...) where it is by
+            more than one element.
+
+    Example:
+        >>> fundamental_domain(torch.tensor([[3.0, -2.0]]), sign_flips(2))
+        tensor([[3., 2.]], dtype=torch.float64)
+        >>> fundamental_domain(torch.tensor([[3.0, -2.0]]), permutations(2))
+        tensor([[-2.,  3.]], dtype=torch.float64)
+
+    Reference: Chen, Katsoulakis, Rey-Bellet, Zhu, Sample Complexity of Probability Divergences
+        under Group Symmetry, ICML 2023.
+    """
+    x, _, group = _checked(x, x, group)
+    anchor = torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device).sqrt()
+    if torch.cdist(group @ anchor, anchor[None]).lt(1e-4).sum() > 1:
+        raise InputError(
+            "more than one element of the group leaves (1, √2, √3, ...) where it is; expected each "
+            "element once, and a group that acts on every coordinate. Turn the samples and the group."
+        )
+    closest = (x @ (group.mT @ anchor).mT).argmax(1)
+    return torch.einsum("nij,nj->ni", group[closest], x)
 
 
 def invariant_mmd(

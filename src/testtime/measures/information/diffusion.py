@@ -1,7 +1,8 @@
 """MINDE's entropy and divergence: of one law, or of two, by the noise that diffusions predict.
 
 z_t = m z_0 + s eps and r, Z as in `minde`; one network eps(z, (t, k)), k = 0 for x and 1 for y
-training: a law k is drawn for each step, t ~ r / Z, and | eps(z_t, (t, k)) - noise |^2 falls
+training: a law k is drawn for each step, t ~ r / Z, and | eps(z_t, (t, k)) - noise |^2 falls;
+          without importance sampling t is uniform, and r stands for Z in what follows
 KL(x || y)   Z/2 E_x | eps_0 - eps_1 |^2
 H(x)         ln of the scales + (d ln 2 pi + E |x|^2) / 2 - Z/2 E_x | eps_0 - s z_t |^2,
              as s z_t is what the diffusion of a standard normal law predicts
@@ -17,24 +18,18 @@ import torch
 from torch import Tensor
 
 from testtime._core.arrays import magnitude
-from testtime._core.errors import InputError, OptionError
-from testtime._core.options import in_range, whole
+from testtime._core.errors import InputError
 from testtime._core.seeds import generator
 from testtime.measures.information.estimate import Estimate, checked, mean_estimate, standardised
-from testtime.measures.information.minde import (
-    NoiseNetwork,
-    rate_integral,
+from testtime.measures.information.noise import (
+    Training,
+    diffused,
+    normal_like,
     sampled_times,
     signal_and_noise,
+    time_weight,
 )
-from testtime.measures.information.networks import Averaged, adam, training
-from testtime.measures.information.variational import (
-    HELD_OUT,
-    LEAST,
-    batches,
-    check_training,
-    finite,
-)
+from testtime.measures.information.variational import HELD_OUT, LEAST, finite
 
 Noise = Callable[[Tensor, Tensor], Tensor]
 """eps(z (n, d), t (n,)) -> (n, d)."""
@@ -43,6 +38,7 @@ Noise = Callable[[Tensor, Tensor], Tensor]
 def minde_entropy(
     x: Tensor,
     *,
+    importance: bool = True,
     width: int = 64,
     steps: int = 1500,
     batch_size: int = 256,
@@ -52,7 +48,7 @@ def minde_entropy(
     seed: int = 0,
     trace: bool = False,
 ) -> Estimate:
-    """Differential entropy of x in nats, which may be negative. Options as `minde`.
+    """Differential entropy of x in nats, which may be negative. Options, uniform times too, as `minde`.
 
     Few steps leave it too low: what the network has not learned counts as divergence from a normal
     law.
@@ -68,6 +64,10 @@ def minde_entropy(
 
     Reference: Franzese, Bounoua, Michiardi, MINDE, ICLR 2024.
     """
+    options = Training(
+        importance=importance, width=width, steps=steps, batch_size=batch_size, lr=lr,
+        decay=decay, draws=draws, trace=trace,
+    )  # fmt: skip
     x = checked(x, "x", least=LEAST)
     unit = magnitude(x.abs().amax(0))
     log_scale = (x / unit).std(0).log() + unit.log()
@@ -75,11 +75,10 @@ def minde_entropy(
         raise InputError("a coordinate of x is constant, so x has no density; leave it out.")
     random = generator(seed, "minde entropy")
     known, held = _apart(standardised(x), random)
-    noise, values = _trained(
-        [known], random, width=width, steps=steps, batch_size=batch_size, lr=lr, decay=decay,
-        draws=draws, trace=trace,
-    )  # fmt: skip
-    gap = diffusion_gap(noise[0], _of_normal, held, draws=draws, generator=random)
+    noise, values = _trained([known], options, random)
+    gap = diffusion_gap(
+        noise[0], _of_normal, held, importance=importance, draws=draws, generator=random
+    )
     around = (x.shape[1] * math.log(2 * math.pi) + held.double().square().sum(1)) / 2
     return finite(mean_estimate(log_scale.sum() + around - gap, values))
 
@@ -88,6 +87,7 @@ def minde_divergence(
     x: Tensor,
     y: Tensor,
     *,
+    importance: bool = True,
     width: int = 64,
     steps: int = 1500,
     batch_size: int = 256,
@@ -97,7 +97,9 @@ def minde_divergence(
     seed: int = 0,
     trace: bool = False,
 ) -> Estimate:
-    """KL divergence of the law of x from that of y in nats, never negative. Options as `minde`.
+    """KL divergence of the law of x from that of y in nats, never negative.
+
+    Options, uniform times too, as `minde`.
 
     Args:
         x: (n, d) or (n,).
@@ -114,6 +116,10 @@ def minde_divergence(
 
     Reference: Franzese, Bounoua, Michiardi, MINDE, ICLR 2024.
     """
+    options = Training(
+        importance=importance, width=width, steps=steps, batch_size=batch_size, lr=lr,
+        decay=decay, draws=draws, trace=trace,
+    )  # fmt: skip
     x, y = checked(x, "x", least=LEAST), checked(y, "y", least=LEAST)
     if x.shape[1] != y.shape[1] or x.device != y.device:
         raise InputError(
@@ -123,16 +129,21 @@ def minde_divergence(
     random = generator(seed, "minde divergence")
     both = standardised(torch.cat([x, y]))
     (known, held), (other, _) = (_apart(own, random) for own in (both[: len(x)], both[len(x) :]))
-    noise, values = _trained(
-        [known, other], random, width=width, steps=steps, batch_size=batch_size, lr=lr,
-        decay=decay, draws=draws, trace=trace,
-    )  # fmt: skip
-    gap = diffusion_gap(noise[0], noise[1], held, draws=draws, generator=random)
+    noise, values = _trained([known, other], options, random)
+    gap = diffusion_gap(
+        noise[0], noise[1], held, importance=importance, draws=draws, generator=random
+    )
     return finite(mean_estimate(gap, values))
 
 
 def diffusion_gap(
-    one: Noise, other: Noise, x: Tensor, *, draws: int, generator: torch.Generator
+    one: Noise,
+    other: Noise,
+    x: Tensor,
+    *,
+    importance: bool = True,
+    draws: int,
+    generator: torch.Generator,
 ) -> Tensor:
     """What each sample says of how far two diffusions' predictions are apart: (n,), in nats.
 
@@ -140,6 +151,7 @@ def diffusion_gap(
         one: predicts noise, of the law of x.
         other: alike, of another law.
         x: (n, d), in the units of both.
+        importance: whether times are drawn by how much they count, as of `minde`.
         draws: of noise and time for every sample.
         generator: of these, on the CPU.
 
@@ -151,20 +163,16 @@ def diffusion_gap(
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     with torch.no_grad():
         for _ in range(draws):
-            t = sampled_times(len(x), generator).to(x)
-            z, _ = _diffused(x, t, generator)
-            total += (one(z, t) - other(z, t)).double().square().sum(1)
-    return rate_integral() / 2 * total / draws
+            drawn = sampled_times(len(x), generator, importance=importance)
+            weight = time_weight(drawn, importance=importance).to(x.device)
+            t = drawn.to(x)
+            z = diffused(x, normal_like(x, generator), t)
+            total += weight * (one(z, t) - other(z, t)).double().square().sum(1)
+    return total / 2 / draws
 
 
 def _of_normal(z: Tensor, t: Tensor) -> Tensor:
     return signal_and_noise(t)[1][:, None] * z
-
-
-def _diffused(x: Tensor, t: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    m, s = signal_and_noise(t)
-    noise = torch.randn(x.shape, generator=random, dtype=x.dtype).to(x.device)
-    return m[:, None] * x + s[:, None] * noise, noise
 
 
 def _apart(x: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -175,45 +183,23 @@ def _apart(x: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def _trained(
-    laws: Sequence[Tensor],
-    random: torch.Generator,
-    *,
-    width: int,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    decay: float,
-    draws: int,
-    trace: bool,
+    laws: Sequence[Tensor], options: Training, random: torch.Generator
 ) -> tuple[list[Noise], tuple[float, ...]]:
     """What predicts the noise of each law, and the loss of each step."""
-    check_training(steps=steps, batch_size=batch_size, lr=lr)
-    whole(1, draws=draws)
-    in_range(0, 1, decay=decay)
-    whole(8, width=width)
-    if width % 8:
-        raise OptionError(f"width is {width}; expected a multiple of 8")
-    values: list[float] = []
-    with training():
-        network = NoiseNetwork(laws[0].shape[1], width, random).to(laws[0].device)
-        averaged = Averaged(network, decay=decay)
-        descend = adam(network, lr=lr, decay_over=steps)
-        indices = [batches(len(law), batch_size, steps, random) for law in laws]
-        for step in range(steps):
-            k = int(torch.randint(len(laws), (), generator=random))
-            x = laws[k][indices[k][step]]
-            t = sampled_times(len(x), random).to(x)
-            z, noise = _diffused(x, t, random)
-            loss = (network(z, _told(t, k)) - noise).square().mean()
-            descend(loss)
-            averaged.follow(network)
-            if trace:
-                values.append(float(loss.detach()))
+
+    def loss(network: Noise, index: list[Tensor]) -> Tensor:
+        k = int(torch.randint(len(laws), (), generator=random))
+        x = laws[k][index[k]]
+        t = sampled_times(len(x), random, importance=options.importance).to(x)
+        noise = normal_like(x, random)
+        return (network(diffused(x, noise, t), _told(t, k)) - noise).square().mean()
+
+    network, values = options.fit(laws, loss, dims=laws[0].shape[1], random=random)
 
     def of(k: int) -> Noise:
-        return lambda z, t: averaged.network(z, _told(t, k))
+        return lambda z, t: network(z, _told(t, k))
 
-    return [of(k) for k in range(len(laws))], tuple(values)
+    return [of(k) for k in range(len(laws))], values
 
 
 def _told(t: Tensor, k: int) -> Tensor:

@@ -21,16 +21,13 @@ without importance sampling Z |eps - eps'|^2 is beta(t) |eps - eps'|^2 / s^2, as
 # torch leaves some types open
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from testtime._core.errors import OptionError
-from testtime._core.options import in_range, whole
 from testtime._core.seeds import generator
 from testtime.measures.information.estimate import (
     Estimate,
@@ -39,26 +36,20 @@ from testtime.measures.information.estimate import (
     paired,
     standardised,
 )
-from testtime.measures.information.networks import Averaged, adam, linear, training
-from testtime.measures.information.variational import (
-    LEAST,
-    batches,
-    check_training,
-    finite,
-    split,
+from testtime.measures.information.noise import (
+    Training,
+    diffused,
+    normal_like,
+    sampled_times,
+    signal_and_noise,
+    time_weight,
 )
+from testtime.measures.information.variational import LEAST, finite, split
 
 Noise = Callable[[Tensor, Tensor], Tensor]
 """eps(z (n, D), tau (n, 2)) -> (n, D)."""
 Kind = Literal["c", "j"]
 Difference = Literal["inside", "outside"]
-LOW, HIGH = 0.1, 20.0
-"""b0 and b1 (code)."""
-HELD = 1e-3
-"""The time below which the rate is held (code)."""
-EARLIEST = 1e-5
-"""The earliest of uniform times (code)."""
-FREQUENCIES = 16
 
 
 def minde(
@@ -88,7 +79,8 @@ def minde(
         kind: "c" diffuses x only, "j" both.
         difference: of scores, "inside" the square, and never negative; "outside" it, of divergences.
         importance: times drawn by how much they count, as in the published runs; False: uniform
-            ones, in training and for the value.
+            ones, in training and for the value, whose standard error is several times as large, as
+            early times are rare and count much.
         width: of the network; the code has 64 up to ten coordinates in all, 128 up to 50, then 256.
         steps: 1500, ours for small problems; the code makes 300 to 500 epochs of 100,000 samples.
         batch_size: 256 (code; 128 up to five coordinates).
@@ -110,37 +102,30 @@ def minde(
     Reference: Franzese, Bounoua, Michiardi, MINDE: Mutual Information Neural Diffusion Estimation,
         ICLR 2024.
     """
-    check_training(steps=steps, batch_size=batch_size, lr=lr)
-    whole(1, draws=draws)
-    in_range(0, 1, decay=decay)
+    options = Training(
+        importance=importance, width=width, steps=steps, batch_size=batch_size, lr=lr,
+        decay=decay, draws=draws, trace=trace,
+    )  # fmt: skip
     if kind not in ("c", "j"):
         raise OptionError(f"kind is {kind!r}; expected 'c' or 'j'")
     if difference not in ("inside", "outside"):
         raise OptionError(f"difference is {difference!r}; expected 'inside' or 'outside'")
-    whole(8, width=width)
-    if width % 8:
-        raise OptionError(f"width is {width}; expected a multiple of 8")
     x, y = paired(x, y, least=LEAST)
     if constant(x) or constant(y):
         return Estimate(0.0, 0.0)
     random = generator(seed, "minde")
-    with training():
-        known, held = split(standardised(x), standardised(y), random)
-        network = NoiseNetwork(x.shape[1] + y.shape[1], width, random).to(x.device)
-        averaged = Averaged(network, decay=decay)
-        descend = adam(network, lr=lr, decay_over=steps)
-        values: list[float] = []
-        for index in batches(len(known[0]), batch_size, steps, random):
-            loss = _loss(network, known[0][index], known[1][index], kind, random, importance)
-            descend(loss)
-            averaged.follow(network)
-            if trace:
-                values.append(float(loss.detach()))
+    known, held = split(standardised(x), standardised(y), random)
+
+    def loss(network: Noise, index: list[Tensor]) -> Tensor:
+        a, b = (own[index[0]] for own in known)
+        return _loss(network, a, b, kind, random, importance)
+
+    noise, values = options.fit(known[:1], loss, dims=x.shape[1] + y.shape[1], random=random)
     terms = diffusion_information(
-        averaged.network, held[0], held[1],
+        noise, held[0], held[1],
         kind=kind, difference=difference, importance=importance, draws=draws, generator=random,
     )  # fmt: skip
-    return finite(mean_estimate(terms, tuple(values)))
+    return finite(mean_estimate(terms, values))
 
 
 def diffusion_information(
@@ -180,10 +165,10 @@ def diffusion_information(
     with torch.no_grad():
         for _ in range(draws):
             drawn = sampled_times(len(x), generator, importance=importance)
-            weight = rate_integral() if importance else _rate(drawn).to(x.device)
+            weight = time_weight(drawn, importance=importance).to(x.device)
             t = drawn.to(x)
             both = torch.cat([x, y], 1)
-            z = _diffused(both, _normal_like(both, generator), t)
+            z = diffused(both, normal_like(both, generator), t)
             given = noise(*_fed(both, z, t, d, "x|y"))[:, :d]
             if kind == "c":
                 alone = noise(*_fed(both, z, t, d, "x"))[:, :d]
@@ -199,94 +184,6 @@ def diffusion_information(
     return total / 2 / draws
 
 
-def signal_and_noise(t: Tensor) -> tuple[Tensor, Tensor]:
-    """m(t) and s(t): how much is left of a sample, and how much noise there is.
-
-    Example:
-        >>> m, s = signal_and_noise(torch.tensor([0.0, 1.0]))
-        >>> m[0], s[0]
-        (tensor(1.), tensor(0.))
-    """
-    b = LOW * t + (HIGH - LOW) * t**2 / 2
-    return (-b / 2).exp(), (-torch.expm1(-b)).sqrt()
-
-
-def rate_integral() -> float:
-    """Z, the integral of r = beta / s^2 from 0 to 1.
-
-    Example:
-        >>> round(rate_integral(), 2)
-        20.26
-    """
-    return HELD * _held_rate() + _log_growth(1.0) - _log_growth(HELD)
-
-
-def sampled_times(n: int, generator: torch.Generator, *, importance: bool = True) -> Tensor:
-    """Times of density r / Z, by the inverse of its distribution function; or uniform ones.
-
-    Args:
-        n: of times.
-        generator: on the CPU.
-        importance: False: uniform from 0.00001 to 1.
-
-    Example:
-        >>> bool((sampled_times(9, torch.Generator().manual_seed(0)) <= 1).all())
-        True
-    """
-    v = torch.rand(n, generator=generator, dtype=torch.float64)
-    if not importance:
-        return EARLIEST + (1 - EARLIEST) * v
-    v = rate_integral() * v
-    start = HELD * _held_rate()
-    b = F.softplus(v - start + _log_growth(HELD))  # ln(e^B - 1) = G
-    late = ((LOW**2 + 2 * (HIGH - LOW) * b).sqrt() - LOW) / (HIGH - LOW)
-    return torch.where(v < start, v / _held_rate(), late)
-
-
-class NoiseNetwork(nn.Module):
-    """Predicts the noise of all coordinates: one residual block on [h, skip], zero at first.
-
-    Example:
-        >>> network = NoiseNetwork(3, 16, torch.Generator().manual_seed(0))
-        >>> network(torch.ones(2, 3), torch.ones(2, 2)).abs().sum()
-        tensor(0., grad_fn=<SumBackward0>)
-    """
-
-    frequencies: Tensor
-
-    def __init__(self, dims: int, width: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.enter = linear(dims, width, generator)
-        self.times = nn.Sequential(
-            linear(4 * FREQUENCIES, width, generator),
-            nn.SiLU(),
-            linear(width, 2 * width, generator),
-        )
-        self.first = nn.Sequential(
-            nn.GroupNorm(8, width), nn.SiLU(), linear(width, width, generator)
-        )
-        self.second = nn.Sequential(
-            nn.GroupNorm(8, 2 * width), nn.SiLU(), linear(2 * width, width, generator)
-        )
-        self.third = nn.Sequential(
-            nn.GroupNorm(8, width), nn.SiLU(), linear(width, width, generator)
-        )
-        self.leave = nn.Sequential(
-            nn.GroupNorm(8, width), nn.SiLU(), linear(width, dims, generator)
-        )
-        for parameter in self.leave[2].parameters():
-            nn.init.zeros_(parameter)
-        self.register_buffer("frequencies", math.pi * torch.logspace(-1, 7, FREQUENCIES, base=2.0))
-
-    def forward(self, z: Tensor, tau: Tensor) -> Tensor:
-        angles = (tau[..., None] * self.frequencies).flatten(1)
-        early, late = self.times(torch.cat([angles.sin(), angles.cos()], 1)).chunk(2, 1)
-        skip = self.enter(z)
-        h = skip + self.first(skip) + early
-        h = h + self.third(self.second(torch.cat([h, skip], 1)) + late)
-        return self.leave(h)
-
-
 MASKS = {"c": ("x", "x|y"), "j": ("xy", "xy", "x|y", "y|x")}
 
 
@@ -297,12 +194,12 @@ def _loss(
     mask = masks[int(torch.randint(len(masks), (), generator=random))]
     both, d = torch.cat([x, y], 1), x.shape[1]
     t = sampled_times(len(x), random, importance=importance).to(x)
-    noise = _normal_like(both, random)
-    told = network(*_fed(both, _diffused(both, noise, t), t, d, mask))
+    noise = normal_like(both, random)
+    told = network(*_fed(both, diffused(both, noise, t), t, d, mask))
     part = {"x": slice(d), "x|y": slice(d), "y|x": slice(d, None), "xy": slice(None)}[mask]
     error = (told - noise)[:, part]
-    dims, diffused = both.shape[1], error.shape[1]
-    return (1 + (dims - diffused) / dims) * error.square().mean(1).mean()
+    dims, own = both.shape[1], error.shape[1]
+    return (1 + (dims - own) / dims) * error.square().mean(1).mean()
 
 
 def _fed(both: Tensor, z: Tensor, t: Tensor, d: int, mask: str) -> tuple[Tensor, Tensor]:
@@ -315,26 +212,3 @@ def _fed(both: Tensor, z: Tensor, t: Tensor, d: int, mask: str) -> tuple[Tensor,
     if mask == "y|x":
         return torch.cat([both[:, :d], z[:, d:]], 1), torch.stack([zero, t], 1)
     return z, torch.stack([t, t], 1)
-
-
-def _diffused(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    m, s = signal_and_noise(t)
-    return m[:, None] * clean + s[:, None] * noise
-
-
-def _normal_like(like: Tensor, random: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=random, dtype=like.dtype).to(like.device)
-
-
-def _log_growth(t: float) -> float:
-    """ln(e^B - 1), whose derivative is beta / s^2."""
-    return math.log(math.expm1(LOW * t + (HIGH - LOW) * t**2 / 2))
-
-
-def _rate(t: Tensor) -> Tensor:
-    """beta / s^2, not held."""
-    return (LOW + t * (HIGH - LOW)) / signal_and_noise(t)[1].square()
-
-
-def _held_rate() -> float:
-    return float(_rate(torch.tensor(HELD, dtype=torch.float64)))

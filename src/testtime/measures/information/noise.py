@@ -1,0 +1,227 @@
+"""What MINDE's estimators share: the diffusion, its times, and the network that predicts the noise.
+
+    z_t = m(t) z_0 + s(t) eps,   m = e^(-B/2),  s^2 = 1 - e^(-B),  B(t) = b0 t + (b1 - b0) t^2 / 2
+    t ~ r(t) / Z,   r = beta / s^2 held at r(0.001) below 0.001,   Z = integral of r;
+        or, without importance sampling, t ~ U(0.00001, 1)
+    | eps - eps' |^2 of two predictions counts Z, or beta(t) / s^2 without importance sampling
+
+Reference: Franzese, Bounoua, Michiardi, MINDE: Mutual Information Neural Diffusion Estimation, ICLR 2024.
+"""
+
+# torch leaves some types open
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from testtime._core.errors import OptionError
+from testtime._core.options import in_range, whole
+from testtime.measures.information.networks import Averaged, adam, linear, training
+from testtime.measures.information.variational import batches, check_training
+
+LOW, HIGH = 0.1, 20.0
+"""b0 and b1 (code)."""
+HELD = 1e-3
+"""The time below which the rate is held (code)."""
+EARLIEST = 1e-5
+"""The earliest of uniform times (code)."""
+FREQUENCIES = 16
+
+
+def signal_and_noise(t: Tensor) -> tuple[Tensor, Tensor]:
+    """m(t) and s(t): how much is left of a sample, and how much noise there is.
+
+    Example:
+        >>> m, s = signal_and_noise(torch.tensor([0.0, 1.0]))
+        >>> m[0], s[0]
+        (tensor(1.), tensor(0.))
+    """
+    b = LOW * t + (HIGH - LOW) * t**2 / 2
+    return (-b / 2).exp(), (-torch.expm1(-b)).sqrt()
+
+
+def rate_integral() -> float:
+    """Z, the integral of r = beta / s^2 from 0 to 1.
+
+    Example:
+        >>> round(rate_integral(), 2)
+        20.26
+    """
+    return HELD * _held_rate() + _log_growth(1.0) - _log_growth(HELD)
+
+
+def sampled_times(n: int, generator: torch.Generator, *, importance: bool = True) -> Tensor:
+    """Times of density r / Z, by the inverse of its distribution function; or uniform ones.
+
+    Args:
+        n: of times.
+        generator: on the CPU.
+        importance: False: uniform from 0.00001 to 1.
+
+    Example:
+        >>> bool((sampled_times(9, torch.Generator().manual_seed(0)) <= 1).all())
+        True
+    """
+    v = torch.rand(n, generator=generator, dtype=torch.float64)
+    if not importance:
+        return EARLIEST + (1 - EARLIEST) * v
+    v = rate_integral() * v
+    start = HELD * _held_rate()
+    b = F.softplus(v - start + _log_growth(HELD))  # ln(e^B - 1) = G
+    late = ((LOW**2 + 2 * (HIGH - LOW) * b).sqrt() - LOW) / (HIGH - LOW)
+    return torch.where(v < start, v / _held_rate(), late)
+
+
+def time_weight(t: Tensor, *, importance: bool) -> Tensor:
+    """What the squared difference of two predictions counts at each of the drawn times.
+
+    Example:
+        >>> time_weight(torch.tensor([0.5, 1.0]), importance=False)
+        tensor([10.9128, 20.0009])
+    """
+    return torch.full_like(t, rate_integral()) if importance else _rate(t)
+
+
+def diffused(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """z_t of samples (n, d) with this noise, at times (n,).
+
+    Example:
+        >>> diffused(torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1))
+        tensor([[1., 1.]])
+    """
+    m, s = signal_and_noise(t)
+    return m[:, None] * clean + s[:, None] * noise
+
+
+def normal_like(like: Tensor, random: torch.Generator) -> Tensor:
+    """Noise of a tensor's shape and type, drawn on the CPU.
+
+    Example:
+        >>> normal_like(torch.ones(3, 2), torch.Generator()).shape
+        torch.Size([3, 2])
+    """
+    return torch.randn(like.shape, generator=random, dtype=like.dtype).to(like.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a network is trained to predict noise, and evaluated; options of `minde`.
+
+    Raises:
+        OptionError: for an option out of its range.
+
+    Example:
+        >>> Training(importance=True, width=12, steps=1, batch_size=2, lr=0.1, decay=0, draws=1)
+        Traceback (most recent call last):
+        testtime._core.errors.OptionError: width is 12; expected a multiple of 8
+    """
+
+    importance: bool
+    width: int
+    steps: int
+    batch_size: int
+    lr: float
+    decay: float
+    draws: int
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        check_training(steps=self.steps, batch_size=self.batch_size, lr=self.lr)
+        whole(1, draws=self.draws)
+        in_range(0, 1, decay=self.decay)
+        whole(8, width=self.width)
+        if self.width % 8:
+            raise OptionError(f"width is {self.width}; expected a multiple of 8")
+
+    def fit(
+        self,
+        samples: Sequence[Tensor],
+        loss: Callable[["NoiseNetwork", list[Tensor]], Tensor],
+        *,
+        dims: int,
+        random: torch.Generator,
+    ) -> tuple[nn.Module, tuple[float, ...]]:
+        """The running mean of a network that falls down `loss`, and the loss of each step if asked for.
+
+        Args:
+            samples: sets to draw a batch from in each step.
+            loss: of the network and the indices of a batch of each set.
+            dims: coordinates that the network predicts.
+            random: of weights and batches.
+        """
+        values: list[float] = []
+        with training():
+            network = NoiseNetwork(dims, self.width, random).to(samples[0].device)
+            averaged = Averaged(network, decay=self.decay)
+            descend = adam(network, lr=self.lr, decay_over=self.steps)
+            indices = [batches(len(own), self.batch_size, self.steps, random) for own in samples]
+            for chosen in zip(*indices, strict=True):
+                value = loss(network, list(chosen))
+                descend(value)
+                averaged.follow(network)
+                if self.trace:
+                    values.append(float(value.detach()))
+        return averaged.network, tuple(values)
+
+
+class NoiseNetwork(nn.Module):
+    """Predicts the noise of all coordinates: one residual block on [h, skip], zero at first.
+
+    Example:
+        >>> network = NoiseNetwork(3, 16, torch.Generator().manual_seed(0))
+        >>> network(torch.ones(2, 3), torch.ones(2, 2)).abs().sum()
+        tensor(0., grad_fn=<SumBackward0>)
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dims: int, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.enter = linear(dims, width, generator)
+        self.times = nn.Sequential(
+            linear(4 * FREQUENCIES, width, generator),
+            nn.SiLU(),
+            linear(width, 2 * width, generator),
+        )
+        self.first = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), linear(width, width, generator)
+        )
+        self.second = nn.Sequential(
+            nn.GroupNorm(8, 2 * width), nn.SiLU(), linear(2 * width, width, generator)
+        )
+        self.third = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), linear(width, width, generator)
+        )
+        self.leave = nn.Sequential(
+            nn.GroupNorm(8, width), nn.SiLU(), linear(width, dims, generator)
+        )
+        for parameter in self.leave[2].parameters():
+            nn.init.zeros_(parameter)
+        self.register_buffer("frequencies", math.pi * torch.logspace(-1, 7, FREQUENCIES, base=2.0))
+
+    def forward(self, z: Tensor, tau: Tensor) -> Tensor:
+        angles = (tau[..., None] * self.frequencies).flatten(1)
+        early, late = self.times(torch.cat([angles.sin(), angles.cos()], 1)).chunk(2, 1)
+        skip = self.enter(z)
+        h = skip + self.first(skip) + early
+        h = h + self.third(self.second(torch.cat([h, skip], 1)) + late)
+        return self.leave(h)
+
+
+def _log_growth(t: float) -> float:
+    """ln(e^B - 1), whose derivative is beta / s^2."""
+    return math.log(math.expm1(LOW * t + (HIGH - LOW) * t**2 / 2))
+
+
+def _rate(t: Tensor) -> Tensor:
+    """beta / s^2, not held."""
+    return (LOW + t * (HIGH - LOW)) / signal_and_noise(t)[1].square()
+
+
+def _held_rate() -> float:
+    return float(_rate(torch.tensor(HELD, dtype=torch.float64)))
