@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import testtime as tt
+from battery import adapter_of, alike, each
+from models import TinyNet, batches, tiny
 from testtime._core.errors import InputError, ScopeError
 from testtime.adaptation.look import look
 
@@ -102,6 +104,41 @@ class Asserting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert x.shape[-1] == 8, "images of 8 pixels alone"
         return self.net(x)
+
+
+class ByName(TinyNet):
+    """Calls its layers by the names of their arguments."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(input=self.conv1(input=x)).relu()
+        x = self.norm2(input=self.conv2(input=x)).relu()
+        return self.head(input=x.mean((2, 3)))
+
+
+@each
+def test_layers_may_be_called_by_name(name):
+    model = tiny()
+    other = ByName().eval()
+    other.load_state_dict(model.state_dict())
+    one, two = adapter_of(name, model), adapter_of(name, other)
+    *begin, last = batches(3)
+    for x in begin:
+        assert torch.equal(two(x), one(x)), name
+    assert torch.equal(two.predict(last), one.predict(last))
+    with torch.no_grad():
+        assert alike(two.export()(last), one.export()(last))
+
+
+@pytest.mark.parametrize("prior", [None, 16])
+@pytest.mark.parametrize("more", [{"gate": True}, {"guard": True}, {"budget": 0.5}, {}])
+def test_whatever_else_looks_into_layers_takes_names(more, prior):
+    model = ByName().eval()
+    method = "tent" if prior is None else "bn-adapt"
+    adapter = tt.adapt(model, method, **({} if prior is None else {"prior": prior}), **more)
+    for x in batches(3):
+        assert adapter(x).isfinite().all()
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.export()(x), adapter.predict(x))
 
 
 def test_sounds_without_a_channel_are_taken():

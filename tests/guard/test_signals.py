@@ -4,6 +4,7 @@ from torch import nn
 
 from testtime._core.errors import InputError, UnknownName
 from testtime.guard.exchangeability import Exchangeability
+from testtime.guard.fingerprint import Fingerprint
 from testtime.guard.monitor import Monitor
 from testtime.guard.signals import read_signals
 
@@ -64,6 +65,22 @@ def test_statistics_are_the_variances_that_layers_divide_by():
         model = nn.Sequential(norm, nn.Flatten(), nn.Linear(120, 2))
         expected = over.var(-1, correction=0).log().flatten(1).mean(1)
         torch.testing.assert_close(read_signals(model, x)["statistics/0"], expected)
+
+
+def test_layers_that_are_called_by_name_are_read():
+    class ByName(nn.Sequential):
+        def forward(self, x):
+            for layer in self:
+                x = layer(input=x)
+            return x
+
+    model = small().eval()
+    named, x = ByName(*model), torch.randn(40, 1, 8, 8)
+    told, plain = read_signals(named, x), read_signals(model, x)
+    assert told.keys() == plain.keys()
+    assert all(torch.equal(told[key], plain[key]) for key in plain)
+    read, known = (Fingerprint.fit(m, [x], epochs=1).read(m, x) for m in (named, model))
+    assert torch.equal(read.fingerprint, known.fingerprint)
 
 
 def test_models_without_a_linear_layer_and_bad_calls():

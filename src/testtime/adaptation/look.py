@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError, ScopeError, unknown
-from testtime.adaptation.layers import norm_kind
+from testtime.adaptation.layers import norm_kind, on_input
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
@@ -75,7 +75,7 @@ def look(
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             hooks.append(module.register_forward_hook(head))
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            hooks.append(module.register_forward_pre_hook(taking))
+            hooks.append(on_input(module, taking))
     try:
         output = _first_run(model, loan, x[:2])
     finally:

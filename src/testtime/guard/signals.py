@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError
-from testtime.adaptation.layers import NormLayer, norm_layers
+from testtime.adaptation.layers import NormLayer, norm_layers, on_input
 from testtime.adaptation.look import named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
@@ -56,12 +56,10 @@ def read_signals(model: nn.Module, x: Tensor, *, features: str | None = None) ->
     def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         entered.append(args[0].detach())
 
-    hooks = [
-        layer.module.register_forward_pre_hook(partial(see, layer)) for layer in norm_layers(model)
-    ]
+    hooks = [on_input(layer.module, partial(see, layer)) for layer in norm_layers(model)]
     for module in [chosen] if chosen else model.modules():
         if chosen or isinstance(module, nn.Linear):
-            hooks.append(module.register_forward_pre_hook(enter))
+            hooks.append(on_input(module, enter))
     try:
         with borrowed(model):
             logits = read_logits(model(x))
