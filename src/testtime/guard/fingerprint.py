@@ -27,7 +27,7 @@ from testtime.adaptation.layers import on_input
 from testtime.adaptation.look import named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
-from testtime.guard.monitor import State
+from testtime.guard.monitor import State, check_real
 
 Band = Literal["quantiles", "deviations"]
 DEVIATIONS = 3
@@ -223,6 +223,7 @@ class FaultMonitor:
         Raises:
             InputError: fingerprints are not (n,) with at least one sample.
         """
+        check_real("fingerprints", fingerprints)
         if fingerprints.dim() != 1 or len(fingerprints) == 0:
             raise InputError(
                 f"fingerprints have the shape {tuple(fingerprints.shape)}; expected (n,), n > 0."
