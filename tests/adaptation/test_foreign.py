@@ -129,6 +129,27 @@ def test_layers_may_be_called_by_name(name):
         assert alike(two.export()(last), one.export()(last))
 
 
+class Writing(nn.Module):
+    """Normalises its batch in place, as transforms may."""
+
+    def __init__(self, *, inplace: bool) -> None:
+        super().__init__()
+        self.net, self.inplace = tiny(), inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.sub_(0.5).mul_(2) if self.inplace else x.sub(0.5).mul(2))
+
+
+@each
+def test_a_model_that_writes_to_its_batch_gets_a_copy(name):
+    one, two = (adapter_of(name, Writing(inplace=inplace).eval()) for inplace in (False, True))
+    for x in batches(3):
+        given = x.clone()
+        assert alike(two.predict(given), one.predict(x))
+        assert alike(two(given), one(x))
+        assert torch.equal(given, x)
+
+
 @pytest.mark.parametrize("prior", [None, 16])
 @pytest.mark.parametrize("more", [{"gate": True}, {"guard": True}, {"budget": 0.5}, {}])
 def test_whatever_else_looks_into_layers_takes_names(more, prior):

@@ -52,7 +52,8 @@ class Adapter:
     """A model that learns from the batches it answers; made by `tt.adapt`.
 
     The model is borrowed: whatever is learnt lives beside it, and between calls its parameters,
-    buffers, flags, gradients and hooks, and the global random state, are what they were.
+    buffers, flags, gradients and hooks, and the global random state, are what they were. (A model
+    that itself draws by chance in eval mode draws from that state, as it does alone.)
 
     Attributes:
         recipe: the method.

@@ -145,6 +145,7 @@ class Loan:
         if averages and learn:
             # a file brings the count to the device, where each layer would wait for it
             fresh = {**averages, "seen": averages["seen"].cpu() + 1}
+        x = x.clone() if self.traces.batch else x
         lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x)
         with self.lock, self.traces.hidden(self.named_modules), lent:
             worth_it = lean and self.own_functions and x.numel() >= MANY

@@ -104,7 +104,7 @@ def _head(ran: list[tuple[nn.Module, torch.Size]], *, classes: int) -> nn.Module
 
 def _first_run(model: nn.Module, loan: Loan, x: Tensor) -> Any:
     """Runs the source model, and notes what that leaves behind in it."""
-    taken = False
+    taken, x = False, x.clone()  # the model may write to it
     with loan.lock, loan.traces.watched(loan.named_modules, x):
         try:
             with loan.traces.emptied(model) as taken:
