@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
+from models import ChannelsLayerNorm, ChannelsRMSNorm
 from testtime._core.errors import InputError, UnknownName
 from testtime.guard.exchangeability import Exchangeability
 from testtime.guard.fingerprint import Fingerprint
@@ -65,6 +68,25 @@ def test_statistics_are_the_variances_that_layers_divide_by():
         model = nn.Sequential(norm, nn.Flatten(), nn.Linear(120, 2))
         expected = over.var(-1, correction=0).log().flatten(1).mean(1)
         torch.testing.assert_close(read_signals(model, x)["statistics/0"], expected)
+
+
+def test_what_divides_by_mean_squares_or_over_channels_is_read_as_it_divides():
+    x = torch.randn(3, 4, 5, 6) + 1
+    over = x.movedim(1, -1)
+    for norm, divisor in (
+        (nn.RMSNorm(6), x.square().mean(-1)), (ChannelsRMSNorm(4), over.square().mean(-1)),
+        (ChannelsLayerNorm(4), over.var(-1, correction=0)),
+    ):  # fmt: skip
+        model = nn.Sequential(norm, nn.Flatten(), nn.Linear(120, 2))
+        expected = divisor.log().flatten(1).mean(1)
+        torch.testing.assert_close(read_signals(model, x)["statistics/0"], expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3)])
+def test_a_layer_that_divides_by_its_batch_says_nothing_of_a_sample(shape):
+    norm = nn.BatchNorm1d(4, track_running_stats=False)
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(math.prod(shape[1:]), 2))
+    assert list(read_signals(model, torch.randn(shape))) == ["entropy", "confidence", "features"]
 
 
 def test_layers_that_are_called_by_name_are_read():
