@@ -12,6 +12,7 @@ from battery import adapter_of, alike, each
 from models import TinyNet, batches, tiny
 from testtime._core.errors import InputError, ScopeError
 from testtime.adaptation.look import look
+from testtime.adaptation.outputs import read_logits
 
 
 def sounds(count: int = 3) -> list[Tensor]:
@@ -148,6 +149,33 @@ def test_a_model_that_writes_to_its_batch_gets_a_copy(name):
         assert alike(two.predict(given), one.predict(x))
         assert alike(two(given), one(x))
         assert torch.equal(given, x)
+
+
+def without_shift() -> nn.Module:
+    model = network(nn.Linear(6, 5))
+    model[1].bias = None
+    return model
+
+
+def spaced() -> nn.Module:
+    model = nn.Sequential()
+    for place, layer in network(nn.Linear(6, 5)).named_children():
+        model.add_module(f"layer {place} ü/", layer)
+    return model.eval()
+
+
+@each
+@pytest.mark.parametrize("make", [without_shift, spaced])
+def test_shifts_may_be_missing_and_names_hold_anything(name, make, tmp_path):
+    model = make()
+    one, two = (adapter_of(name, model) for _ in range(2))
+    for x in images():
+        one(x)
+    one.save(tmp_path / "state")
+    two.load(tmp_path / "state")
+    assert alike(one(x), two(x))
+    with torch.no_grad():
+        assert read_logits(one.export()(x)).isfinite().all()
 
 
 @pytest.mark.parametrize("prior", [None, 16])

@@ -324,7 +324,8 @@ class Normaliser:
             weight, bias = module.weight, module.bias
             values = float(x.numel() // x.shape[1])
             full = x.dtype in (torch.float32, torch.float64)
-            alike = full and module.weight is not None and x.dtype == weight.dtype == bias.dtype
+            alike = full and module.weight is not None and module.bias is not None
+            alike = alike and x.dtype == weight.dtype == bias.dtype
             if alike and values > 1 and (moving := self.moving()):
                 mean, var, share = moving
                 return F.batch_norm(x, mean, var, weight, bias, True, share, self.eps)
