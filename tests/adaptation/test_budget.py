@@ -161,6 +161,21 @@ def test_methods_that_adapt_other_tensors_are_thinned_alone(costs):
     assert adapter.plan().spending.total == pytest.approx(1, abs=0.01)
 
 
+def test_a_teacher_averages_what_is_left_out_with_itself(costs):
+    model = deep()
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            parameter.add_(10.0 * i) if "norm" in name else None
+    adapter = tt.adapt(model, "rotta", capacity=4, every=4, budget=0.4, lr=1e-3)
+    for x in batches(6, size=4):
+        adapter(x)
+    state, own = adapter.snapshot(), dict(model.named_parameters())
+    assert adapter.counts.updates
+    assert len(state.tensors) < len(state.teacher) == len(own)
+    for name, tensor in state.teacher.items():
+        torch.testing.assert_close(tensor, own[name].detach(), rtol=1e-3, atol=1e-2)
+
+
 def test_budgets_that_are_none_are_refused():
     for wrong in (-1, "a", float("nan"), True):
         with pytest.raises(OptionError, match="budget is"):

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import testtime as tt
+from battery import adapter_of, alike, each
+from models import TinyNet, batches, tiny
 from testtime._core.errors import InputError, ScopeError
 from testtime.adaptation.look import look
+from testtime.adaptation.outputs import read_logits
 
 
 def sounds(count: int = 3) -> list[Tensor]:
@@ -102,6 +105,89 @@ class Asserting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert x.shape[-1] == 8, "images of 8 pixels alone"
         return self.net(x)
+
+
+class ByName(TinyNet):
+    """Calls its layers by the names of their arguments."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(input=self.conv1(input=x)).relu()
+        x = self.norm2(input=self.conv2(input=x)).relu()
+        return self.head(input=x.mean((2, 3)))
+
+
+@each
+def test_layers_may_be_called_by_name(name):
+    model = tiny()
+    other = ByName().eval()
+    other.load_state_dict(model.state_dict())
+    one, two = adapter_of(name, model), adapter_of(name, other)
+    *begin, last = batches(3)
+    for x in begin:
+        assert torch.equal(two(x), one(x)), name
+    assert torch.equal(two.predict(last), one.predict(last))
+    with torch.no_grad():
+        assert alike(two.export()(last), one.export()(last))
+
+
+class Writing(nn.Module):
+    """Normalises its batch in place, as transforms may."""
+
+    def __init__(self, *, inplace: bool) -> None:
+        super().__init__()
+        self.net, self.inplace = tiny(), inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.sub_(0.5).mul_(2) if self.inplace else x.sub(0.5).mul(2))
+
+
+@each
+def test_a_model_that_writes_to_its_batch_gets_a_copy(name):
+    one, two = (adapter_of(name, Writing(inplace=inplace).eval()) for inplace in (False, True))
+    for x in batches(3):
+        given = x.clone()
+        assert alike(two.predict(given), one.predict(x))
+        assert alike(two(given), one(x))
+        assert torch.equal(given, x)
+
+
+def without_shift() -> nn.Module:
+    model = network(nn.Linear(6, 5))
+    model[1].bias = None
+    return model
+
+
+def spaced() -> nn.Module:
+    model = nn.Sequential()
+    for place, layer in network(nn.Linear(6, 5)).named_children():
+        model.add_module(f"layer {place} ü/", layer)
+    return model.eval()
+
+
+@each
+@pytest.mark.parametrize("make", [without_shift, spaced])
+def test_shifts_may_be_missing_and_names_hold_anything(name, make, tmp_path):
+    model = make()
+    one, two = (adapter_of(name, model) for _ in range(2))
+    for x in images():
+        one(x)
+    one.save(tmp_path / "state")
+    two.load(tmp_path / "state")
+    assert alike(one(x), two(x))
+    with torch.no_grad():
+        assert read_logits(one.export()(x)).isfinite().all()
+
+
+@pytest.mark.parametrize("prior", [None, 16])
+@pytest.mark.parametrize("more", [{"gate": True}, {"guard": True}, {"budget": 0.5}, {}])
+def test_whatever_else_looks_into_layers_takes_names(more, prior):
+    model = ByName().eval()
+    method = "tent" if prior is None else "bn-adapt"
+    adapter = tt.adapt(model, method, **({} if prior is None else {"prior": prior}), **more)
+    for x in batches(3):
+        assert adapter(x).isfinite().all()
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.export()(x), adapter.predict(x))
 
 
 def test_sounds_without_a_channel_are_taken():

@@ -15,6 +15,8 @@ from testtime._core.outcomes import Outcome
 from testtime.adaptation.gating import AGAIN
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.source_like import SourceLike, effect, pooled, summaries
+from testtime.guard.exchangeability import Exchangeability
+from testtime.guard.monitor import Monitor
 from testtime.measures.entropy import entropy
 
 KINDS = ["batch", "sync", "frozen", "group", "layer", "instance", "rms"]
@@ -224,6 +226,21 @@ def test_any_monitor_is_a_gate():
         spared = adapter.events[-1].outcome is Outcome.LIKE_SOURCE
         assert spared == (not left and sure <= 0.5)
     assert 0 < adapter.snapshot().gate["memory"]["batches"] < 12
+
+
+def test_a_monitor_of_one_signal_is_a_gate(tmp_path):
+    xs, model = batches(20), tiny()
+    known = torch.cat([entropy(model(x).detach()) / math.log(5) for x in xs[:10]])
+    test = Exchangeability.fit(known[:, None])
+    one, other = (tt.adapt(model, "tent", gate=Monitor(test)) for _ in range(2))
+    for x in xs[10:]:
+        one(x)
+    assert {event.outcome for event in one.events} == {Outcome.LIKE_SOURCE}
+    one.save(tmp_path / "state")
+    other.load(tmp_path / "state")
+    for x in xs:
+        assert torch.equal(other(0.02 * x), one(0.02 * x))
+    assert one.events[-1].outcome is Outcome.ADAPTED
 
 
 def test_an_error_leaves_the_gate_where_it_was(monkeypatch):

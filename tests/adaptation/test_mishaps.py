@@ -40,6 +40,8 @@ def test_a_failing_model_is_given_back(name):
         (torch.rand(3, 8, 8), "takes"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "floating point"),
         ([1, 2], "tensor"),
+        (torch.rand(2, 3, 8, 8).to_sparse(), "dense"),
+        (torch.nested.nested_tensor([torch.rand(3, 8, 8)]), "nested"),
     ],
 )
 def test_bad_input_changes_nothing(name, bad, says):

@@ -1,5 +1,6 @@
 """A stream goes on from a snapshot or a file as if it had never stopped, and from no other's."""
 
+import copy
 import math
 from dataclasses import replace
 from functools import cache
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import testtime as tt
-from battery import ALL, adapter_of, each
+from battery import ALL, adapter_of, alike, each
 from models import Headed, batches, tiny
 from testtime._core.errors import StateError
 from testtime._core.files import digest
@@ -190,3 +191,31 @@ def test_source_knowledge_of_another_model_is_refused(tmp_path):
     assert again.samples == 16
     with pytest.raises(StateError, match="another model"):
         tt.adapt(tiny("group"), "eata", source=again)
+
+
+@each
+def test_what_was_made_in_inference_mode_learns_outside_of_it(name, tmp_path):
+    model, xs = tiny().to(torch.bfloat16), [x.to(torch.bfloat16) for x in batches(2)]
+    expected = [adapter_of(name, copy.deepcopy(model))(x) for x in xs[:1]]
+    with torch.inference_mode():
+        adapter = adapter_of(name, model)
+        assert alike(adapter(xs[0]), expected[0])
+        adapter.save(tmp_path / "state")
+        adapter.reset()
+    assert alike(adapter(xs[0]), expected[0])
+    expected = adapter(xs[1])
+    with torch.inference_mode():
+        adapter.load(tmp_path / "state")
+        copied = adapter.export()
+    assert alike(adapter(xs[1]), expected)
+    assert not any(p.is_inference() for p in copied.parameters())
+
+
+def test_what_is_loaded_begins_in_memory_where_torch_would_begin_it(tmp_path):
+    """Kernels round by it, so that answers would differ in the last bit."""
+    for length in range(1, 9):  # the file's own beginning is as long as the method's text
+        adapter = tt.adapt(tiny(), "tent", lr=float("0." + "1" * length))
+        adapter(batches(1)[0])
+        adapter.save(tmp_path / "state")
+        adapter.load(tmp_path / "state")
+        assert not any(t.data_ptr() % 64 for t in adapter.snapshot().tensors.values())

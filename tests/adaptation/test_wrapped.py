@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import testtime as tt
+from battery import ALL, adapter_of
+from models import batches
 from testtime._core.errors import InputError, ScopeError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -302,6 +304,18 @@ def test_views_do_not_hang_on_the_default_type():
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(answer, expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_draw_hangs_on_the_default_type(name):
+    expected, adapter = adapter_of(name), adapter_of(name)
+    for x in batches(2):
+        torch.set_default_dtype(torch.float64)
+        try:
+            answer = adapter(x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(answer, expected(x), rtol=0, atol=1e-3)
 
 
 class TwoInputs(nn.Module):

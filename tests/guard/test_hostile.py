@@ -6,21 +6,29 @@ import pytest
 import torch
 from torch import nn
 
-from testtime._core.errors import InputError
+from testtime._core.errors import InputError, StateError
 from testtime.adaptation.never_worse import NeverWorse
+from testtime.guard.betting import Mixture
+from testtime.guard.collapse import Collapse
 from testtime.guard.correctness import (
+    CorrectnessCalibrator,
     balanced_correctness_loss,
     consistency_features,
     correctness_loss,
 )
 from testtime.guard.densities import Gaussian
+from testtime.guard.exchangeability import Exchangeability
+from testtime.guard.faults import BitFlips, Scaling, faulty_activations
 from testtime.guard.feature_shift import feature_shift
-from testtime.guard.fingerprint import Fingerprint
+from testtime.guard.fingerprint import FaultMonitor, Fingerprint
+from testtime.guard.independence import Independence
+from testtime.guard.monitor import Monitor
 from testtime.guard.predictive_uncertainty import predictive_uncertainty
 from testtime.guard.rejection import Rejector, best_score, rejection_cost, rejection_loss
-from testtime.guard.scaling import VectorScaling
+from testtime.guard.risk import Risk
+from testtime.guard.scaling import TemperatureScaling, VectorScaling
 from testtime.guard.shift_statistics import KnnKS, ks_distance
-from testtime.guard.tarp import uniform_p_value
+from testtime.guard.tarp import tarp, uniform_p_value
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -116,3 +124,86 @@ def test_a_rejector_may_read_one_number_of_each_sample():
     kind = {"cost": 0.2, "alpha": 2.0, "steps": 3}
     flat, column = (Rejector.fit(each, x > 0, **kind) for each in (x, x[:, None]))
     assert torch.equal(flat.score(x), column.score(x[:, None]))
+
+
+MONITORS = {
+    "Exchangeability": (Exchangeability.fit(X), 1),
+    "Risk": (Risk(bound=0.5), 1),
+    "Independence": (Independence(gamma_x=1.0, gamma_y=1.0), 2),
+    "Collapse": (Collapse(classes=4), 2),
+    "FaultMonitor": (FaultMonitor(low=0.0, high=1.0), 1),
+}
+
+
+@pytest.mark.parametrize("bad", [[[0.5]], X.numpy(), None, X.to(torch.complex64)])
+@pytest.mark.parametrize("name", MONITORS)
+def test_what_is_no_tensor_of_real_numbers_is_refused_by_monitors(name, bad):
+    detector, count = MONITORS[name]
+    with pytest.raises(InputError, match="expected a tensor of real numbers"):
+        Monitor(detector).update(*[bad] * count)
+
+
+@pytest.mark.parametrize("bad", [1.0, torch.tensor(math.nan, dtype=torch.float64)])
+def test_a_state_that_could_never_alarm_is_refused(bad):
+    monitor = Monitor(Risk(bound=0.5))
+    with pytest.raises(StateError, match="log_peak"):
+        monitor.load_state_dict(monitor.state_dict() | {"log_peak": bad})
+    assert monitor.update(torch.ones(100))
+
+
+def test_an_alarm_is_raised_where_wealth_is_just_enough():
+    assert Monitor(Risk(bound=1 / 3, alpha=0.5, bets=Mixture(fractions=(0.5,)))).update(
+        torch.ones(1)
+    )
+
+
+def test_a_state_with_a_larger_memory_shrinks_to_the_own():
+    points, few = torch.randn(2, 40, 1, generator=torch.Generator().manual_seed(0))
+    large, small = (Monitor(Independence(gamma_x=1.0, gamma_y=1.0, memory=m)) for m in (30, 4))
+    large.update(points, few)
+    small.load_state_dict(large.state_dict())
+    small.update(points[:2], few[:2])
+    assert len(small.state_dict()["x"]) == 4
+    assert small.state_dict()["trace"] == pytest.approx(_trace(small.state_dict()))
+
+
+def _trace(state):
+    k, l = ((-((each - each.mT) ** 2)).exp() for each in (state["x"], state["y"]))
+    return float((k * l).sum())
+
+
+def test_distances_that_overflow_are_named():
+    huge = 1e200 * X.double()
+    with pytest.raises(InputError, match="x overflow"):
+        Independence.fit(huge, X)
+
+
+def test_an_exact_sampler_of_whole_numbers_passes():
+    chance = torch.Generator().manual_seed(0)
+    draws = torch.randint(4, (51, 300, 1), generator=chance)
+    assert tarp(draws[1:], draws[0]).p_value > 0.01
+    assert tarp(draws[1:] // 2, draws[0]).p_value < 1e-6
+
+
+def test_calibration_in_half_precision_changes_no_answer():
+    chance = torch.Generator().manual_seed(0)
+    logits, views = torch.randn(5000, 10, generator=chance).bfloat16(), X.new_zeros(1, 5000, 10)
+    calibrator = CorrectnessCalibrator.fit(logits, views, torch.arange(5000) % 10, lr=0.1)
+    scaling = TemperatureScaling(temperature=1.3)
+    for told in (scaling.calibrate(logits), calibrator.calibrate(logits, views)):
+        assert torch.equal(told.argmax(1), logits.argmax(1))
+
+
+def test_a_rejector_learns_from_half_precision():
+    x = torch.linspace(-1, 1, 200).half()[:, None]
+    rejector = Rejector.fit(x, x[:, 0] > 0, cost=0.2, alpha=2.0, steps=200)
+    assert rejector.accepts(x[[0, -1]]).tolist() == [False, True]
+
+
+def test_activations_in_tuples_and_empty_weights_may_be_faulty():
+    model = nn.LSTM(3, 4)
+    with torch.no_grad(), faulty_activations(model, Scaling(rate=1.0)):
+        spoilt, (hidden, _) = model(X[:, :3])
+    output, (plain, _) = model(X[:, :3])
+    torch.testing.assert_close((spoilt, hidden), (-output, -plain))
+    assert BitFlips(rate=0.5)(X[:0], torch.Generator()).shape == (0, 4)

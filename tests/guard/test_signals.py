@@ -1,9 +1,13 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
+from models import ChannelsLayerNorm, ChannelsRMSNorm
 from testtime._core.errors import InputError, UnknownName
 from testtime.guard.exchangeability import Exchangeability
+from testtime.guard.fingerprint import Fingerprint
 from testtime.guard.monitor import Monitor
 from testtime.guard.signals import read_signals
 
@@ -64,6 +68,41 @@ def test_statistics_are_the_variances_that_layers_divide_by():
         model = nn.Sequential(norm, nn.Flatten(), nn.Linear(120, 2))
         expected = over.var(-1, correction=0).log().flatten(1).mean(1)
         torch.testing.assert_close(read_signals(model, x)["statistics/0"], expected)
+
+
+def test_what_divides_by_mean_squares_or_over_channels_is_read_as_it_divides():
+    x = torch.randn(3, 4, 5, 6) + 1
+    over = x.movedim(1, -1)
+    for norm, divisor in (
+        (nn.RMSNorm(6), x.square().mean(-1)), (ChannelsRMSNorm(4), over.square().mean(-1)),
+        (ChannelsLayerNorm(4), over.var(-1, correction=0)),
+    ):  # fmt: skip
+        model = nn.Sequential(norm, nn.Flatten(), nn.Linear(120, 2))
+        expected = divisor.log().flatten(1).mean(1)
+        torch.testing.assert_close(read_signals(model, x)["statistics/0"], expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3)])
+def test_a_layer_that_divides_by_its_batch_says_nothing_of_a_sample(shape):
+    norm = nn.BatchNorm1d(4, track_running_stats=False)
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(math.prod(shape[1:]), 2))
+    assert list(read_signals(model, torch.randn(shape))) == ["entropy", "confidence", "features"]
+
+
+def test_layers_that_are_called_by_name_are_read():
+    class ByName(nn.Sequential):
+        def forward(self, x):
+            for layer in self:
+                x = layer(input=x)
+            return x
+
+    model = small().eval()
+    named, x = ByName(*model), torch.randn(40, 1, 8, 8)
+    told, plain = read_signals(named, x), read_signals(model, x)
+    assert told.keys() == plain.keys()
+    assert all(torch.equal(told[key], plain[key]) for key in plain)
+    read, known = (Fingerprint.fit(m, [x], epochs=1).read(m, x) for m in (named, model))
+    assert torch.equal(read.fingerprint, known.fingerprint)
 
 
 def test_models_without_a_linear_layer_and_bad_calls():

@@ -52,7 +52,8 @@ class Adapter:
     """A model that learns from the batches it answers; made by `tt.adapt`.
 
     The model is borrowed: whatever is learnt lives beside it, and between calls its parameters,
-    buffers, flags, gradients and hooks, and the global random state, are what they were.
+    buffers, flags, gradients and hooks, and the global random state, are what they were. (A model
+    that itself draws by chance in eval mode draws from that state, as it does alone.)
 
     Attributes:
         recipe: the method.
@@ -90,7 +91,7 @@ class Adapter:
         alone = getattr(recipe.procedure, "alone", False)  # no batch teaches another
         self._ranks = Ranks(None if alone else process_group)
         self._lock = threading.RLock()
-        with lock_of(model):
+        with lock_of(model), computing():
             check_source(source, recipe, model)
             self._features = feature_layer(model, features, source, recipe)
             self._engine = self._build(order=[])
@@ -121,7 +122,7 @@ class Adapter:
                 nothing has changed then.
         """
         waits = self._behind.busy
-        with self._settled(), computing():
+        with self._settled():
             x = self._admit(x, teaches=True)
             before = self._engine.forwards, self._engine.backwards
             was = self._state
@@ -198,7 +199,7 @@ class Adapter:
         Raises:
             InputError: as a call.
         """
-        with self._settled(), computing():
+        with self._settled():
             x = self._admit(x)
             engine, state = self._engine, self._state
             asked = engine.frozen if distrusted(state) else lambda x: engine.predict(x, state)
@@ -283,7 +284,7 @@ class Adapter:
         averages over views (CoTTA); and MEMO looks at each image alone, so it is the copy's answer
         for batches of one that is `predict`'s.
         """
-        with self._settled(), self._engine.loan.lock, torch.no_grad():
+        with self._settled(), self._engine.loan.lock:
             if distrusted(self._state):
                 return copied(self.model)
             return exported(self.model, self.recipe, self._state)
@@ -295,7 +296,7 @@ class Adapter:
 
         Layers are in order of execution once a batch, or `x`, was seen.
         """
-        with self._settled(), computing():
+        with self._settled():
             if x is not None:
                 self._admit(x)
             spending = self._ration and self._ration.told(self._state.account)
@@ -308,13 +309,17 @@ class Adapter:
 
     @contextmanager
     def _settled(self) -> Iterator[None]:
-        """The adapter to oneself, with no update pending; what the last one raised is raised."""
+        """The adapter to oneself, with no update pending; what the last one raised is raised.
+
+        What is made meanwhile may learn, though the caller be in inference mode.
+        """
         while True:
             self._behind.wait()  # without the lock: an update that ends may call the adapter
             with self._lock:
                 if self._behind.inside or not self._behind.busy:
                     self._lane.join()
-                    yield
+                    with computing():
+                        yield
                     return
 
     def _build(self, order: list[str], feature_layer: nn.Module | None = None) -> Engine:

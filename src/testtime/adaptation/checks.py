@@ -82,6 +82,9 @@ def check_input(x: Tensor, recipe: Recipe, *, rank: int | None, device: torch.de
     """
     if not isinstance(x, Tensor):
         raise InputError(f"a batch is a tensor; given {type(x).__name__}. {AROUND}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "nested" if x.is_nested else f"of layout {x.layout}"
+        raise InputError(f"the batch is {kind}; expected a dense tensor. Use x.to_dense(), or pad.")
     if not x.is_floating_point():
         raise InputError(
             f"the batch is of type {x.dtype}; expected floating point. For images of integers use "

@@ -76,8 +76,7 @@ class Engine:
         own = (self.loan.canonical.get(name, name) for name in chosen)
         self.names: list[str] = list(dict.fromkeys(own))
         whole = model.named_parameters() if getattr(recipe.teacher, "whole", False) else ()
-        others = (name for name, parameter in whole if parameter.is_floating_point())
-        self.followed = list(dict.fromkeys([*self.names, *others]))
+        self._whole = [name for name, parameter in whole if parameter.is_floating_point()]
         scales_and_shifts = {name for layer in norms for name in layer.tensors}
         self.lean = scales_and_shifts.issuperset(self.names)
         self.norms_mix = any(
@@ -97,6 +96,11 @@ class Engine:
         self.forwards = self.backwards = 0
 
     # --- states -------------------------------------------------------------------------------
+
+    @property
+    def followed(self) -> list[str]:
+        """What a teacher averages: what adapts, then what its kind averages with itself."""
+        return list(dict.fromkeys([*self.names, *self._whole]))
 
     def source_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The model's own values of what adapts; float32 where the model is in half precision."""

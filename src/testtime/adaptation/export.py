@@ -1,19 +1,24 @@
 """A plain copy of a model with what was learnt."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import ScopeError
-from testtime.adaptation.layers import NormLayer, bound, norm_layers
-from testtime.adaptation.loan import Restated, places
+from testtime.adaptation.layers import NormLayer, bound, named_input, norm_layers
+from testtime.adaptation.loan import ALONE, places
+from testtime.adaptation.moments import moments, wide
 from testtime.adaptation.parts.prediction import from_teacher
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
     BatchStatistics,
     MixedStatistics,
+    Moments,
     RunningStatistics,
     Statistics,
 )
@@ -97,3 +102,35 @@ def _settle(
         module.running_mean = module.running_var = None
     elif isinstance(statistics, BatchStatistics | MixedStatistics | AdaptiveMixture):
         module.forward = Restated(module, vars(module).get("forward"), layer.eps, statistics)
+
+
+@dataclass(frozen=True)
+class Restated:
+    """A forward for exported layers: scales and shifts what comes in, so that the layer, which
+    normalises with the statistics it stored, in effect normalises with the chosen ones.
+
+    It reads the stored ones off the layer, so that they move, change type and are saved with it. A
+    hook would not do: a compiler does not see one that its cache is older than.
+    """
+
+    module: nn.Module
+    forward: Callable[..., Any] | None
+    eps: float
+    statistics: BatchStatistics | MixedStatistics | AdaptiveMixture
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module, name = self.module, named_input(args, kwargs)
+        x = args[0] if name is None else kwargs[name]
+        stored = Moments(module._buffers["running_mean"], module._buffers["running_var"])  # type: ignore[arg-type]
+        used, values = moments(x, ALONE)
+        if isinstance(self.statistics, MixedStatistics):
+            used = self.statistics.blend(stored, used, samples=len(x), values=values)
+        elif isinstance(self.statistics, AdaptiveMixture):
+            used = self.statistics.blend(x, stored, used, values=values, ranks=ALONE)
+        scale = ((stored.var + self.eps) / (used.var + self.eps)).sqrt()
+        centred = (x - wide(used.mean, x)) * wide(scale, x)
+        restated = (centred + wide(stored.mean, x)).to(x.dtype)
+        forward = self.forward or partial(type(module).forward, module)
+        if name is None:
+            return forward(restated, *args[1:], **kwargs)
+        return forward(**{**kwargs, name: restated})

@@ -21,6 +21,7 @@ from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.learning import gradients
 from testtime.adaptation.look import check_backward, look
+from testtime.adaptation.modes import computing
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.knowledge import Need
 from testtime.adaptation.ranks import Ranks
@@ -88,7 +89,7 @@ class SourceKnowledge:
             StateError: when the file is truncated or something else.
         """
         try:
-            with safe_open(path, framework="pt") as file:
+            with torch.inference_mode(False), safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 if about.get("format") != FORMAT:
                     raise StateError(
@@ -99,7 +100,7 @@ class SourceKnowledge:
                 entries: dict[str, dict[str, Tensor]] = {need: {} for need in needs}
                 for full in file.keys():  # noqa: SIM118
                     need, _, name = full.partition("/")
-                    entries[need][name] = file.get_tensor(full)
+                    entries[need][name] = file.get_tensor(full).clone()  # begins where torch would
         except (SafetensorError, OSError) as error:
             raise StateError(
                 f"{path} cannot be read: {error}. Make it anew with fit_source."
@@ -253,9 +254,9 @@ def fit_source(
     for number in range(passes):
         samples = batches = 0
         for item in loader:
-            x, labels = _unpack(item, source.device)
-            check_input(x, source.recipe, rank=rank, device=source.device)
-            with torch.inference_mode(False), torch.no_grad():
+            with computing():
+                x, labels = _unpack(item, source.device)
+                check_input(x, source.recipe, rank=rank, device=source.device)
                 if not batches and not number:
                     found = taking(
                         model, x, partial(look, model, source.loan, x, features=features)
@@ -277,15 +278,17 @@ def fit_source(
                             batch = SourceBatch(x, labels, seen, engine)
                             total = totals.get((name, place), {})
                             totals[name, place] = need.add(total, batch)
-        totals = {key: _turned(needs[key[0]][0], total, number) for key, total in totals.items()}
+        with computing():
+            totals = {key: _turned(needs[key[0]][0], each, number) for key, each in totals.items()}
         if not batches:
             raise InputError(
                 "the loader gave no batch; expected about 2000 source samples"
                 + (", as often as it is read: give a DataLoader or a list." if number else ".")
             )
     entries: dict[str, dict[str, Tensor]] = {name: {} for name in needs}
-    for (name, _), total in totals.items():
-        entries[name] |= needs[name][0].finish(total, samples=samples, batches=batches)
+    with computing():
+        for (name, _), total in totals.items():
+            entries[name] |= needs[name][0].finish(total, samples=samples, batches=batches)
     by_method = {name: tuple(n.name for n in recipe.needs) for name, recipe in recipes.items()}
     names = {module: name for name, module in model.named_modules()}
     layer = None if source.feature_layer is None else names.get(source.feature_layer)
@@ -335,5 +338,8 @@ def _recipes(methods: Any) -> dict[str, Recipe]:
 
 def _unpack(item: Any, device: torch.device) -> tuple[Any, Any]:
     parts: list[Any] = list(item) if isinstance(item, tuple | list) else [item]
-    x, labels, *_ = [*parts, None, None]
+    x, labels, *_ = [
+        each.clone() if isinstance(each, Tensor) and each.is_inference() else each
+        for each in [*parts[:2], None, None]
+    ]
     return x.to(device) if isinstance(x, Tensor) else x, labels

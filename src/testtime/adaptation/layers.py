@@ -1,14 +1,15 @@
 """What a model is made of, found by structure and order of execution, never by name."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.hooks import RemovableHandle
 
 Kind = Literal["batch", "instance", "group", "layer"]
 NORMS: tuple[tuple[type, Kind], ...] = (
@@ -89,6 +90,46 @@ def norm_layers(model: nn.Module, order: Sequence[str] = ()) -> list[NormLayer]:
     ]
     place = {name: i for i, name in enumerate(order)}
     return sorted(found, key=lambda layer: place.get(layer.name, len(place)))
+
+
+def on_input(
+    module: nn.Module, see: Callable[[nn.Module, tuple[Any, ...]], Any], *, prepend: bool = False
+) -> RemovableHandle:
+    """A hook that sees what enters a layer, whether it is called layer(x) or layer(input=x).
+
+    Args:
+        module: the layer.
+        see: called with it and (input, ...) before each forward; a tuple that it gives goes in.
+        prepend: before the hooks that are there.
+
+    Example:
+        >>> layer, seen = nn.ReLU(), []
+        >>> hook = on_input(layer, lambda _, args: seen.append(args[0]))
+        >>> _ = layer(torch.ones(1)), layer(input=torch.zeros(1))
+        >>> seen
+        [tensor([1.]), tensor([0.])]
+    """
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = named_input(args, kwargs)
+        said = see(module, args if name is None else (kwargs[name],))
+        if said is None:
+            return None
+        return (said, kwargs) if name is None else (args, {**kwargs, name: said[0]})
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
+
+
+def named_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The name by which a call gives its input; None where it comes first and without one.
+
+    Example:
+        >>> named_input((1,), {}), named_input((), {"scale": 2, "hidden": torch.ones(1)})
+        (None, 'hidden')
+    """
+    if args:
+        return None
+    return next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
 
 
 def bound(model: nn.Module) -> set[nn.Module]:

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.overrides import BaseTorchFunctionMode
 
 from testtime._core.errors import ScopeError
-from testtime.adaptation.layers import NormLayer, bound
+from testtime.adaptation.layers import NormLayer, bound, on_input
 from testtime.adaptation.lean import Lean, kept_as
-from testtime.adaptation.moments import InGroups, moments, normalise, normalise_blended, wide
+from testtime.adaptation.moments import InGroups, moments, normalise, normalise_blended
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
     Averages,
@@ -145,6 +145,7 @@ class Loan:
         if averages and learn:
             # a file brings the count to the device, where each layer would wait for it
             fresh = {**averages, "seen": averages["seen"].cpu() + 1}
+        x = x.clone() if self.traces.batch else x
         lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x)
         with self.lock, self.traces.hidden(self.named_modules), lent:
             worth_it = lean and self.own_functions and x.numel() >= MANY
@@ -178,7 +179,7 @@ class Loan:
         """While it lasts, the input of `layer` is appended to `into` at each forward."""
         if layer is None:
             raise no_features(self.model)
-        hook = layer.register_forward_pre_hook(lambda _, args: into.append(args[0]))
+        hook = on_input(layer, lambda _, args: into.append(args[0]))
         try:
             yield
         finally:
@@ -242,7 +243,7 @@ class Loan:
                     if self.own_functions and normalise.may_stand_in(layer.module):
                         put(layer.module.__dict__, "forward", normalise.in_place_of(layer.module))
                     else:
-                        hooks.append(layer.module.register_forward_pre_hook(normalise))
+                        hooks.append(on_input(layer.module, normalise))
             yield
         finally:
             for hook in hooks:
@@ -317,12 +318,14 @@ class Normaliser:
     def in_place_of(self, module: Any) -> Callable[[Tensor], Tensor]:
         """The layer's forward, which passes over its input once where a gradient flows through."""
 
-        def forward(x: Tensor) -> Tensor:
+        def forward(input: Tensor) -> Tensor:  # noqa: A002  (as torch calls it)
+            x = input
             module._check_input_dim(x)
             weight, bias = module.weight, module.bias
             values = float(x.numel() // x.shape[1])
             full = x.dtype in (torch.float32, torch.float64)
-            alike = full and module.weight is not None and x.dtype == weight.dtype == bias.dtype
+            alike = full and module.weight is not None and module.bias is not None
+            alike = alike and x.dtype == weight.dtype == bias.dtype
             if alike and values > 1 and (moving := self.moving()):
                 mean, var, share = moving
                 return F.batch_norm(x, mean, var, weight, bias, True, share, self.eps)
@@ -368,33 +371,3 @@ class Normaliser:
             self.fresh[f"{self.name}.var"] = new.var.detach()
             return new if statistics.robust else batch
         return batch
-
-
-@dataclass(frozen=True)
-class Restated:
-    """A forward for exported layers: scales and shifts what comes in, so that the layer, which
-    normalises with the statistics it stored, in effect normalises with the chosen ones.
-
-    It reads the stored ones off the layer, so that they move, change type and are saved with it. A
-    hook would not do: a compiler does not see one that its cache is older than.
-    """
-
-    module: nn.Module
-    forward: Callable[..., Any] | None
-    eps: float
-    statistics: BatchStatistics | MixedStatistics | AdaptiveMixture
-
-    def __call__(self, x: Tensor, *args: Any) -> Any:
-        module = self.module
-        stored = Moments(module._buffers["running_mean"], module._buffers["running_var"])  # type: ignore[arg-type]
-        used, values = moments(x, ALONE)
-        if isinstance(self.statistics, MixedStatistics):
-            used = self.statistics.blend(stored, used, samples=len(x), values=values)
-        elif isinstance(self.statistics, AdaptiveMixture):
-            used = self.statistics.blend(x, stored, used, values=values, ranks=ALONE)
-        scale = ((stored.var + self.eps) / (used.var + self.eps)).sqrt()
-        centred = (x - wide(used.mean, x)) * wide(scale, x)
-        restated = (centred + wide(stored.mean, x)).to(x.dtype)
-        if self.forward is not None:
-            return self.forward(restated, *args)
-        return type(module).forward(module, restated, *args)

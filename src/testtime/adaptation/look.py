@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError, ScopeError, unknown
-from testtime.adaptation.layers import norm_kind
+from testtime.adaptation.layers import norm_kind, on_input
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
@@ -75,7 +75,7 @@ def look(
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             hooks.append(module.register_forward_hook(head))
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            hooks.append(module.register_forward_pre_hook(taking))
+            hooks.append(on_input(module, taking))
     try:
         output = _first_run(model, loan, x[:2])
     finally:
@@ -104,7 +104,7 @@ def _head(ran: list[tuple[nn.Module, torch.Size]], *, classes: int) -> nn.Module
 
 def _first_run(model: nn.Module, loan: Loan, x: Tensor) -> Any:
     """Runs the source model, and notes what that leaves behind in it."""
-    taken = False
+    taken, x = False, x.clone()  # the model may write to it
     with loan.lock, loan.traces.watched(loan.named_modules, x):
         try:
             with loan.traces.emptied(model) as taken:

@@ -82,8 +82,8 @@ def check_covered(known: dict[str, dict[str, Tensor]], recipe: Recipe, names: li
     """Refuses source knowledge that says nothing of a tensor that adapts."""
     for need in recipe.needs:
         if getattr(need, "of_tensors", False):
-            held = {key.rpartition(" ")[2] for key in known[need.name]}
-            missing = set(names) - held
+            held = known[need.name]  # by name, or by a word and the name, which may have spaces
+            missing = set(names) - held.keys() - {key.partition(" ")[2] for key in held}
             if missing:
                 raise NeedsSource(
                     f"source= holds no {need.name} of {min(missing)}. Call tt.fit_source with "

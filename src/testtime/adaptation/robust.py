@@ -126,7 +126,7 @@ def as_torch(module: nn.Module) -> bool:
     return own and "forward" not in module.__dict__
 
 
-def infer_as_written(module: Any, x: Tensor) -> Tensor:
+def infer_as_written(module: Any, input: Tensor) -> Tensor:  # noqa: A002  (as torch calls it)
     """The forward of torch's batch normalisation with the statistics it stores, without a gradient.
 
     Only on a CPU, where x and what the layer holds are of one type; else torch's own.
@@ -138,9 +138,12 @@ def infer_as_written(module: Any, x: Tensor) -> Tensor:
         tensor([[1.],
                 [3.]])
     """
+    x = input
     mean, var, weight, bias = module.running_mean, module.running_var, module.weight, module.bias
     plain = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled()
-    if not plain or weight is None or not x.dtype == weight.dtype == var.dtype:
+    if not plain or weight is None or bias is None:
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    if not x.dtype == weight.dtype == var.dtype:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     module._check_input_dim(x)
     return _normalised(x, mean, (var + module.eps).sqrt(), weight, bias)

@@ -12,7 +12,7 @@ from torch import Tensor
 from testtime._core.arrays import at_least_single
 from testtime._core.errors import NeedsSource
 from testtime._core.options import in_range, whole
-from testtime.adaptation.layers import NormLayer, norm_layers
+from testtime.adaptation.layers import NormLayer, norm_layers, on_input
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.statistics import SourceStatistics
 from testtime.measures.entropy import entropy
@@ -141,7 +141,7 @@ class SourceLike:
         def see(layer: NormLayer) -> Any:
             return lambda _, args: self._seen.update({layer.name: summaries(layer, args[0])})
 
-        hooks = [each[0].module.register_forward_pre_hook(see(each[0])) for each in self._watched]
+        hooks = [on_input(each[0].module, see(each[0])) for each in self._watched]
         try:
             yield
         finally:
@@ -220,7 +220,7 @@ class Signals:
         def see(layer: NormLayer) -> Any:
             return lambda _, args: found.update({layer.name: summaries(layer, args[0])})
 
-        hooks = [layer.module.register_forward_pre_hook(see(layer)) for layer in layers]
+        hooks = [on_input(layer.module, see(layer)) for layer in layers]
         try:
             output, _ = loan.run(batch.inputs, {}, SourceStatistics(), ranks=batch.engine.ranks)
         finally:

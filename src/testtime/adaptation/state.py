@@ -108,6 +108,7 @@ def load_state(path: str | Path, *, owner: dict[str, str], device: torch.device)
     if about.get("digest") != digest(tensors, text):
         raise StateError(f"{path} was changed or damaged since it was saved; use an earlier copy.")
     plain = json.loads(text)
+    # copied, since kernels round by where a tensor begins, and in a file that may be anywhere
     loaded = {
         key: _unflatten(value, tensors, device if key != "generator" else torch.device("cpu"))
         for key, value in plain.items()
@@ -167,11 +168,11 @@ def _unflatten(tree: Any, tensors: dict[str, Tensor], device: torch.device) -> A
         return tree
     ((kind, value),) = tree.items()
     if kind == "tensor":
-        return tensors[value].to(device)
+        return tensors[value].to(device, copy=True)
     if kind == "laid":  # in memory as it was, channels last for one: kernels round by that
         name, order = value
         back = [order.index(d) for d in range(len(order))]
-        return tensors[name].to(device).permute(order).contiguous().permute(back)
+        return tensors[name].to(device, copy=True).permute(order).contiguous().permute(back)
     if kind == "dict":
         return {key: _unflatten(item, tensors, device) for key, item in value.items()}
     if kind == "list":

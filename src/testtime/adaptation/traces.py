@@ -36,6 +36,7 @@ class Traces:
         own: (module, attribute) of tensors, and of lists and dictionaries of tensors.
         caches: those of them that begin empty, since they are filled again.
         buffers: (module, buffer).
+        batch: whether it writes to the batch it is given, and so gets a copy.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,6 +58,7 @@ class Traces:
             for key in part._buffers
         }
         self.kinds: set[Any] = set()
+        self.batch = False
 
     @contextmanager
     def watched_once(
@@ -93,12 +95,14 @@ class Traces:
             for key, buffer in module._buffers.items()
             if buffer is not None
         ]
+        version = x._version
         try:
             yield
         except BaseException:
             self.kinds.discard(_kind(x))
             raise
         finally:
+            self.batch |= x._version != version
             self._take_back(modules, attributes, buffers)
 
     def _take_back(

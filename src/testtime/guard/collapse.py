@@ -20,7 +20,7 @@ from torch import Tensor
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime.guard.betting import Bets, Starting
-from testtime.guard.monitor import Alarm, State, log_mean
+from testtime.guard.monitor import Alarm, State, check_real, log_mean
 from testtime.measures.entropy import entropy_of_probs
 
 
@@ -140,6 +140,7 @@ class Collapse:
         return torch.cat([log_mean(wealth[: self.classes])[None], wealth[self.classes :]])
 
     def _probs(self, name: str, logits: Tensor) -> Tensor:
+        check_real(f"{name} logits", logits)
         if logits.dim() != 2 or len(logits) == 0 or logits.shape[1] != self.classes:
             raise InputError(
                 f"{name} logits have the shape {tuple(logits.shape)}; expected (n, {self.classes})."

@@ -225,12 +225,13 @@ class CorrectnessCalibrator:
     def calibrate(
         self, logits: Float[Tensor, "n classes"], views: Float[Tensor, "views n classes"]
     ) -> Float[Tensor, "n classes"]:
-        """z / T; the order of the classes stays.
+        """z / T, in float32 at least; the order of the classes stays.
 
         Raises:
             InputError: shapes that do not fit, or NaN.
         """
-        return logits / self.temperature(logits, views)[:, None].to(logits.dtype)
+        single = at_least_single(logits)
+        return single / self.temperature(logits, views)[:, None].to(single.dtype)
 
 
 def _temperature(network: nn.Module, features: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ one whose memory are K counts for each signal instead of all values. Equal value
 order, so ties and constants are exact, too.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import final
 
@@ -34,7 +35,7 @@ AT_ONCE = 64
 class Exchangeability:
     """Watches whether signals of a stream keep the distribution of a reference.
 
-    A batch is (n, signals): one number or many for each sample, such as entropy, confidence,
+    A batch is (n, signals), or (n,) of a single one: one number or many for each sample, such as entropy, confidence,
     features, statistics of normalisation layers (`testtime.guard.signals`). The null hypothesis:
     each signal's reference values and stream are exchangeable, e.g. independent draws of one
     distribution, known or not. Signals may depend on each other. Under it the probability that the
@@ -128,7 +129,8 @@ class Exchangeability:
         Raises:
             InputError: the batch is not (n, signals) of finite numbers.
         """
-        values = _signals("signals", signals)
+        alone = isinstance(signals, Tensor) and signals.dim() == 1 and self.edges.shape[1] == 1
+        values = _signals("signals", signals[:, None] if alone else signals)
         if values.shape[1] != self.edges.shape[1]:
             raise InputError(
                 f"the batch has {values.shape[1]} signals, shape {tuple(signals.shape)}; the "
@@ -137,9 +139,7 @@ class Exchangeability:
         path = torch.empty(0)
         for part in values.split(AT_ONCE):
             state, path = self._bet(state, part)
-        return state, Alarm(
-            state["log_peak"] >= -torch.tensor(self.alpha).log(), log_mean(path), path
-        )
+        return state, Alarm(state["log_peak"] >= -math.log(self.alpha), log_mean(path), path)
 
     def p_values(self, state: State, values: Tensor) -> tuple[State, Tensor]:
         """Conformal p-values (n, signals), near 0 for high values, and the state with the counts.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from testtime._core.errors import OptionError
 from testtime._core.options import in_range
 from testtime._core.seeds import generator
+from testtime.adaptation.outputs import map_tensors
 
 Fault = Callable[[Tensor, torch.Generator], Tensor]
 """A floating-point tensor, chance -> a faulty copy of the same shape and type."""
@@ -171,12 +172,13 @@ def faulty_activations(
     """
     chance = generator(seed, "faults", "activations")
 
+    def spoil(value: Tensor) -> Tensor:
+        for fault in _listed(faults) if value.is_floating_point() else ():
+            value = fault(value, chance)
+        return value
+
     def disturb(_: nn.Module, __: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            return output
-        for fault in _listed(faults):
-            output = fault(output, chance)
-        return output
+        return map_tensors(spoil, output)
 
     hooks = [m.register_forward_hook(disturb) for m in model.modules() if not [*m.children()]]
     try:
@@ -201,6 +203,8 @@ def _on_bits(
     chance: torch.Generator,
     change: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
+    if not values.numel():
+        return values
     hit = _hit(values, rate, chance)
     step = values.abs().amax().clamp(min=torch.finfo(values.dtype).tiny) / 127
     if memory == "int8":

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from testtime._core.errors import InputError, OptionError, ScopeError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator
+from testtime.adaptation.layers import on_input
 from testtime.adaptation.look import named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
-from testtime.guard.monitor import State
+from testtime.guard.monitor import State, check_real
 
 Band = Literal["quantiles", "deviations"]
 DEVIATIONS = 3
@@ -222,6 +223,7 @@ class FaultMonitor:
         Raises:
             InputError: fingerprints are not (n,) with at least one sample.
         """
+        check_real("fingerprints", fingerprints)
         if fingerprints.dim() != 1 or len(fingerprints) == 0:
             raise InputError(
                 f"fingerprints have the shape {tuple(fingerprints.shape)}; expected (n,), n > 0."
@@ -243,10 +245,7 @@ def _forward(model: nn.Module, x: Tensor, layer: str | None) -> tuple[Any, Tenso
     """The model's output, and the features (n, d) that entered the layer."""
     chosen, entered = named_layer(model, layer), list[Tensor]()
     watched = [chosen] if chosen else [m for m in model.modules() if isinstance(m, nn.Linear)]
-    hooks = [
-        each.register_forward_pre_hook(lambda _, args: entered.append(args[0].detach()))
-        for each in watched
-    ]
+    hooks = [on_input(each, lambda _, args: entered.append(args[0].detach())) for each in watched]
     try:
         with borrowed(model):
             output = model(x)

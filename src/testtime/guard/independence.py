@@ -11,6 +11,7 @@ so that a pair costs O(memory) time, a stream O(n · memory), and the state O(me
 choice of past points keeps the test valid: the witness need only be known before the pair.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import final
 
@@ -151,7 +152,7 @@ class Independence:
             | {f"bets_{name}": value for name, value in bets.items()}
         )
         now = log_mean(together.reshape(-1))
-        return state, Alarm(peak >= -torch.tensor(self.alpha).log(), now, together)
+        return state, Alarm(peak >= -math.log(self.alpha), now, together)
 
     def _begin(self, x: Tensor, y: Tensor) -> State:
         streams = x.shape[1:-1]
@@ -168,7 +169,7 @@ def median_gamma(name: str, points: Tensor) -> float:
     """1 / (2 median |x - x'|²) over pairs of different points, of at most the first 1000.
 
     Raises:
-        InputError: fewer than two points, NaN, or a median distance of 0.
+        InputError: fewer than two points, NaN, or a median distance of 0 or beyond the numbers.
 
     Example:
         >>> median_gamma("x", torch.tensor([[0.0], [1.0], [2.0]]))
@@ -185,6 +186,10 @@ def median_gamma(name: str, points: Tensor) -> float:
         raise InputError(
             f"the median distance of points of {name} is 0: they are constant, or most are equal. "
             "Say gamma yourself, or leave this variable out; a constant depends on nothing."
+        )
+    if not math.isfinite(median):
+        raise InputError(
+            f"squared distances of points of {name} overflow; divide them by a constant."
         )
     return 1 / (2 * median)
 

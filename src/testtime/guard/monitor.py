@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class Monitor(Generic[R_co]):
         """Goes on where `state_dict` was taken.
 
         Raises:
-            StateError: the state is of another detector; the own one is unchanged.
+            StateError: the state is of another detector, or holds NaN; the own one is unchanged.
         """
         own = self.detector.init()
         if set(state) != set(own):
@@ -97,6 +97,9 @@ class Monitor(Generic[R_co]):
                 f"expects {', '.join(sorted(own))}. Load it into the detector it was taken from."
             )
         for name, value in state.items():
+            if not isinstance(value, Tensor) or bool(value.isnan().any()):
+                given = "NaN" if isinstance(value, Tensor) else type(value).__name__
+                raise StateError(f"{name} is {given}; expected what state_dict gave, as tensors.")
             fits = own[name].numel() == 0 or own[name].shape == value.shape  # memories grow
             if not fits or own[name].dtype != value.dtype:
                 raise StateError(
@@ -121,10 +124,14 @@ def log_mean(log_wealth: Tensor) -> Tensor:
 def finite(name: str, values: Tensor) -> Tensor:
     """The values as float64 on the CPU; refuses NaN and infinite ones, and an empty batch.
 
+    Raises:
+        InputError: also where they are no tensor of real numbers.
+
     Example:
         >>> finite("scores", torch.tensor([1, 2])).dtype
         torch.float64
     """
+    check_real(name, values)
     if values.numel() == 0:
         raise InputError(f"{name} is empty, {tuple(values.shape)}; expected at least one sample.")
     values = values.detach().to("cpu", torch.float64)
@@ -134,3 +141,18 @@ def finite(name: str, values: Tensor) -> Tensor:
             "infinite; expected finite numbers. Leave these samples out, and count them."
         )
     return values
+
+
+def check_real(name: str, values: Any) -> None:
+    """Refuses what is no tensor, or one of complex numbers.
+
+    Example:
+        >>> check_real("scores", [0.5])
+        Traceback (most recent call last):
+        testtime._core.errors.InputError: scores is of type list; expected a tensor of real numbers...
+    """
+    if not isinstance(values, Tensor) or values.is_complex():
+        given = values.dtype if isinstance(values, Tensor) else f"of type {type(values).__name__}"
+        raise InputError(
+            f"{name} is {given}; expected a tensor of real numbers: torch.as_tensor(...)."
+        )

@@ -216,13 +216,13 @@ class _Standardised(nn.Module):
 
     def __init__(self, inputs: Tensor) -> None:
         super().__init__()
-        flat = inputs.reshape(len(inputs), -1)
+        flat = at_least_single(inputs.reshape(len(inputs), -1))
         self.register_buffer("mean", flat.mean(0))
         spread = flat.std(0) if len(flat) > 1 else torch.zeros_like(flat[0])
         self.register_buffer("std", torch.where(spread > 0, spread, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.reshape(len(x), -1) - self.mean) / self.std
+        return (x.reshape(len(x), -1).to(self.mean.dtype) - self.mean) / self.std
 
 
 def _network(inputs: Tensor) -> nn.Module:
@@ -230,7 +230,7 @@ def _network(inputs: Tensor) -> nn.Module:
         _Standardised(inputs), nn.Linear(inputs[0].numel(), 64), nn.ReLU(),
         nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1),
     )  # fmt: skip
-    return layers.to(inputs.device, inputs.dtype)
+    return layers.to(inputs.device, torch.promote_types(inputs.dtype, torch.float32))
 
 
 def _parts(count: int, size: int, chance: torch.Generator) -> Iterator[Tensor]:

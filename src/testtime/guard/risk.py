@@ -10,6 +10,7 @@ source data: an upper confidence bound of the source's mean, so that the two err
 below alpha at any stopping time.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import final
 
@@ -101,7 +102,7 @@ class Risk:
         payoffs = unit("scores", scores) / self.bound - 1
         bets, path = self.bets.run(state, payoffs)
         peak = torch.maximum(state["log_peak"], path.max())
-        raised = peak >= -torch.tensor(self.alpha).log()
+        raised = peak >= -math.log(self.alpha)
         return bets | {"log_peak": peak}, Alarm(raised, path[-1], path[-1:])
 
 
@@ -137,7 +138,7 @@ def upper_bound(scores: Tensor, *, alpha: float) -> float:
         middle = (low + high) / 2
         payoffs = (middle - scores) / (1 - middle)
         wealth = bets.run(bets.init(torch.Size()), payoffs)[1].max()
-        low, high = (low, middle) if wealth >= -torch.tensor(alpha).log() else (middle, high)
+        low, high = (low, middle) if wealth >= -math.log(alpha) else (middle, high)
     return high
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime.guard.misclassification import check_classified
 
@@ -53,8 +54,8 @@ class TemperatureScaling:
         return TemperatureScaling(temperature=float(log_t.exp().clamp(1e-3, 1e3)))
 
     def calibrate(self, logits: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
-        """z / T."""
-        return logits / self.temperature
+        """z / T, in float32 at least: rounding in half precision would change answers."""
+        return at_least_single(logits) / self.temperature
 
 
 @final

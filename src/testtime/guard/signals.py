@@ -4,7 +4,8 @@
     features                norm of the input of the last linear layer
     statistics/LAYER        distance of a sample's channel means from those stored in training, in
                             variances, for each batch normalisation; for layers that store none, the
-                            logarithm of the variance that they divide by
+                            logarithm of the variance (or mean square) that they divide by, unless
+                            it is the batch's
 
 They are what `Exchangeability` watches; `entropy` over ln C and `1 - confidence` suit `Risk`.
 """
@@ -14,7 +15,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError
-from testtime.adaptation.layers import NormLayer, norm_layers
+from testtime.adaptation.layers import NormLayer, norm_layers, on_input
 from testtime.adaptation.look import named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
@@ -57,11 +58,13 @@ def read_signals(model: nn.Module, x: Tensor, *, features: str | None = None) ->
         entered.append(args[0].detach())
 
     hooks = [
-        layer.module.register_forward_pre_hook(partial(see, layer)) for layer in norm_layers(model)
+        on_input(layer.module, partial(see, layer))
+        for layer in norm_layers(model)
+        if layer.has_statistics or layer.kind != "batch"
     ]
     for module in [chosen] if chosen else model.modules():
         if chosen or isinstance(module, nn.Linear):
-            hooks.append(module.register_forward_pre_hook(enter))
+            hooks.append(on_input(module, enter))
     try:
         with borrowed(model):
             logits = read_logits(model(x))
@@ -86,10 +89,22 @@ def _distance(layer: NormLayer, x: Tensor) -> Tensor:
         means = x.flatten(2).mean(2) if x.dim() > 2 else x
         variance = stored["running_var"] + layer.eps
         return ((means - stored["running_mean"]).square() / variance).mean(1)
+    return (_divisor(layer, x) + 1e-12).log().flatten(1).mean(1)
+
+
+def _divisor(layer: NormLayer, x: Tensor) -> Tensor:
+    """The variances, or mean squares, that a layer without stored statistics divides by: (n, ...)."""
     if layer.kind == "group":
         over = x.reshape(len(x), int(getattr(layer.module, "num_groups", 1)), -1)
     elif layer.kind == "layer":
-        over = x.flatten(-len(getattr(layer.module, "normalized_shape", (0,))))
+        own = next(layer.module.parameters(recurse=False), None)
+        shape = tuple(getattr(layer.module, "normalized_shape", ()) if own is None else own.shape)
+        as_torch = type(layer.module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
+        if not as_torch and x.dim() == 4 and shape == x.shape[1:2]:  # of images, over channels
+            x = x.movedim(1, -1)
+        over = x.flatten(-len(shape)) if shape else x
+        if not isinstance(layer.module, nn.LayerNorm) and len(layer.tensors) < 2:
+            return over.square().mean(-1)
     else:
-        over = x.flatten(2) if x.dim() > 2 else x
-    return (over.var(-1, correction=0) + 1e-12).log().flatten(1).mean(1)
+        over = x.flatten(2)
+    return over.var(-1, correction=0)

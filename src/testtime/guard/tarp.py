@@ -6,7 +6,8 @@
     ECP(level) ← share of i with f_i < level               # level for every level, if q is exact
     band ← standard deviation of ECP over bootstraps of the simulations i
 
-If q is the posterior, f is uniform, whatever the references. The reverse needs references that may
+If q is the posterior, f is uniform, whatever the references; where parameters are discrete and
+distances equal, f is too low, and only the p-value is right. The reverse needs references that may
 depend on x: with references that do not, a sampler that answers the prior passes.
 """
 
@@ -31,7 +32,8 @@ class Coverage:
         levels: (bins + 1,) from 0 to 1.
         coverage: (bins + 1,) ECP; equal to the levels if the sampler is exact.
         band: (bins + 1,) standard deviation of the coverage over bootstraps.
-        p_value: of a Kolmogorov-Smirnov test that the ranks f are uniform.
+        p_value: of a Kolmogorov-Smirnov test that the ranks f are uniform, samples as far away as the
+            truth in a random order, so that it holds for parameters of whole numbers as well.
         deviation: largest |coverage - level|.
         area: mean of coverage - level on the upper half of the levels less that on the lower half:
             negative for samples that are too narrow (over-confident), positive for too wide ones.
@@ -107,7 +109,7 @@ def tarp(
     order = 2 if metric == "euclidean" else 1
     far = torch.linalg.vector_norm((truth - low) / span - at, order, dim=-1)
     near = torch.linalg.vector_norm((samples - low) / span - at, order, dim=-1)
-    below = (near < far).sum(0)
+    below, equal = (near < far).sum(0), (near == far).sum(0)
     ranks = below.double() / len(samples)
     coverage = _coverage(ranks, bins)
     again = torch.randint(count, (bootstrap, count), generator=chance)
@@ -117,7 +119,7 @@ def tarp(
     blur = torch.rand(count, generator=chance, dtype=torch.float64)
     return Coverage(
         levels=levels, coverage=coverage, band=band, ranks=ranks,
-        p_value=uniform_p_value((below + blur) / (len(samples) + 1)),
+        p_value=uniform_p_value((below + blur * (equal + 1)) / (len(samples) + 1)),
         deviation=float(bent.abs().max()),
         area=float(bent[levels > 0.5].mean() - bent[levels < 0.5].mean()),
     )  # fmt: skip

@@ -132,7 +132,7 @@ class Hsic:
         risen = near_x[0] - near_x[1], near_y[0] - near_y[1]
         payoff = self._payoff(*risen) if len(self.x) else None
         self._enter(x, y, near_x, near_y)
-        if len(self.x) > self.test.memory:
+        while len(self.x) > self.test.memory:  # more than one pair where a state had more
             self._leave()
         return payoff
 

@@ -99,7 +99,7 @@ def shuffle_patches(x: Tensor, *, patches: int, generator: torch.Generator) -> T
     whole = (high * patches, wide * patches)
     tiles = _resize(x, whole).view(count, channels, patches, high, patches, wide)
     tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(count, patches**2, channels, high, wide)
-    draws = torch.rand(count, patches**2, generator=generator, device=x.device)
+    draws = torch.rand(count, patches**2, generator=generator, device=x.device, dtype=torch.float32)
     order = draws.argsort(-1)
     tiles = tiles[torch.arange(count, device=x.device)[:, None], order]
     tiles = tiles.view(count, patches, patches, channels, high, wide).permute(0, 3, 1, 4, 2, 5)

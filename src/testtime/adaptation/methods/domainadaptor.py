@@ -24,7 +24,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.layers import NormLayer
+from testtime.adaptation.layers import NormLayer, on_input
 from testtime.adaptation.loan import Places
 from testtime.adaptation.moments import moments
 from testtime.adaptation.outputs import read_logits, rows
@@ -126,7 +126,7 @@ def folding(engine: Engine, tensors: Tensors, folds: Tensors) -> Iterator[None]:
                 scale=own[0], shift=own[1], eps=layer.eps, source=loan.source_moments(layer),
                 tensors=tensors, folds=folds, places=loan.places, ranks=engine.ranks,
             )  # fmt: skip
-            hooks.append(layer.module.register_forward_pre_hook(fold, prepend=True))
+            hooks.append(on_input(layer.module, fold, prepend=True))
     try:
         yield
     finally:

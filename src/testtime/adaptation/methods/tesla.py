@@ -80,7 +80,7 @@ def augmented(x: Tensor, which: Tensor, shares: Tensor, generator: torch.Generat
         shares: (B, r) sizes as shares of their ranges.
         generator: draws the signs.
     """
-    coins = torch.rand(which.shape, generator=generator, device=x.device)
+    coins = torch.rand(which.shape, generator=generator, device=x.device, dtype=torch.float32)
     signs = torch.where(coins < 0.5, -1.0, 1.0).to(shares.dtype)
     changed = x.to(shares.dtype)
     for place in range(which.shape[1]):

@@ -209,7 +209,7 @@ class VariationalTeacher:
         source: Posterior,
     ) -> Tensor:
         generator = engine.generator
-        share = torch.rand((), generator=generator, device=x.device)
+        share = torch.rand((), generator=generator, device=x.device, dtype=torch.float32)
         order = torch.randperm(len(x), generator=generator, device=x.device)
         mixed = (share * x + (1 - share) * x[order]).to(x.dtype)
         reference = share * answer + (1 - share) * answer[order]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.arrays import at_least_single
-from testtime.adaptation.layers import NormLayer
+from testtime.adaptation.layers import NormLayer, on_input
 
 
 def level(layer: NormLayer, inputs: Tensor) -> Tensor:
@@ -32,8 +32,7 @@ def _note(
 def watched(layers: list[NormLayer], into: list[Tensor]) -> Iterator[None]:
     """While it lasts, the `level` of each normalisation layer is appended at each forward."""
     hooks = [  # before the library's own, which normalise
-        layer.module.register_forward_pre_hook(partial(_note, layer, into), prepend=True)
-        for layer in layers
+        on_input(layer.module, partial(_note, layer, into), prepend=True) for layer in layers
     ]
     try:
         yield

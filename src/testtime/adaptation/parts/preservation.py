@@ -32,7 +32,8 @@ class StochasticRestoration:
             return tensors
         return [
             torch.where(
-                torch.rand(now.shape, generator=generator, device=now.device) < self.rate,
+                torch.rand(now.shape, generator=generator, device=now.device, dtype=torch.float32)
+                < self.rate,
                 was.to(now.dtype),
                 now,
             )

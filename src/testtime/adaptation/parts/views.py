@@ -135,7 +135,9 @@ def _jitter(x: Tensor, generator: torch.Generator, *, padding: str, rough: bool)
     """Colours and geometry of CoTTA's transform; blur and noise where it is to be rough."""
 
     order = torch.randperm(5, generator=generator, device=x.device)
-    drawn = torch.rand(11 if rough else 10, generator=generator, device=x.device)
+    drawn = torch.rand(
+        11 if rough else 10, generator=generator, device=x.device, dtype=torch.float32
+    )
     told = torch.cat([order.to(drawn), drawn]).tolist()  # one wait for the device, not twelve
     changes, left = told[:5], iter(told[5:])
 
@@ -190,7 +192,9 @@ def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
     columns = left + torch.arange(width, device=x.device)
     each = torch.arange(count, device=x.device)[:, None, None]
     moved = F.pad(x, (4, 4, 4, 4))[each, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
-    mirrored = torch.rand(count, 1, 1, 1, generator=generator, device=x.device) < 0.5
+    mirrored = (
+        torch.rand(count, 1, 1, 1, generator=generator, device=x.device, dtype=torch.float32) < 0.5
+    )
     return torch.where(mirrored, moved.flip(-1), moved)
 
 
