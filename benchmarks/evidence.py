@@ -17,7 +17,7 @@ from testtime.adaptation.never_worse import errors, excess, information, surpris
 from testtime.measures.detection import auroc
 
 NUMBERS = Path(__file__).with_name("evidence.json")
-WINDOW, NEAREST, POINT = 256, 5, 1.0
+WINDOW, NEAREST, FEW, POINT = 256, 5, 10, 1.0
 Batch = tuple[Tensor, Tensor, bool]
 Seen = dict[str, Tensor]
 """Of a model and samples of a stream: logits, features, and logits of the same moved by a pixel."""
@@ -71,7 +71,11 @@ def _watched(
     logits = answer(x).detach()
     hook.remove()
     features = next(each for each in seen if len(each) == len(x))  # not of the adapter's first look
-    return {"logits": logits, "features": features, "moved": again(x.roll((1, -1), (2, 3))).detach()}
+    return {
+        "logits": logits,
+        "features": features,
+        "moved": again(x.roll((1, -1), (2, 3))).detach(),
+    }
 
 
 def _joined(found: list[Seen]) -> Seen:
@@ -226,7 +230,7 @@ def separated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """AUROC of each signal, of windows won against those lost, and how many there are of each."""
     won = torch.tensor([row["gain"] > 0 for row in rows], dtype=torch.bool)
     found: dict[str, Any] = {"won": int(won.sum()), "lost": int((~won).sum())}
-    if min(found.values()) < 5:
+    if min(found.values()) < FEW:
         return found
     names = [n for n in rows[0] if n not in ("gain", "kept", "runs", "stream", "method")]
     for name in names:

@@ -166,18 +166,21 @@ that reads answers and confidences treats both alike: who keeps the gain of the 
 
 Nor has anything else been found that can be seen without labels and tells gain from harm surely. Of all windows
 of {window} samples in which an adapted model won or lost more than a point, without a guard
-(`python benchmarks/guard.py --evidence MODEL`; {methods}; for the embedded models on the streams {doubted}), the
+(`python benchmarks/guard.py --evidence MODEL`; {methods};
+for the embedded models on the streams {doubted}), the
 area under the ROC curve by which each signal tells those won from those lost: 1 tells all, 0.5 none, and below
 that it misleads. "Left open" are those where labels come in no order, 0.3 of what the source's answers tell are
 kept, and the adapted ones are not a standard error more even; "gains lost" sets those among the won whose gain is
-lost in the table below against all the lost with as much kept and no order.
+lost in the table below against all the lost with as much kept and no order. Sets with fewer than {few} of either
+are left out.
 
 {evidence}
 
 "Followed" asks of the {nearest} nearest neighbours of each sample what `NeverWorse` asks of neighbours in time;
-source class means, and their spread, are of 2,000 labelled source samples, after the mean shift of the window is
-taken off; another adapted model is the next method's. The last line is fitted on labels, so it is what all signals
-might tell at best, and not a guard.
+source class means, and the spread about them, are of labelled source samples, after the mean shift of the window
+is taken off; another adapted model is the next method's. The last line is fitted on the labels of the other
+streams. Of `embedded:group`, where most gains are lost, the source's class means come nearest, and let harm
+through all the same; and what tells on one model misleads on another.
 
 ## What it reached
 
@@ -198,8 +201,8 @@ def page(found: Sequence[dict[str, Any]], pair: Sequence[dict[str, Any]]) -> str
     told = "\n".join([*table, *rows])
     top = TOP.format(
         machine=found[0]["machine"], window=WINDOW, alike=told, evidence=evidence.table(),
-        methods=", ".join(f"`{name}`" for name in DOUBTED_METHODS), doubted=", ".join(DOUBTED),
-        nearest=evidence.NEAREST,
+        methods=", ".join(f"`{name}`" for name in DOUBTED_METHODS), doubted="; ".join(DOUBTED),
+        nearest=evidence.NEAREST, few=evidence.FEW,
     )  # fmt: skip
     parts = [top.strip()]
     failed = total = 0
