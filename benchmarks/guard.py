@@ -167,8 +167,7 @@ that reads answers and confidences treats both alike: who keeps the gain of the 
 Nor has anything else been found that can be seen without labels and tells gain from harm surely. Of all windows
 of {window} samples in which an adapted model won or lost more than a point, without a guard
 (`python benchmarks/guard.py --evidence MODEL`; {methods};
-for the embedded models on the streams {doubted}), the
-area under the ROC curve by which each signal tells those won from those lost: 1 tells all, 0.5 none, and below
+for the embedded models on {doubted}), the area under the ROC curve by which each signal tells those won from those lost: 1 tells all, 0.5 none, and below
 that it misleads. "Left open" are those where labels come in no order, 0.3 of what the source's answers tell are
 kept, and the adapted ones are not a standard error more even; "gains lost" sets those among the won whose gain is
 lost in the table below against all the lost with as much kept and no order. Sets with fewer than {few} of either
@@ -391,11 +390,9 @@ def searched(name: str, found: Sequence[dict[str, Any]]) -> None:
     methods = {m: OPTIONS.get(m, {}) for m in METHODS[name] if m in DOUBTED_METHODS}
     rows = evidence.search(model, {s: list(sent(name, s)) for s in streams}, methods, labels)
     mine = {(row["method"], row["stream"]): row for row in found if row["model"] == name}
-    failed = {
-        key
-        for key, row in mine.items()
-        if "guarded" in row and not holds(mine["source", key[1]]["error"], row)
-    }
+    frozen = {stream: mine["source", stream]["error"] for stream in streams_of(name)}
+    cells = {key: row for key, row in mine.items() if key[0] != "source"}
+    failed = {key for key, row in cells.items() if not holds(frozen[key[1]], row)}
     evidence.write(name, rows, failed)
 
 
