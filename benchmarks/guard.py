@@ -5,9 +5,10 @@
     python benchmarks/guard.py --again            guarded errors again, of an earlier rule
     python benchmarks/guard.py --seconds 300      stops after the cell that passes 300 seconds
     python benchmarks/guard.py --alike            only the windows that look alike and are not
+    python benchmarks/guard.py --evidence MODEL   only what else could tell gain from harm
     python benchmarks/guard.py --page             only the page, from the files of numbers
 
-Writes `benchmarks/guard.json`, `benchmarks/alike.json` and `docs/never-worse.md`.
+Writes `benchmarks/guard.json`, `benchmarks/alike.json`, `benchmarks/evidence.json` and `docs/never-worse.md`.
 """
 
 import argparse
@@ -20,10 +21,10 @@ from typing import Any
 
 import torch
 
+import evidence
 import testtime as tt
 from testtime._core.files import atomic
 from testtime._core.seeds import generator
-from testtime.adaptation.never_worse import information
 from testtime.bench.machine import describe_machine
 from testtime.bench.models import load_model
 from testtime.papers.digits import CORRUPTIONS, correlated, digits, trained
@@ -69,6 +70,9 @@ OPTIONS: dict[str, dict[str, Any]] = {"tent 10x": {"lr": 1e-2}}
 WINDOW = 256
 HELPED = ("long-tailed", "inverse")
 HARMED = ("recurring", "mixed", "continual, 16")
+DOUBTED = (*HELPED, *HARMED, "open-set")
+DOUBTED_METHODS = ("bn-adapt", "tent", "tent 10x", "deyo")
+"""Streams and methods whose windows are looked at for other evidence."""
 SIGNS = ("more even", "kept", "agree", "second choice", "surer", "tells more")
 RULE = 3
 """Of the guard; raised by one when what it decides changes, so that its errors are measured again."""
@@ -113,8 +117,8 @@ answer that is NaN or infinite where the source's is not is not given, and what 
 
 ## What is guaranteed
 
-- While the guard distrusts or does not know, answers are those of the frozen model, bit for bit; while it
-  distrusts, nothing is learnt.
+- While the guard distrusts or does not know, answers are those of the frozen model, bit for bit, also those of
+  `predict` and of an export, and also before the first batch; while it distrusts, nothing is learnt.
 - A rollback restores a state that was trusted, or the source. The model itself is never written to.
 - The guarded error exceeds the frozen model's by at most the share of samples that the adapted model
   answered otherwise, whatever the stream.
@@ -160,6 +164,23 @@ In the one, answers crowd into the classes that are frequent; in the other, into
 that reads answers and confidences treats both alike: who keeps the gain of the one takes the harm of the other.
 `NeverWorse` gives up both. Who knows the shares of the classes can tell them apart.
 
+Nor has anything else been found that can be seen without labels and tells gain from harm surely. Of all windows
+of {window} samples in which an adapted model won or lost more than a point, without a guard
+(`python benchmarks/guard.py --evidence MODEL`; {methods};
+for the embedded models on {doubted}), the area under the ROC curve by which each signal tells those won from those lost: 1 tells all, 0.5 none, and below
+that it misleads. "Left open" are those where labels come in no order, 0.3 of what the source's answers tell are
+kept, and the adapted ones are not a standard error more even; "gains lost" sets those among the won whose gain is
+lost in the table below against all the lost with as much kept and no order. Sets with fewer than {few} of either
+are left out.
+
+{evidence}
+
+"Followed" asks of the {nearest} nearest neighbours of each sample what `NeverWorse` asks of neighbours in time;
+source class means, and the spread about them, are of labelled source samples, after the mean shift of the window
+is taken off; another adapted model is the next method's. The last line is fitted on the labels of the other
+streams. Of `embedded:group`, where most gains are lost, the source's class means come nearest, and let harm
+through all the same; and what tells on one model misleads on another.
+
 ## What it reached
 
 Error in percent of the frozen model, and of each method without / with a guard; Fashion-MNIST at severity 5,
@@ -177,7 +198,12 @@ def page(found: Sequence[dict[str, Any]], pair: Sequence[dict[str, Any]]) -> str
     ]
     table = [line(["stream", "points won", *SIGNS]), line(["---", *["--:"] * (len(SIGNS) + 1)])]
     told = "\n".join([*table, *rows])
-    parts = [TOP.format(machine=found[0]["machine"], window=WINDOW, alike=told).strip()]
+    top = TOP.format(
+        machine=found[0]["machine"], window=WINDOW, alike=told, evidence=evidence.table(),
+        methods=", ".join(f"`{name}`" for name in DOUBTED_METHODS), doubted="; ".join(DOUBTED),
+        nearest=evidence.NEAREST, few=evidence.FEW,
+    )  # fmt: skip
+    parts = [top.strip()]
     failed = total = 0
     worst = 0.0
     for model in dict.fromkeys(row["model"] for row in found):
@@ -211,6 +237,12 @@ def page(found: Sequence[dict[str, Any]], pair: Sequence[dict[str, Any]]) -> str
 def streams_of(model: str) -> Sequence[str]:
     """Names of the streams that a model is sent."""
     return list(DIGITS if model.startswith("digits:") else STREAMS)
+
+
+def source_of(model: str) -> torch.nn.Module:
+    """The source model of that name."""
+    norm = model.removeprefix("digits:")
+    return load_model(model) if norm == model else trained(0, norm=norm)  # type: ignore[arg-type]
 
 
 def sent(model: str, stream: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:
@@ -247,19 +279,20 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="guarded errors of an earlier rule")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="when to stop")
     parser.add_argument("--alike", action="store_true", help="only windows that look alike")
+    parser.add_argument("--evidence", metavar="MODEL", choices=METHODS, help="only other evidence")
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
     until = time.monotonic() + given.seconds
     found: list[dict[str, Any]] = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else []
     if given.alike:
         ALIKE.write_text(json.dumps(alike(), indent=1) + "\n")
+    elif given.evidence:
+        searched(given.evidence, found)
     elif not given.page:
         for model, methods in METHODS.items():
             chosen = given.methods.split(",") if given.methods else methods
-            again = given.again
-            run(
-                found, model, [name for name in methods if name in chosen], again=again, until=until
-            )
+            mine = [name for name in methods if name in chosen]
+            run(found, model, mine, again=given.again, until=until)
     PAGE.write_text(page(found, json.loads(ALIKE.read_text())))
 
 
@@ -268,8 +301,7 @@ def run(
 ) -> None:
     """All cells of a model that are not there yet; each is written when it is done."""
     there = {(row["model"], row["method"], row["stream"]): row for row in found}
-    norm = name.removeprefix("digits:")
-    model = load_model(name) if norm == name else trained(0, norm=norm)  # type: ignore[arg-type]
+    model = source_of(name)
     for method in ("source", *methods):
         for stream in streams_of(name):
             row = there.get((name, method, stream))
@@ -293,11 +325,7 @@ def cell(
     name, options = method.partition(" ")[0], OPTIONS.get(method, {})
     source = None
     if tt.methods()[name].needs:
-        held = load_data("fashion-mnist:sample", split="train")
-        index = torch.randperm(len(labels_of(held)), generator=generator(0, "guard", "draw"))[:2000]
-        source = tt.fit_source(
-            model, [stack(held, part) for part in index.split(64)], methods=[name]
-        )
+        source = tt.fit_source(model, labelled(64), methods=[name])
     found: dict[str, Any] = {}
     runs = (("error", None), ("guarded", True))
     for what, guard in runs[:1] if name == "source" else runs[only_guarded:]:
@@ -320,6 +348,13 @@ def cell(
     return found
 
 
+def labelled(size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Two thousand source samples in batches."""
+    held = load_data("fashion-mnist:sample", split="train")
+    index = torch.randperm(len(labels_of(held)), generator=generator(0, "guard", "draw"))[:2000]
+    return [stack(held, part) for part in index.split(size)]
+
+
 def alike() -> list[dict[str, Any]]:
     """Two windows of tent with GroupNorm that look most alike without labels: help, and harm."""
     model, data = load_model("embedded:group"), load_data("fashion-mnist:sample")
@@ -336,39 +371,29 @@ def alike() -> list[dict[str, Any]]:
             gain = 100 * float(right[0] - right[1])
             if len(part) == WINDOW and (gain > 3 if stream in HELPED else gain < -3):
                 row = {"stream": stream, "window": number, "gain": gain}
-                found.append(row | signs(ours[part], theirs[part]))
+                found.append(row | evidence.signs(ours[part], theirs[part]))
     shown = torch.tensor([[row[name] for name in SIGNS] for row in found], dtype=torch.float64)
     shown = (shown - shown.mean(0)) / shown.std(0)
     helped = torch.tensor([row["gain"] > 0 for row in found])
     apart = torch.cdist(shown[helped], shown[~helped])
     one, other = divmod(int(apart.argmin()), int((~helped).sum()))
-    pair = [
-        [row for row in found if row["gain"] > 0][one],
-        [r for r in found if r["gain"] < 0][other],
-    ]
-    return [row | {"apart": float(apart.min())} for row in pair]
+    won, lost = ([row for row in found if (row["gain"] > 0) is sign] for sign in (True, False))
+    return [row | {"apart": float(apart.min())} for row in (won[one], lost[other])]
 
 
-def signs(ours: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
-    """What can be seen of two models without labels, of the adapted one against the source."""
-    a, s = ours.argmax(1), theirs.argmax(1)
-    p, q = ours.softmax(1), theirs.softmax(1)
-    shared, own, known = information(a, s, p.shape[1])
-    moved = a != s
-    second = q.scatter(1, s[:, None], -1.0).argmax(1)
-    told = [float(entropy_of(x.mean(0)) - entropy_of(x).mean()) for x in (p, q)]
-    return {
-        "more even": own - known,
-        "kept": shared / known,
-        "agree": float((~moved).double().mean()),
-        "second choice": float((second == a)[moved].double().mean()),
-        "surer": float((p.amax(1) - q.amax(1)).mean()),
-        "tells more": told[0] - told[1],
-    }
-
-
-def entropy_of(probs: torch.Tensor) -> torch.Tensor:
-    return torch.special.entr(probs).sum(-1)
+def searched(name: str, found: Sequence[dict[str, Any]]) -> None:
+    """Looks for other evidence in what a model's adapters do without a guard."""
+    digital = name.startswith("digits:")
+    model, streams = source_of(name), streams_of(name) if digital else DOUBTED
+    held = digits(0, "train")
+    labels = (held.images, held.labels) if digital else labelled(2000)[0]
+    methods = {m: OPTIONS.get(m, {}) for m in METHODS[name] if m in DOUBTED_METHODS}
+    rows = evidence.search(model, {s: list(sent(name, s)) for s in streams}, methods, labels)
+    mine = {(row["method"], row["stream"]): row for row in found if row["model"] == name}
+    frozen = {stream: mine["source", stream]["error"] for stream in streams_of(name)}
+    cells = {key: row for key, row in mine.items() if key[0] != "source"}
+    failed = {key for key, row in cells.items() if not holds(frozen[key[1]], row)}
+    evidence.write(name, rows, failed)
 
 
 if __name__ == "__main__":

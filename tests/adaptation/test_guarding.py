@@ -39,6 +39,19 @@ def test_a_model_that_is_not_answers_as_its_source_and_learns_nothing(name):
     assert same_state(adapter, fresh)
 
 
+def test_nobody_vouches_for_a_method_before_the_first_call():
+    model, x = tiny(), batches(1)[0]
+    adapter = tt.adapt(model, "bn-adapt", guard=Says(False))
+    plain = tt.adapt(model, "bn-adapt")
+    for _ in range(2):
+        assert torch.equal(adapter.predict(x), model(x).detach())
+        assert torch.equal(adapter.export()(x), model(x))
+        adapter(x)
+        assert torch.equal(adapter.predict(x), plain.predict(x))
+        assert not torch.equal(adapter.predict(x), model(x).detach())
+        adapter.reset()
+
+
 @pytest.mark.parametrize("deferred", [False, True])
 @pytest.mark.parametrize("kind", ["batch", "group"])
 def test_while_nobody_knows_the_source_answers_and_the_adapter_learns(kind, deferred):

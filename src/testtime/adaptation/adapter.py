@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from testtime.adaptation.engine import Engine
 from testtime.adaptation.events import Counts, Event
 from testtime.adaptation.export import copied, exported
 from testtime.adaptation.gating import check_gate, judge
-from testtime.adaptation.guarding import check_guard, distrusted, guarded
+from testtime.adaptation.guarding import check_guard, distrusted, foretold, guarded, vouched
 from testtime.adaptation.knowledge import SourceKnowledge
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import lock_of
@@ -195,6 +196,8 @@ class Adapter:
         """Predicts only; changes nothing. What a call would answer, where the answer comes first.
 
         What a guard or a gate would say of this very batch is not foreseen: they are asked by calls.
+        Under a guard the source model answers before the first call, too, when nobody vouches for
+        the method yet, and where the adapted answer is no number and the source's is.
 
         Raises:
             InputError: as a call.
@@ -202,8 +205,8 @@ class Adapter:
         with self._settled():
             x = self._admit(x)
             engine, state = self._engine, self._state
-            asked = engine.frozen if distrusted(state) else lambda x: engine.predict(x, state)
-            output, _ = self._taking(x, lambda: asked(x))
+            asked = engine.predict if self._watch is None else partial(foretold, engine)
+            output, _ = self._taking(x, lambda: asked(x, state))
             return detached(output)
 
     # --- what was done ------------------------------------------------------------------------
@@ -285,7 +288,7 @@ class Adapter:
         for batches of one that is `predict`'s.
         """
         with self._settled(), self._engine.loan.lock:
-            if distrusted(self._state):
+            if self._watch is not None and not vouched(self._state):
                 return copied(self.model)
             return exported(self.model, self.recipe, self._state)
 

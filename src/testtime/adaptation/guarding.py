@@ -51,6 +51,24 @@ def distrusted(state: State) -> bool:
     return bool(state.guard) and state.guard["worse"] is not False
 
 
+def vouched(state: State) -> bool:
+    """Whether a guard has looked at what was learnt, and trusts it."""
+    return bool(state.guard) and not distrusted(state)
+
+
+def foretold(engine: Engine, x: Tensor, state: State) -> tuple[Any, Tensor]:
+    """What is answered under a guard that is not asked."""
+    if not vouched(state):
+        return engine.frozen(x)
+    output, logits = engine.predict(x, state)
+    missing = ~answered(read_logits(output))
+    if missing.any():
+        theirs = engine.frozen(x)
+        if (missing & answered(theirs[1])).any():
+            return theirs
+    return output, logits
+
+
 def guarded(
     guard: Guard, engine: Engine, x: Tensor, state: State, inner: Callable[[Tensor, State], Steps]
 ) -> Steps:
