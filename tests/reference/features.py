@@ -176,7 +176,7 @@ class Simatta:
                 a, y, w = self.target[i]
                 grown[i] = (a, y, w + len(own) / len(anchors))
             if own and not anchors:
-                best = min(own, key=lambda i: np.linalg.norm(points[i] - centre))
+                best = min(own, key=lambda i: round(np.linalg.norm(points[i] - centre), 9))
                 wanted.append((len(own), high[best - len(old)]))
         wanted = sorted(wanted, key=lambda pair: -pair[0])[: self.left]
         self.target = grown + [(x[i], self.oracle(self.seen + i), float(n)) for n, i in wanted]

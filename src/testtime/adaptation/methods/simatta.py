@@ -44,7 +44,7 @@ from testtime.measures.entropy import entropy
 
 Oracle = Callable[[Tensor, Tensor], Any]
 """Takes places in the stream (n,) and inputs (n, ...), gives the n labels."""
-SURE, BATCH, WINDOW, PATIENCE, COLD, MOST = 100, 16, 5, 5, 0.2, 2000
+SURE, BATCH, WINDOW, PATIENCE, COLD, MOST, ROUNDING = 100, 16, 5, 5, 0.2, 2000, 1e-6
 
 
 class Wanted(NamedTuple):
@@ -59,6 +59,8 @@ def nearest_to_new_centres(
     known: Tensor, weights: Tensor, fresh: Tensor, *, clusters: int, seed: int
 ) -> Wanted:
     """Of each cluster without a known sample, the fresh one nearest to its centre; large ones first.
+
+    Of two that are as near, as both of a cluster of two are, it is the earlier, on every machine.
 
     Args:
         known: features of the samples of T, (m, d).
@@ -82,7 +84,8 @@ def nearest_to_new_centres(
     found: list[tuple[int, int]] = []
     for cluster in (held == 0).logical_and(size > 0).nonzero()[:, 0].tolist():
         own = (label == cluster).nonzero()[:, 0]
-        nearest = own[distance[own, cluster].argmin()]
+        away = distance[own, cluster]
+        nearest = own[(away <= away.min() * (1 + ROUNDING)).nonzero()[0, 0]]
         found.append((int(size[cluster]), int(nearest) - len(known)))
     found.sort(key=lambda pair: -pair[0])
     gain = (size / held.clamp(min=1))[label[: len(known)]]
@@ -151,13 +154,8 @@ class ActiveLearning:
             more = {"inputs": x[sure], "labels": seen.source[sure].argmax(-1)}
             memory = {**memory, "sure": _joined(memory["sure"], more, self.capacity)}
         tensors, outcome, loss, steps = self._learn(engine, state, memory)
-        told |= {
-            **asking,
-            "loss": loss,
-            "used": len(memory["sure"]["labels"]) + len(memory["target"]["labels"]),
-            "clusters": clusters,
-            "steps": steps,
-        }
+        used = sum(len(memory[own]["labels"]) for own in ("sure", "target"))
+        told |= {**asking, "loss": loss, "used": used, "clusters": clusters, "steps": steps}
         state = replace(state, tensors=tensors, memory=memory)
         return Step(seen.output, logits, state, outcome, told)
 
@@ -196,11 +194,8 @@ class ActiveLearning:
             weights = target["weights"].new_tensor(wanted.weights[:left])
             more = {"inputs": x[chosen], "labels": labels, "weights": weights}
             target = _joined(target, more, None)
-        told = {
-            "asked": len(chosen),
-            "labels": asked + len(chosen),
-            "refused": len(wanted.places) - len(chosen),
-        }
+        told = {"asked": len(chosen), "labels": asked + len(chosen)}
+        told["refused"] = len(wanted.places) - len(chosen)
         return self._spent({**memory, "target": target}, told["refused"]), told
 
     def _spent(self, memory: dict[str, Any], refused: int) -> dict[str, Any]:
