@@ -11,6 +11,7 @@ all write as many.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -23,7 +24,9 @@ import torch
 import testtime as tt
 from between import write_between
 from testtime.bench.machine import describe_machine
+from testtime.decode.decoding import Decoding
 from testtime.decode.models import end_tokens
+from testtime.decode.watermark import Watermark
 
 PROMPT = "The history of the city begins with"
 PLAIN = "plain generate"
@@ -32,11 +35,14 @@ NOTES = {
     "sample": "a draw here is quicker than that of torch, with 262,144 tokens",
     "min-p": "",
     "edt": "",
+    "adaptive-temperature": "a pass over the vocabulary for each round of its bisection",
     "em-inf": "five steps of Adam at most, for all rows at once, where a token is unsure",
     "top-p": "transformers sorts the vocabulary",
     "typical": "the same",
     "uscd": "two prompts are read",
     "ead": "with the same model in both places",
+    "watermark": "a green list is made for each token; those of the last 256 tokens are kept",
+    "sweet": "the same, where a token is unsure",
 }
 NUMBERS = Path(__file__).with_name("decode.json")
 PAGE = Path(__file__).parents[1] / "docs/decode.md"
@@ -47,14 +53,19 @@ def contestants(model: Any, tokenizer: Any, prompts: list[str], tokens: int) -> 
     model.generation_config.suppress_tokens = end_tokens(model, tokenizer)
     inputs = tokenizer(prompts, return_tensors="pt")
     needs = {"ead": {"large": model}, "uscd": {"lame": ["The"] * len(prompts)}}
+    taus, keys = {"watermark": None, "sweet": 0.9}, itertools.count(1)
 
     def plain() -> None:
         model.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=tokens)
 
     def ours(method: str) -> Callable[[], None]:
         def write() -> None:
+            chosen: str | Decoding = method
+            if method in taus:  # with a new key, for green lists are kept
+                mark = Watermark(vocabulary=len(tokenizer), tau=taus[method], key=next(keys))
+                chosen = Decoding(steps=(mark,))
             found = tt.decode.generate(
-                model, tokenizer, prompts, method, max_new_tokens=tokens, **needs.get(method, {})
+                model, tokenizer, prompts, chosen, max_new_tokens=tokens, **needs.get(method, {})
             )
             if any(len(each.tokens) != tokens for each in found):
                 raise RuntimeError(f"{method} has not written {tokens} tokens")
@@ -82,9 +93,8 @@ def page(path: Path, found: dict[str, Any]) -> None:
     """Writes the table between the marks of a page."""
     rows, rounds = summary(found), len(found["seconds"][PLAIN])
     lines = ["| method | time | tokens a processor second | |", "|---|--:|--:|---|"]
-    for name, note in {PLAIN: "", **NOTES}.items():
-        own = rows[name]
-        shown = name if name == PLAIN else f"`{name}`"
+    for name, own in rows.items():
+        shown, note = name if name == PLAIN else f"`{name}`", NOTES.get(name, "")
         lines.append(
             f"| {shown} | {own['time against plain']:.2f} | {own['tokens per second']:.1f} | {note} |"
         )
@@ -114,8 +124,9 @@ def main() -> None:
         "model": asked.model, "tokens": asked.tokens, "prompts": asked.prompts,
     }  # fmt: skip
     held = json.loads(asked.out.read_text("utf-8")) if asked.out.exists() else {}
-    if any(held.get(name) != value for name, value in about.items()):
-        held = {**about, "seconds": {name: [] for name in (PLAIN, *NOTES)}}
+    names = [PLAIN, *NOTES]
+    if {**held, **about} != held or list(held["seconds"]) != names:
+        held = {**about, "seconds": {name: [] for name in names}}
     todo: dict[str, Callable[[], None]] = {}
     if len(held["seconds"][PLAIN]) < asked.rounds:
         loaded = tt.decode.load_language_model(asked.model)
@@ -132,7 +143,7 @@ def main() -> None:
         asked.out.write_text(json.dumps(held, indent=1) + "\n", "utf-8")
         print(f"round {len(held['seconds'][PLAIN])} of {asked.rounds}", flush=True)
     for name, row in summary(held).items():
-        print(f"{name:<16}{row['tokens per second']:8.2f}{row['time against plain']:8.3f}")
+        print(f"{name:<22}{row['tokens per second']:8.2f}{row['time against plain']:8.3f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Models that keep something else than keys and values, or bear no padding, write the same text."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -111,6 +113,11 @@ def test_rows_are_read_together_where_padding_changes_nothing(model, llama):
     assert together(model, lengths) == (apart if rwkv or minimax else [[0, 1, 2]])
     assert together(model, [4, 4]) == ([[0], [1]] if rwkv else [[0, 1]])
     assert together(model, [4, 4, 4], [9, 8, 9]) == ([[0], [1], [2]] if rwkv else [[0, 2], [1]])
+    forbids = copy.deepcopy(model)  # some tokens, by -inf, which says nothing of the others
+    forbids.get_output_embeddings().register_forward_hook(
+        lambda head, given, out: out.index_fill(-1, torch.tensor([0]), -torch.inf)
+    )
+    assert together(forbids, lengths) == together(model, lengths)
     half = tiny_model("gpt2").to(torch.bfloat16)
     try:
         assert together(half, lengths) == [[0, 1, 2]]

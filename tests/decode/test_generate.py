@@ -311,3 +311,6 @@ def test_logits_that_are_nan_are_refused(llama, tokenizer):
     for method, more in (("greedy", {}), ("em-inf", {}), ("ead", {"large": llama})):
         with pytest.raises(InputError, match="NaN"):
             tt.decode.generate(model, tokenizer, "a", method, **more)
+    for several in (["a", "b"], ["a", "longer"]):  # where it is asked first whether it bears them
+        with pytest.raises(InputError, match="NaN"):
+            tt.decode.generate(model, tokenizer, several, "greedy")

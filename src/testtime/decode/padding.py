@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from testtime.decode.decoding import borrowed, evaluating
+from testtime.decode.drawing import check_logits
 from testtime.decode.models import vocabulary_size
 from testtime.decode.prompts import padded
 
@@ -23,6 +24,9 @@ def together(
         model: a causal model of transformers.
         lengths: how many tokens each row has (of several prompts, if it has several).
         limits: of new tokens, where they are not the same for all; rows of a batch have one.
+
+    Raises:
+        InputError: the model's logits are NaN.
     """
     keys: list[Hashable] = [None] * len(lengths) if limits is None else [*limits]
     if len(lengths) > 1 and not (len(set(lengths)) > 1 and bears_padding(model)):
@@ -57,8 +61,11 @@ def _same(model: Any, *, beside: int) -> bool:
     found = _FOUND.setdefault(model, {})
     if (kind, beside) not in found:
         alone, both = _two(model, [1]), _two(model, [1, beside])
-        near = torch.finfo(kind).eps ** 0.5 * float(alone.abs().max())
-        found[kind, beside] = torch.allclose(both, alone, rtol=0, atol=near, equal_nan=True)
+        for each in alone:
+            check_logits(each[None])
+        largest = alone[alone.isfinite()].abs().max()  # some tokens may be forbidden, by -inf
+        near = torch.finfo(kind).eps ** 0.5 * float(largest)
+        found[kind, beside] = torch.allclose(both, alone, rtol=0, atol=near)
     return found[kind, beside]
 
 

@@ -20,7 +20,7 @@ from testtime._core.options import in_range
 from testtime._core.registry import register
 from testtime.decode.decoding import Decoding
 from testtime.decode.methods.classical import nucleus
-from testtime.measures.entropy import entropy
+from testtime.measures.log_space import LOWEST, check_classes
 
 COLDEST, ROUNDS = 0.01, 100
 """Lowest temperature, and rounds of the bisection at most (code)."""
@@ -44,27 +44,47 @@ def cooled(
         tolerance: how near is near enough, in nats.
 
     Example:
+        >>> from testtime.measures.entropy import entropy
         >>> z = torch.tensor([[2.0, 1.0, 0.0], [90.0, 0.0, 0.0]])
         >>> found = cooled(z, ratio=0.5, tolerance=1e-6)
         >>> entropy(found)[0] / entropy(z)[0], found[1].equal(z[1])
         (tensor(0.5000), True)
     """
     logits = at_least_single(logits)
-    before = entropy(logits)
+    check_classes(logits, "logits")
+    return logits / _temperatures(logits.detach(), ratio, floor, tolerance)[:, None]
+
+
+def _temperatures(logits: Tensor, ratio: float, floor: float, tolerance: float) -> Tensor:
+    below = (logits - logits.amax(-1, keepdim=True)).clamp_(min=LOWEST)
+    # two buffers for all rounds: to be given new ones costs as much as what is done with them
+    scaled, probs = torch.empty_like(below), torch.empty_like(below)
+
+    def entropies() -> Tensor:
+        """H = -ln p_best - sum p (z - z_best) / T, of the rows that are still going on."""
+        x, p = scaled[: len(going)], probs[: len(going)]
+        torch.div(below, found[going, None], out=x)
+        torch.softmax(x, -1, out=p)
+        return -(p.amax(-1).log() + x.mul_(p).sum(-1))
+
+    found = logits.new_ones(len(logits))
+    going = torch.arange(len(logits), device=logits.device)
+    before = entropies()
     target = (ratio * before).clamp(min=floor)
     low, high = torch.full_like(before, COLDEST), torch.ones_like(before)
-    found = torch.ones_like(before)
-    going = (before > floor).nonzero().flatten()
+    left = before > floor
     for _ in range(ROUNDS):
+        if not bool(left.all()):
+            going, below = going[left], below[left]
         if not len(going):
             break
         middle = (low[going] + high[going]) / 2
         found[going] = middle
-        over = entropy(logits[going] / middle[:, None]) - target[going]
+        over = entropies() - target[going]
         high[going] = torch.where(over > 0, middle, high[going])
         low[going] = torch.where(over > 0, low[going], middle)
-        going = going[over.abs() >= tolerance]
-    return logits / found[:, None]
+        left = over.abs() >= tolerance
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
