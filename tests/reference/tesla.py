@@ -58,8 +58,8 @@ def change(x: Tensor, name: str, v: Tensor) -> Tensor:
         return torch.where(x < v, x, 1 - x) + through
     eight = (255 * x.detach()).to(torch.uint8)
     if name == "equalize":
-        return TF.equalize(eight).float() / 255 + through
-    return TF.posterize(eight, int(v)).float() / 255 + through
+        return TF.equalize(eight).to(x.dtype) / 255 + through
+    return TF.posterize(eight, int(v)).to(x.dtype) / 255 + through
 
 
 class Tesla:
@@ -72,8 +72,9 @@ class Tesla:
         self.optimizer = torch.optim.Adam(learnt, lr=lr)
         self.mu, self.view, self.n, self.lam1, self.lam2 = mu, view, n, lam1, lam2
         self.policies = list(itertools.combinations(RANGES, r))
-        self.w = torch.zeros(len(self.policies), requires_grad=True)
-        self.m = torch.zeros(len(self.policies), r, requires_grad=True)
+        kind = {"dtype": learnt[0].dtype, "requires_grad": True}
+        self.w = torch.zeros(len(self.policies), **kind)
+        self.m = torch.zeros(len(self.policies), r, **kind)
         self.policy = torch.optim.Adam([self.w, self.m], lr=0.1)
         self.size, self.near, self.generator = queue, near, generator
         self.queues: list[list] = [[] for _ in range(5)]
