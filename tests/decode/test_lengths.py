@@ -24,7 +24,9 @@ def test_the_study_equals_plain_loops(seed):
         sorted(zip(own, good, strict=True), key=lambda each: each[0])
         for own, good in zip(lengths.tolist(), right.tolist(), strict=True)
     ]
-    assert found.accuracy == pytest.approx([fmean(g for _, g in rank) for rank in zip(*rows)])  # noqa: B905
+    assert found.accuracy == pytest.approx(
+        [fmean(g for _, g in rank) for rank in zip(*rows, strict=True)]
+    )
     both = [row for row in rows if {good for _, good in row} == {True, False}]
     assert found.questions == len(both) > 0
     for value, wanted in ((found.right, True), (found.wrong, False)):
