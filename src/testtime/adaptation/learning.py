@@ -58,10 +58,11 @@ def learn(evidence: Evidence) -> Learned:
             return kept, Outcome.NOTHING_RELIABLE, measured
         measured["loss"] = loss.detach()
         grads = _gradient(loss, evidence)
+    moved = _moved(kept, evidence, grads)  # a device has it to do before it is waited for
     value = number(loss, grads)
     if value is None:
         return state, Outcome.NON_FINITE, measured
-    return _move(kept, evidence, value, grads, measured)
+    return _settled(moved, evidence, value, grads, measured)
 
 
 def _select(evidence: Evidence, state: Any) -> tuple[Tensor | None, Any]:
@@ -106,10 +107,8 @@ def _gradient(loss: Tensor, evidence: Evidence) -> list[Tensor]:
     return engine.gradient(loss, evidence.learning, samples=evidence.differentiated)
 
 
-def _move(
-    state: State, evidence: Evidence, loss: float, grads: list[Tensor], measured: dict[str, Any]
-) -> Learned:
-    """Steps along the gradient; then teacher, restoration and recovery, where there are such."""
+def _moved(state: State, evidence: Evidence, grads: list[Tensor]) -> State:
+    """The state after a step along the gradient, its teacher following."""
     engine, recipe = evidence.engine, evidence.engine.recipe
     assert recipe.optimizer is not None
     with torch.no_grad():
@@ -117,30 +116,44 @@ def _move(
         stepped, optimizer = recipe.optimizer.step(state.optimizer, now, grads)
         moved, beside = stepped[: len(state.tensors)], stepped[len(state.tensors) :]
         teacher = state.teacher
-        followed = [] if teacher is None else list(teacher.values())
         if teacher is not None:
             fixed = engine.source_tensors(list(teacher)[len(moved) :])
-            followed = recipe.teacher.follow(followed, [*moved, *fixed.values()])
-        if recipe.restoration is not None:
-            offered = {
-                "tensors": moved,
-                "source": [engine.loan.source(name) for name in state.tensors],
-                "grads": grads[: len(moved)],
-                "teacher": followed,
-                "generator": _common_generator(evidence),
-            }
-            asked = reads(recipe.restoration)
-            restored = recipe.restoration(**{name: offered[name] for name in asked})
-            moved, followed = restored if "teacher" in asked else (restored, followed)
-    state = replace(
+            followed = recipe.teacher.follow(list(teacher.values()), [*moved, *fixed.values()])
+            teacher = dict(zip(teacher, followed, strict=True))
+    return replace(
         state,
         tensors=dict(zip(state.tensors, moved, strict=True)),
         beside=dict(zip(state.beside, beside, strict=True)),
         optimizer=optimizer,
-        teacher=None if teacher is None else dict(zip(teacher, followed, strict=True)),
+        teacher=teacher,
         averages=evidence.averages,
         teacher_averages=evidence.teacher_averages,
     )
+
+
+def _settled(
+    state: State, evidence: Evidence, loss: float, grads: list[Tensor], measured: dict[str, Any]
+) -> Learned:
+    """The moved state after restoration and recovery, where there are such."""
+    engine, recipe = evidence.engine, evidence.engine.recipe
+    if recipe.restoration is not None:
+        teacher = state.teacher
+        offered = {
+            "tensors": list(state.tensors.values()),
+            "source": [engine.loan.source(name) for name in state.tensors],
+            "grads": grads[: len(state.tensors)],
+            "teacher": [] if teacher is None else list(teacher.values()),
+            "generator": _common_generator(evidence),
+        }
+        asked = reads(recipe.restoration)
+        with torch.no_grad():
+            restored = recipe.restoration(**{name: offered[name] for name in asked})
+        moved, followed = restored if "teacher" in asked else (restored, offered["teacher"])
+        state = replace(
+            state,
+            tensors=dict(zip(state.tensors, moved, strict=True)),
+            teacher=None if teacher is None else dict(zip(teacher, followed, strict=True)),
+        )
     if recipe.recovery is not None:
         average, recovered = recipe.recovery(state.loss_average, loss)
         if recovered:
