@@ -19,6 +19,11 @@ from testtime.adaptation.ranks import Ranks
 Blend = Callable[[Moments], Moments]
 
 
+def unsaved(mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments that a forward with given ones saves: none, which CUDA wants as empty tensors."""
+    return mean.new_empty(0), mean.new_empty(0)
+
+
 class _Moments(torch.autograd.Function):
     """Mean and biased variance of each channel (dimension 1)."""
 
@@ -52,7 +57,7 @@ class _Normalise(torch.autograd.Function):
         one = torch.ones_like(mean)
         mask = [True, True, True]
         to_x, to_scale, to_shift = torch.ops.aten.native_batch_norm_backward(
-            grads[0].contiguous(), x, one, mean, var, None, None, False, ctx.eps, mask
+            grads[0].contiguous(), x, one, mean, var, *unsaved(mean), False, ctx.eps, mask
         )
         inverse = torch.rsqrt(var + ctx.eps)
         return to_x, -inverse * to_shift, -0.5 * inverse.square() * to_scale, None
@@ -83,7 +88,7 @@ class _Blended(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         mean, var = (moment.detach() for moment in ctx.used)
         to_x, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
-            grads[0].contiguous(), x, weight, mean, var, None, None, False, ctx.eps, [True] * 3
+            grads[0].contiguous(), x, weight, mean, var, *unsaved(mean), False, ctx.eps, [True] * 3
         )
         inverse = torch.rsqrt(var + ctx.eps)
         to_used = -inverse * weight * to_bias, -0.5 * inverse.square() * weight * to_weight

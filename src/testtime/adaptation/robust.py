@@ -21,6 +21,8 @@ from testtime.adaptation.parts.statistics import Moments
 
 CACHED = 1 << 18
 """Values that are worked on at once by each thread, of all tensors together: its core holds them."""
+MANY = 1 << 26
+"""The same on other devices, where each call costs: a bound on memory alone."""
 
 
 class _AsWritten(torch.autograd.Function):
@@ -222,7 +224,9 @@ def _parts(
 
 def _split(tensors: Sequence[Tensor], share: int) -> Iterator[tuple[Tensor, ...]]:
     """Parts of a few rows, but not of one alone, which torch's threads would add up in two."""
-    first, size = tensors[0], CACHED * torch.get_num_threads() // share
+    first = tensors[0]
+    size = CACHED * torch.get_num_threads() if first.device.type == "cpu" else MANY
+    size //= share
     count = max(min(first.numel() // size, len(first) // 2), 1)
     return zip(*(t.tensor_split(count) for t in tensors), strict=True)
 
