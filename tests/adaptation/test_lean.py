@@ -1,7 +1,11 @@
 """What is kept for the backward is less, and answers and gradients are torch's to the last bit."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,3 +283,50 @@ def test_a_compiled_model_keeps_its_own_graph():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     assert not is_compiled(model)
     assert is_compiled(torch.compile(model, backend="eager"))
+
+
+INTERPRETED = """
+import sys
+from contextlib import nullcontext
+
+sys.path.insert(0, {tests!r})
+import torch
+from adaptation.test_lean import assert_same, network, norms_learn
+from testtime.adaptation import bit_kernels, lean
+
+lean.kernels_of = lambda device: bit_kernels
+for name in ("resnet18", "squeezenet1_1"):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = network(name).to(memory_format=layout)
+        learnt = norms_learn(model)
+        x = torch.rand(2, 3, 32, 32).to(memory_format=layout)
+        assert_same(model, x.requires_grad_(not learnt), learnt)
+for dtype in (torch.float16, torch.bfloat16, torch.float64):
+    x = torch.randn(3, 1000).to(dtype)
+    x[0, :3] = torch.tensor([float("nan"), 0.0, -0.0])
+    y, words = bit_kernels.relu(x, inplace=False)
+    assert torch.equal(y.nan_to_num(7), x.relu().nan_to_num(7))
+    grad = torch.randn(3, 1000).to(dtype)
+    expected = torch.ops.aten.threshold_backward(grad, x.relu(), 0)
+    assert torch.equal(bit_kernels.masked(grad, words, torch.empty_like(grad)), expected)
+x = torch.randn(3, 4, 5, requires_grad=True)
+found = []
+for mode in (lean.Lean(least=1), nullcontext()):
+    with mode:
+        y = (x * 2).relu()
+    first = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+    found.append((first, *torch.autograd.grad(first.square().sum(), x)))
+assert all(map(torch.equal, *found))
+"""
+
+
+@pytest.mark.extra
+def test_kernels_of_a_gpu_keep_the_same_bits():
+    """By Triton's interpreter, which needs no GPU; `tests/cuda` runs them on one."""
+    script = INTERPRETED.format(tests=str(Path(__file__).parents[1]))
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -6,8 +6,9 @@ maximum pooling, of which it needs the shape. Of a convolution, its normalisatio
 normalisation's input remains here, and a bit for each value.
 
 A gradient that nobody else holds is masked where it lies: to make another tensor of its size costs
-more than the mask. Bits are packed and read in pieces that stay in the cache, by torch's own kernels:
-threads of one's own wait for a core on which torch's still spin.
+more than the mask. On a CPU bits are packed and read in pieces that stay in the cache, by torch's own
+kernels: threads of one's own wait for a core on which torch's still spin. On a GPU one kernel does it
+(`bit_kernels`), and small tensors are kept as they are, for it is the host that they would keep busy.
 
 Answers and gradients are torch's to the last bit: the same kernels compute them.
 """
@@ -50,8 +51,13 @@ class _BitReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
         if inplace:
             ctx.mark_dirty(x)
-        y = torch.relu_(x) if inplace else torch.relu(x)
-        ctx.bits, ctx.shape = pack(y), Shape.of(y)
+        kernels = kernels_of(x.device)
+        if kernels is not None:
+            y, ctx.bits = kernels.relu(x, inplace=inplace)
+        else:
+            y = torch.relu_(x) if inplace else torch.relu(x)
+            ctx.bits = pack(y)
+        ctx.shape = Shape.of(y)
         return y
 
     @staticmethod
@@ -60,6 +66,24 @@ class _BitReLU(torch.autograd.Function):
         # a product of this backward alone may be written to, unless it is differentiated again
         into = holders(grad) == held_by_nobody() and not torch.is_grad_enabled()
         return masked(grad, ctx.bits, ctx.shape, into=into), None
+
+
+@cache
+def kernels_of(device: torch.device) -> Any:
+    """What makes and reads bits in one kernel, words of whole numbers; None where nothing does.
+
+    Example:
+        >>> kernels_of(torch.device("cpu"))
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from testtime.adaptation import bit_kernels  # noqa: PLC0415
+
+        _, words = bit_kernels.relu(torch.ones(3, device=device), inplace=False)
+        return bit_kernels if words.tolist() == [7] else None
+    except Exception:  # no Triton, no compiler, a GPU that it does not know
+        return None
 
 
 def pack(y: Tensor) -> Tensor:
@@ -99,6 +123,14 @@ def unpack(bits: Tensor, shape: Shape) -> Tensor:
         [[False, True], [False, False]]
     """
     flat = torch.empty(shape.sizes.numel(), dtype=torch.bool, device=shape.device)
+    if not bits.is_floating_point():
+        ones = torch.ones_like(flat, dtype=torch.int8)
+        return (
+            kernels_of(shape.device)
+            .masked(ones, bits, ones)
+            .bool()
+            .as_strided(shape.sizes, shape.strides)
+        )
     room = Room.of(shape.device)
     for values, own, spread in room.pieces(flat, bits.int(), room.numbers):
         values[:] = room.spread(own, spread)[: len(values)] != 0
@@ -110,7 +142,7 @@ def masked(grad: Tensor, bits: Tensor, shape: Shape, *, into: bool = False) -> T
 
     Args:
         grad: of the shape that the bits were packed from.
-        bits: from `pack`.
+        bits: from `pack`, or from the kernels of a GPU.
         shape: how the packed tensor lay in memory.
         into: whether the gradient may be written to.
 
@@ -123,6 +155,8 @@ def masked(grad: Tensor, bits: Tensor, shape: Shape, *, into: bool = False) -> T
     if again or grad.shape != shape.sizes or grad.stride() != shape.strides:
         return threshold(grad, unpack(bits, shape).to(grad.dtype), 0)
     out = grad if into else shape.empty()
+    if not bits.is_floating_point():
+        return kernels_of(grad.device).masked(grad, bits, out)  # type: ignore[no-any-return]
     # as whole numbers, of which none is the one that torch lets pass or flushes to zero
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[grad.element_size()]
     given, found = (_in_memory(t).view(whole) for t in (grad, out))
@@ -227,13 +261,13 @@ CHUNK = PLANES * 11008
 """Values that are packed or unpacked at once: what is made in between stays in a CPU's cache."""
 MANY = 16
 """Such pieces that other devices work on at once."""
-LEAST = 1 << 17
+LEAST = {"cpu": 1 << 17, "cuda": 1 << 22}
 """Values of a tensor below which keeping less costs more time than the memory is worth."""
 
 
 @contextmanager
 def kept_as(
-    dtype: torch.dtype, own: Iterable[Tensor] = (), *, least: int = LEAST
+    dtype: torch.dtype, own: Iterable[Tensor] = (), *, least: int = LEAST["cpu"]
 ) -> Iterator[None]:
     """While it lasts, what is kept for a backward is kept in a shorter type.
 
@@ -269,7 +303,7 @@ class Lean(TorchFunctionMode):
     """While it lasts, frozen convolutions, ReLUs and maximum poolings keep less.
 
     Args:
-        least: values of an input for which it is done.
+        least: values of an input for which it is done; None: by its device.
 
     Example:
         >>> from torch import nn
@@ -281,7 +315,7 @@ class Lean(TorchFunctionMode):
         '_BitReLUBackward'
     """
 
-    def __init__(self, least: int = LEAST) -> None:
+    def __init__(self, least: int | None = None) -> None:
         super().__init__()
         self.least = least
         held_by_nobody()  # found out before the mode is on
@@ -295,11 +329,14 @@ class Lean(TorchFunctionMode):
             or not args
             or not torch.is_grad_enabled()
             or not args[0].requires_grad
-            or args[0].numel() < self.least
+            or args[0].numel() < self._least(args[0])
             or torch._C._are_functorch_transforms_active()
         ):
             return func(*args, **kwargs or {})
         return kept(func, *args, **kwargs or {})
+
+    def _least(self, x: Tensor) -> int:
+        return LEAST.get(x.device.type, LEAST["cpu"]) if self.least is None else self.least
 
 
 def _conv(
