@@ -41,8 +41,8 @@ def suited(name: str, model: nn.Module) -> nn.Module:
 def adapter_of(name: str, model: nn.Module | None = None, **more) -> tt.Adapter:
     """The method on a tiny network, or on another, with what it needs of source data."""
     model = suited(name, tiny() if model is None else model)
-    dtype = next(model.parameters()).dtype
-    loader = [(x.to(dtype), torch.arange(len(x)) % 5) for x in batches(2)]
+    where = next(model.parameters())
+    loader = [(x.to(where), torch.arange(len(x), device=where.device) % 5) for x in batches(2)]
     source = tt.fit_source(model, loader, methods=[name]) if tt.methods()[name].needs else None
     return tt.adapt(model, name, source=source, **{**SMALL.get(name, {}), **more})
 
