@@ -9,9 +9,9 @@ Rows = list[dict[str, Any]]
 OURS = ("inference", "minimal step", "textbook")
 
 
-def key_of(row: dict[str, Any]) -> tuple[str, int, str]:
-    """What a row is of."""
-    return row["model"], row["batch"], row["name"]
+def key_of(row: dict[str, Any]) -> tuple[str, int, str, str]:
+    """What a row is of, and on what kind of device."""
+    return row["model"], row["batch"], row["name"], row.get("device", "cpu")
 
 
 def join(held: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +62,8 @@ def cell(row: dict[str, Any], column: str) -> str:
         return ""
     if isinstance(value, list):
         return f"{value[0]:.2f} ({value[1]:.2f} to {value[2]:.2f})"
-    return f"{value:.2f}" if column == "memory_to_textbook" else f"{value:.0f}"
+    short = column == "milliseconds" and value < 20
+    return f"{value:.2f}" if column == "memory_to_textbook" else f"{value:.{short:d}f}"
 
 
 def groups(rows: Rows) -> dict[tuple[str, str], Rows]:

@@ -2,6 +2,7 @@
 
     python benchmarks/cost.py --models resnet50 --batch 16 --methods tent,sar --out cost.json
     python benchmarks/cost.py --measure memory --out cost.json     # needs no quiet machine
+    python benchmarks/cost.py --device cuda --rounds 20 --out cost.json
     python benchmarks/cost.py --page docs/performance.md --out cost.json
     python benchmarks/cost.py --compare old.json new.json
 
@@ -10,7 +11,8 @@ the textbook form of each method and the method answer the same batches, one aft
 order each round, so that a slow moment of the machine meets all alike. Ratios are formed within a
 round; the table shows their median and, in brackets, the smallest and largest. Memory is the largest
 sum of tensors that a step holds beyond what lay there before it, read off the allocator, exact and
-the same each time. Methods of many passes are measured in one round.
+the same each time; on a GPU what its libraries take to work in counts too. Methods of many passes are
+measured in one round on a CPU.
 
 Methods that choose who teaches are set so that a third of the samples do, and stay there: their
 rate is zero, so that the network of random weights does not run away. CoTTA and the like make 8
@@ -39,6 +41,7 @@ from torch.profiler import ProfilerActivity, profile
 import testtime as tt
 from compare import compare, join, page, show
 from settings import setting
+from testtime._core.devices import wait_for
 from testtime.bench.models import load_model
 from testtime.measures.entropy import entropy
 from testtime.streams.data import load_data
@@ -78,18 +81,19 @@ class Confident(nn.Module):
         return (self.model(x) - self.mean) * self.scale
 
 
-def make(name: str, size: int) -> tuple[nn.Module, Tensor]:
+def make(name: str, size: int, device: str = "cpu") -> tuple[nn.Module, Tensor]:
     """A model in eval mode and two batches for it."""
     torch.manual_seed(0)
     if name == "embedded":
         data = load_data("fashion-mnist:sample")
         x = torch.stack([data[i][0] for i in range(2 * size)])
-        return load_model("embedded:batch"), (x + 0.2 * torch.randn(x.shape)).clamp(0, 1)
+        x = (x + 0.2 * torch.randn(x.shape)).clamp(0, 1)
+        return load_model("embedded:batch").to(device), x.to(device)
     import timm  # noqa: PLC0415
 
     model = timm.create_model(TIMM[name], pretrained=False).eval()
     x = torch.rand(2 * size, 3, 224, 224) * torch.linspace(0.3, 1, 2 * size).view(-1, 1, 1, 1)
-    x = x[torch.randperm(2 * size)]
+    model, x = model.to(device), x[torch.randperm(2 * size)].to(device)
     with torch.no_grad():
         _measured(model)(x[:size])  # stored statistics are the data's, as of a trained network
         logits = model.eval()(x[:size])
@@ -147,14 +151,23 @@ def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> d
 
 
 def seconds(step: Step, x: Tensor) -> float:
-    """Time of one step."""
+    """Time of one step, until its device has done it."""
+    wait_for(x.device)
     start = time.perf_counter()
     step(x)
+    wait_for(x.device)
     return time.perf_counter() - start
 
 
 def peak_megabytes(step: Step, x: Tensor) -> float:
     """The largest sum of tensors that a step holds beyond what lay there before."""
+    if x.device.type == "cuda":
+        wait_for(x.device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(x)
+        wait_for(x.device)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         step(x)
     assert found.profiler is not None
@@ -168,10 +181,10 @@ def peak_megabytes(step: Step, x: Tensor) -> float:
 
 
 def measure(
-    name: str, size: int, methods: list[str], rounds: int, wanted: list[str]
+    name: str, size: int, methods: list[str], rounds: int, wanted: list[str], device: str = "cpu"
 ) -> list[dict[str, Any]]:
     """Rows of one model: a contestant, its ratios, its passes."""
-    model, x = make(name, size)
+    model, x = make(name, size, device)
     steps = contestants(model, x, size, methods)
     first, second = x.split(size)
     for key, step in steps.items():
@@ -193,10 +206,10 @@ def measure(
         order = list(steps)
         for place in torch.randperm(len(order), generator=generator).tolist():
             key = order[place]
-            if any(slow in key for slow in SLOW) and number:
+            if any(slow in key for slow in SLOW) and number and device == "cpu":
                 continue
             times[key].append(seconds(steps[key], second[:1] if key == "memo" else second))
-    return [row(name, size, key, steps[key], times, single, memory) for key in steps]
+    return [row(name, size, key, steps[key], times, single, memory, device) for key in steps]
 
 
 def told(text: str) -> None:
@@ -206,7 +219,7 @@ def told(text: str) -> None:
 
 def row(
     model: str, size: int, key: str, step: Step, times: dict[str, list[float]],
-    single: list[float], memory: dict[str, float],
+    single: list[float], memory: dict[str, float], device: str,
 ) -> dict[str, Any]:  # fmt: skip
     """One line of the table; without what was not measured."""
 
@@ -216,11 +229,13 @@ def row(
 
     counts = getattr(step, "counts", None)
     made: dict[str, Any] = {"model": model, "batch": size, "name": key}
+    if device != "cpu":
+        made["device"] = device
     book = f"textbook {key.partition(',')[0]}"  # of a variant, too
     if key == "memo":
         made["batch"] = 1
     if times[key]:
-        made["machine"] = where()
+        made["machine"] = where(device)
         made["milliseconds"] = 1000 * statistics.median(times[key])
         made["to_inference"] = against(
             [statistics.median(single)] if key == "memo" else times["inference"]
@@ -276,9 +291,11 @@ def machine() -> dict[str, Any]:
 
 
 @cache
-def where() -> str:
+def where(device: str = "cpu") -> str:
     """The machine of a row's times, in words."""
     about = machine()
+    if device != "cpu":
+        return f"{torch.cuda.get_device_name(device)}, {about['cpu']}, torch {about['torch']}"
     return f"{about['cpu']}, {about['threads']} threads of {about['cores']} cores, torch {about['torch']}"
 
 
@@ -288,6 +305,7 @@ def main() -> int:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--batch", type=int, default=None, help="images; by the model")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--measure", default="seconds,memory")
     parser.add_argument("--overhead", action="store_true", help="of a call, and nothing else")
     parser.add_argument("--out", type=Path, default=None, help="JSON file that the rows join")
@@ -311,8 +329,9 @@ def main() -> int:
         for name in chosen.models.split(","):
             size = chosen.batch or BATCH[name]
             found["rows"] += measure(
-                name, size, chosen.methods.split(","), chosen.rounds, chosen.measure.split(",")
-            )
+                name, size, chosen.methods.split(","), chosen.rounds, chosen.measure.split(","),
+                chosen.device,
+            )  # fmt: skip
         show(found["rows"])
     if chosen.out:
         held = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}

@@ -3,6 +3,7 @@
     python benchmarks/deploying.py latency --model embedded:batch
     python benchmarks/deploying.py latency --model torchvision:resnet50 --batch 16 --rounds 7
     python benchmarks/deploying.py latency --model timm:vit_small_patch16_224 --batch 16 --rounds 7
+    python benchmarks/deploying.py latency --model torchvision:resnet50 --batch 64 --device cuda
     python benchmarks/deploying.py gate --model embedded:batch --samples 256
 
 `latency`: in rounds, plain inference and each way of adapting with Tent answer the same batch, one
@@ -20,16 +21,19 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import testtime as tt
+from testtime._core.devices import wait_for
 from testtime._core.errors import NeedsSource, ScopeError
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.deferred import TRIES
 from testtime.adaptation.source_like import SourceLike
+from testtime.bench.machine import describe_machine
 from testtime.bench.metrics import Score
 from testtime.bench.models import load_model
 from testtime.streams.data import load_data, stack
@@ -51,9 +55,16 @@ def make(name: str, batch: int) -> tuple[nn.Module, Tensor]:
     return model.eval(), torch.rand(batch, 3, 224, 224)
 
 
-def latency(name: str, batch: int, rounds: int) -> None:
+def latency(name: str, batch: int, rounds: int, device: torch.device) -> None:
     """Seconds until the answer is there, over those of plain inference."""
     model, x = make(name, batch)
+    model = model.to(device)
+    if device.type != "cpu":
+        x = x.pin_memory()
+
+    def taken(way: Callable[[Tensor], Tensor]) -> float:
+        return seconds(lambda: way(x.to(device, non_blocking=True)).to("cpu"))
+
     ways: dict[str, Any] = {
         "tent": tt.adapt(model, "tent"),
         "tent, deferred": tt.adapt(model, "tent", deferred=True),
@@ -70,20 +81,22 @@ def latency(name: str, batch: int, rounds: int) -> None:
         ways["tent, gate shut"] = tt.adapt(model, "tent", gate=SourceLike(effect=1e9))
     for way in ("tent, deferred", "tent, deferred, no pause"):
         for _ in range(2 * TRIES):  # until it has measured which forward answers sooner
-            ways[way](x)
+            taken(ways[way])
             ways[way].flush()
     ratios: dict[str, list[float]] = {way: [] for way in ways}
+    inference: list[float] = []
     for number in range(rounds + 3):
-        plain = (seconds(lambda: infer(model, x)) + seconds(lambda: infer(model, x))) / 2
+        plain = (taken(partial(infer, model)) + taken(partial(infer, model))) / 2
+        inference.append(plain)
         for way, adapter in ways.items():
-            taken = seconds(lambda adapter=adapter: adapter(x)) / plain
-            pending = getattr(adapter, "flush", bool)
+            own = taken(adapter)
             if "no pause" in way:  # the first found nothing pending, the second all that it left
-                adapter(x)
-                taken = seconds(lambda adapter=adapter: adapter(x)) / plain
-            pending()
+                own = taken(adapter)
+            getattr(adapter, "flush", bool)()
+            wait_for(device)
             if number > 2:
-                ratios[way].append(taken)
+                ratios[way].append(own / plain)
+    print(f"{describe_machine(device)}; inference {1000 * statistics.median(inference):.2f} ms")
     for way, own in ratios.items():
         mean = statistics.fmean(own) if "budget" in way else statistics.median(own)
         print(f"| {way} | {mean:.2f} | {min(own):.2f} to {max(own):.2f} |")
@@ -139,11 +152,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; of latency")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.what == "latency":
-        latency(given.model, given.batch, given.rounds)
+        latency(given.model, given.batch, given.rounds, torch.device(given.device))
     else:
         gate(given.model, given.batch, given.samples)
 

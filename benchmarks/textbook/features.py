@@ -41,7 +41,9 @@ def cafa(model: nn.Module, *, source: Loader, lr: float = 1e-3, shrinkage: float
     )
     covariance = (g - means[y]).T @ (g - means[y]) / len(g)
     ridge = shrinkage * covariance.diagonal().mean()
-    inverse = torch.linalg.inv(covariance + ridge * torch.eye(len(covariance), dtype=g.dtype))
+    inverse = torch.linalg.inv(
+        covariance + ridge * torch.eye(len(covariance), dtype=g.dtype, device=g.device)
+    )
     model, learnt = configured(model)
     optimizer = torch.optim.Adam(learnt, lr=lr)
     run = watched(model)
@@ -73,7 +75,7 @@ def adanpc(
         g = F.normalize(run(x)[0], dim=1)
         likeness, places = (g @ memory.T).topk(min(k, len(memory)))
         weights = (likeness / tau).softmax(1)
-        scores = torch.zeros(len(g), classes, dtype=g.dtype)
+        scores = torch.zeros(len(g), classes, dtype=g.dtype, device=g.device)
         scores = (scores.scatter_add(1, labels[places], weights) + 1e-5).clamp(max=1)
         sure = scores.softmax(1).amax(1) >= beta
         memory = torch.cat([memory, g[sure]])

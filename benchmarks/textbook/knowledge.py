@@ -35,7 +35,13 @@ def sade(
         with torch.no_grad():
             experts = torch.stack(model(x))
         if weights is None:
-            weights = torch.full((len(experts),), 1 / 3, dtype=experts.dtype, requires_grad=True)
+            weights = torch.full(
+                (len(experts),),
+                1 / 3,
+                dtype=experts.dtype,
+                device=experts.device,
+                requires_grad=True,
+            )
             optimizer = torch.optim.SGD(
                 [weights], lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True
             )
@@ -82,8 +88,8 @@ def rules_of(values: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> list
 
 
 def sqrl(model: nn.Module, *, source: Loader, lr: float = 1e-4) -> Step:
-    values = torch.cat([x.flatten(1) for x, _ in source]).numpy()
-    labels = torch.cat([y for _, y in source]).numpy()
+    values = torch.cat([x.flatten(1) for x, _ in source]).cpu().numpy()
+    labels = torch.cat([y for _, y in source]).cpu().numpy()
     groups = np.repeat(np.arange(len(source)), [len(y) for _, y in source])
     rules = rules_of(values, labels, groups)
     dtype = source[0][0].dtype
@@ -140,7 +146,7 @@ def simatta(  # noqa: PLR0915  (the paper, in one piece)
             weights = weights + 1
             return
         known = [run(torch.stack([image for image, _ in asked]))[0]] if asked else []
-        points = torch.cat([*known, g[high]]).double().numpy()
+        points = torch.cat([*known, g[high]]).double().cpu().numpy()
         means = KMeans(min(clusters, len(points)), n_init=10, random_state=seed)
         heft = np.concatenate([weights, np.ones(len(high))])
         cluster = means.fit_predict(points, sample_weight=heft)

@@ -66,7 +66,9 @@ def rotta(
     def update() -> None:
         items = [item for own in bank.values() for item in own]
         images = torch.stack([item[0] for item in items])
-        ages = torch.tensor([item[1] / capacity for item in items], dtype=images.dtype)
+        ages = torch.tensor(
+            [item[1] / capacity for item in items], dtype=images.dtype, device=images.device
+        )
         for layer in [*norms, *others]:  # and not dropout
             layer.train()
         with torch.no_grad():

@@ -206,7 +206,7 @@ def lerm(model: nn.Module, *, lr: float = 1e-3) -> Step:
         z = model(x)
         p = z.softmax(1)
         codes = p.T @ p / p.sum(0)[:, None]
-        (codes - torch.eye(len(codes), dtype=p.dtype)).abs().mean().backward()
+        (codes - torch.eye(len(codes), dtype=p.dtype, device=p.device)).abs().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         return z.detach()

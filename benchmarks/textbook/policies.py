@@ -15,9 +15,11 @@ from textbook.parts import BATCH_NORMS, NORMS, Step, View, follow
 
 def warped(x: Tensor, place: tuple[int, int], size: Tensor) -> Tensor:
     """Resampled with one entry of the affine matrix changed."""
-    change = torch.zeros(2, 3, dtype=x.dtype)
+    change = torch.zeros(2, 3, dtype=x.dtype, device=x.device)
     change[place] = 1.0
-    return resampled(x, torch.eye(2, 3, dtype=x.dtype) + size.view(-1, 1, 1) * change)
+    return resampled(
+        x, torch.eye(2, 3, dtype=x.dtype, device=x.device) + size.view(-1, 1, 1) * change
+    )
 
 
 def resampled(x: Tensor, matrices: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ def greyed(x: Tensor, size: Tensor) -> Tensor:
 
 
 def sharpened(x: Tensor, size: Tensor) -> Tensor:
-    kernel = torch.ones(3, 3, dtype=x.dtype)
+    kernel = torch.ones(3, 3, dtype=x.dtype, device=x.device)
     kernel[1, 1] = 5
     kernel = (kernel / 13).expand(x.shape[1], 1, 3, 3)
     return blended(F.conv2d(F.pad(x, [1] * 4, "replicate"), kernel, groups=x.shape[1]), x, size)

@@ -52,7 +52,7 @@ def cotta(
         follow(teacher, model, momentum)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                mask = (torch.rand(p.shape) < restore).to(p.dtype)
+                mask = (torch.rand(p.shape, device=p.device) < restore).to(p.dtype)
                 p.copy_(kept[name] * mask + p * (1 - mask))
         return t
 
@@ -187,10 +187,12 @@ def rmt(
     def contrast(views: list[Tensor]) -> Tensor:
         """Supervised contrastive loss of the views of a sample with each other."""
         h = F.normalize(projector(torch.cat(views)), dim=1)
-        itself = torch.eye(len(h), dtype=torch.bool)
+        itself = torch.eye(len(h), dtype=torch.bool, device=h.device)
         likeness = (h @ h.T / 0.1).masked_fill(itself, -torch.inf)
         log_p = likeness.log_softmax(1)
-        same = torch.eye(len(views[0]), dtype=torch.bool).repeat(len(views), len(views))
+        same = torch.eye(len(views[0]), dtype=torch.bool, device=views[0].device).repeat(
+            len(views), len(views)
+        )
         return -log_p[same & ~itself].mean()
 
     def step(x: Tensor) -> Tensor:
