@@ -30,6 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ import testtime as tt
 from compare import compare, join, page, show
 from settings import setting
 from testtime._core.devices import wait_for
+from testtime.adaptation.methods.tent import tent
 from testtime.bench.models import load_model
 from testtime.measures.entropy import entropy
 from testtime.streams.data import load_data
@@ -145,6 +147,10 @@ def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> d
             steps[f"textbook {name}"] = TEXTBOOK[name](own, **more, **options)
         if name == "cotta":  # a source model that is sure of the batch: no views, as published
             steps["cotta, source sure"] = tt.adapt(own, name, threshold=0.0, **options)
+        if name == "tent":
+            steps["tent, kept in bfloat16"] = tt.adapt(
+                own, replace(tent(), activations=torch.bfloat16)
+            )
         source = tt.fit_source(own, data, methods=[name]) if data else None
         steps[name] = tt.adapt(own, name, source=source, **options)
     return steps

@@ -30,6 +30,8 @@ from testtime.measures.entropy import entropy
 
 WORTH = 1 << 17
 """Values of a batch from which a second forward of few samples pays."""
+DEAR = {"cuda": 32}
+"""How many times as many they must be where calls are dear beside what they compute."""
 JOINED = {"cpu": 0}
 """Values of changed copies that share a forward, by device; a million on others, to save small calls.
 On a CPU they go one by one: larger products round otherwise, and Adam makes whole steps of that."""
@@ -298,15 +300,13 @@ class Engine:
         few = teaching is not None and teaching < FEW and self.may_part(x)
         sooner = self._haste(x) if hasty and not few else None
         twice = sooner is not None and sooner.twice
-        known = None
         if twice:
-            known = Recorded(len(x), wide=math.inf)
+            evidence.recorded = Recorded(len(x), wide=math.inf)
         elif few and (teaching or 0) >= SOME:
-            known = Recorded(len(x))
+            evidence.recorded = Recorded(len(x))
         graph = not few and not twice
-        with sooner or nullcontext(), torch.set_grad_enabled(graph), known or nullcontext():
+        with sooner or nullcontext(), torch.set_grad_enabled(graph):
             _ = evidence.logits
-        evidence.recorded = known
         return twice
 
     def joinable(self, x: Tensor) -> int:
@@ -347,7 +347,7 @@ class Engine:
         """
         parts = self.recipe.parts_by_sample
         fits = parts and not self.norms_mix and self.ranks.alone and self.loan.own_functions
-        if not fits or x.numel() < WORTH:
+        if not fits or x.numel() < WORTH * DEAR.get(x.device.type, 1):
             return False
         if self._apart is None:
             self._apart = answers_alone(self.loan, x, SourceStatistics())

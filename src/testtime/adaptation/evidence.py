@@ -1,13 +1,14 @@
 """What parts may see of a batch; the costly pieces are made when somebody asks, once."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from testtime.adaptation.calls import Watching
 from testtime.adaptation.loan import no_features
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.recipe import reads
@@ -68,14 +69,13 @@ class Evidence:
     @cached_property
     def output(self) -> Any:
         """The adapted model's output, as the model returns it."""
-        with self.replayed or nullcontext():
-            output, self.averages = self.engine.run(
-                self.student_inputs,
-                {**self._beside_what_adapts(), **self.tensors},
-                averages=self.state.averages,
-                learn=self.learn,
-                tap=self._tap(self._features),
-            )
+        output, self.averages = self.engine.run(
+            self.student_inputs,
+            {**self._beside_what_adapts(), **self.tensors},
+            averages=self.state.averages,
+            learn=self.learn,
+            tap=lambda: self._tap(self._features, self.replayed or self.recorded),
+        )
         return output
 
     def _beside_what_adapts(self) -> dict[str, Tensor]:
@@ -165,7 +165,7 @@ class Evidence:
             self.tensors,
             averages=self.state.averages,
             learn=self.learn,
-            tap=self._tap(self._augmented_features),
+            tap=lambda: self._tap(self._augmented_features),
         )
         return rows(read_logits(output))
 
@@ -222,10 +222,12 @@ class Evidence:
             few.replayed, self.recorded = Replayed(self.recorded, chosen), None
         return few
 
-    def _tap(self, into: list[Tensor]) -> Any:
-        if not self._tapped:
-            return None
-        return lambda: self.engine.loan.recording(self.engine.feature_layer, into)
+    @contextmanager
+    def _tap(self, into: list[Tensor], calls: Watching | None = None) -> Iterator[None]:
+        """While it lasts, features are recorded where a part reads them, and calls are watched."""
+        recording = self.engine.loan.recording(self.engine.feature_layer, into)
+        with recording if self._tapped else nullcontext(), calls or nullcontext():
+            yield
 
     def ask(self, part: Callable[..., Any], **more: Any) -> Any:
         """Calls a part with what its signature names."""

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from testtime._core.devices import streams_of
+from testtime.adaptation.calls import Call, Watching
 
 
 class Shape(NamedTuple):
@@ -299,7 +299,7 @@ def kept_as(
         yield
 
 
-class Lean(TorchFunctionMode):
+class Lean(Watching):
     """While it lasts, frozen convolutions, ReLUs and maximum poolings keep less.
 
     Args:
@@ -316,50 +316,46 @@ class Lean(TorchFunctionMode):
     """
 
     def __init__(self, least: int | None = None) -> None:
-        super().__init__()
-        self.least = least
-        held_by_nobody()  # found out before the mode is on
+        self.functions, self.least = _KEPT.keys(), least
+        held_by_nobody()  # found out before anything is seen
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kept = _KEPT.get(func)
+    def see(self, func: Call, go_on: Call, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """The call, with less kept where that is worth it."""
         if (
-            kept is None
-            or not args
+            not args
             or not torch.is_grad_enabled()
             or not args[0].requires_grad
             or args[0].numel() < self._least(args[0])
             or torch._C._are_functorch_transforms_active()
         ):
-            return func(*args, **kwargs or {})
-        return kept(func, *args, **kwargs or {})
+            return go_on(*args, **kwargs)
+        return _KEPT[func](func, go_on, *args, **kwargs)
 
     def _least(self, x: Tensor) -> int:
         return LEAST.get(x.device.type, LEAST["cpu"]) if self.least is None else self.least
 
 
 def _conv(
-    func: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None,
+    func: Call, go_on: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None,
     stride: Any = 1, padding: Any = 0, *more: Any, **named: Any,
 ) -> Tensor:  # fmt: skip
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     if learns or isinstance(padding, str) or x.dim() != weight.dim() or x.shape == weight.shape:
-        return func(x, weight, bias, stride, padding, *more, **named)
+        return go_on(x, weight, bias, stride, padding, *more, **named)
     with _shape_of(x):
-        return func(x, weight, bias, stride, padding, *more, **named)
+        return go_on(x, weight, bias, stride, padding, *more, **named)
 
 
-def _relu(func: Callable[..., Tensor], x: Tensor, inplace: bool = False) -> Tensor:
+def _relu(func: Call, go_on: Call, x: Tensor, inplace: bool = False) -> Tensor:
     inplace = inplace or func in (torch.relu_, Tensor.relu_)
     if not _dense(x) or (inplace and x._is_view()):
-        return func(x) if func is not F.relu else func(x, inplace)
+        return go_on(x) if func is not F.relu else go_on(x, inplace)
     return _BitReLU.apply(x, inplace)  # type: ignore[no-any-return]
 
 
-def _max_pool(func: Callable[..., Tensor], x: Tensor, *more: Any, **named: Any) -> Tensor:
+def _max_pool(func: Call, go_on: Call, x: Tensor, *more: Any, **named: Any) -> Tensor:
     with _shape_of(x):
-        return func(x, *more, **named)
+        return go_on(x, *more, **named)
 
 
 def _shape_of(x: Tensor) -> torch.autograd.graph.saved_tensors_hooks:

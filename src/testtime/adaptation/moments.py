@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from testtime._core.arrays import at_least_single
+from testtime.adaptation.calls import Call, Watching
 from testtime.adaptation.parts.statistics import Moments
 from testtime.adaptation.ranks import Ranks
 
@@ -160,7 +160,7 @@ def normalise_blended(x: Tensor, weight: Tensor, bias: Tensor, blend: Blend, eps
     return _Blended.apply(x, weight, bias, blend, eps)  # type: ignore[no-untyped-call, no-any-return]
 
 
-class InGroups(TorchFunctionMode):
+class InGroups(Watching):
     """While it lasts, batch normalisation takes the statistics of each part of a batch by itself.
 
     Args:
@@ -173,17 +173,15 @@ class InGroups(TorchFunctionMode):
         tensor([-1.,  1., -1.,  1.])
     """
 
+    functions = (F.batch_norm,)
+
     def __init__(self, count: int) -> None:
-        super().__init__()
         self.count = count
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is not F.batch_norm:
-            return func(*args, **kwargs or {})
+    def see(self, func: Call, go_on: Call, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """The call for each part."""
         x, *more = args
-        return torch.cat([func(part, *more, **kwargs or {}) for part in x.chunk(self.count)])
+        return torch.cat([go_on(part, *more, **kwargs) for part in x.chunk(self.count)])
 
 
 def wide(value: Tensor, x: Tensor) -> Tensor:

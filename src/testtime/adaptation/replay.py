@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from testtime.adaptation.calls import Call, Watching
 from testtime.adaptation.lean import Shape
 
 DEAR = 256
@@ -61,7 +61,7 @@ class _Known(torch.autograd.Function):
         return ctx.back(grads[0], ctx.shape), None, None
 
 
-class Recorded(TorchFunctionMode):
+class Recorded(Watching):
     """While it lasts, outputs of dear calls on a whole batch are kept.
 
     Args:
@@ -83,22 +83,21 @@ class Recorded(TorchFunctionMode):
     def __init__(
         self, samples: int, *, wide: float = WIDE, dear: int = DEAR, least: int = LEAST
     ) -> None:
-        super().__init__()
+        self.functions = _READ.keys()
         self.samples, self.wide, self.dear, self.least = samples, wide, dear, least
         self.kept: list[Kept] = []
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **kwargs or {})
-        call = _call(func, args, kwargs or {}, self)
+    def see(self, func: Call, go_on: Call, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """The call, whose output is kept."""
+        result: Tensor = go_on(*args, **kwargs)
+        call = _call(func, args, kwargs, self)
         if call is not None and len(call.x) == len(result) == self.samples:
             sample = call.x.shape[1:]
             self.kept.append(Kept(func, call.weight, sample, result.detach(), result._version))
         return result
 
 
-class Replayed(TorchFunctionMode):
+class Replayed(Watching):
     """While it lasts, such calls on the chosen samples take what was kept, once each and in order.
 
     A call that does not ask for what comes next ends it: from there on all is computed.
@@ -109,25 +108,24 @@ class Replayed(TorchFunctionMode):
     """
 
     def __init__(self, recorded: Recorded, chosen: Tensor | None = None) -> None:
-        super().__init__()
+        self.functions = _READ.keys()
         self.recorded, self.chosen = recorded, chosen
         self.samples = recorded.samples if chosen is None else len(chosen)
         self.left = recorded.kept[::-1]
         self.taken = 0
         recorded.kept = []
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        call = _call(func, args, kwargs or {}, self.recorded) if self.left else None
+    def see(self, func: Call, go_on: Call, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """What was kept of the call, or else the call."""
+        call = _call(func, args, kwargs, self.recorded) if self.left else None
         if call is None or len(call.x) != self.samples:
-            return func(*args, **kwargs or {})
+            return go_on(*args, **kwargs)
         kept = self.left.pop()
         fits = kept.fits(func, call.x, call.weight)
         if not fits:
             self.left = []
         if not fits or call.learns or not kept.intact:
-            return func(*args, **kwargs or {})
+            return go_on(*args, **kwargs)
         self.taken += 1
         output = kept.output if self.chosen is None else kept.output[self.chosen]
         if not (torch.is_grad_enabled() and call.x.requires_grad):

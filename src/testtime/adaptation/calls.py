@@ -1,0 +1,97 @@
+"""Looks at calls of torch's functions: one mode of torch for all who look.
+
+With a mode for each, what one asks of a tensor would go through the others as a call of its own, and on
+a GPU it is calls that take time.
+"""
+
+import threading
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+Call = Callable[..., Any]
+
+
+class Watching:
+    """While it lasts, calls of `functions` in this thread go through `see`.
+
+    Of several that last, the one entered last sees a call first; `go_on` brings it to the next. What is
+    called inside of `see` is not seen.
+
+    Attributes:
+        functions: that are looked at.
+
+    Example:
+        >>> import torch
+        >>> class Doubling(Watching):
+        ...     functions = (torch.relu,)
+        ...     def see(self, func, go_on, args, kwargs):
+        ...         return 2 * go_on(*args, **kwargs)
+        >>> with Doubling(), Doubling():
+        ...     torch.relu(torch.tensor(3.0))
+        tensor(12.)
+    """
+
+    functions: Collection[Any] = ()
+
+    def see(self, func: Call, go_on: Call, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What a call of one of the functions gives; `go_on` of the same arguments is the call itself."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Any:
+        mode = _here.mode
+        if mode is None:
+            mode = _Mode()
+            mode.__enter__()
+            _here.mode = mode
+        mode.begin(self)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        mode = _here.mode
+        assert mode is not None
+        mode.end(self)
+        if not mode.watchers:
+            _here.mode = None
+            mode.__exit__(*error)
+
+
+class _Here(threading.local):
+    mode: "_Mode | None" = None
+
+
+_here = _Here()
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.watchers: list[Watching] = []
+        self.functions: frozenset[Any] = frozenset()
+
+    def begin(self, watcher: Watching) -> None:
+        self.watchers.append(watcher)
+        self.functions = self.functions.union(watcher.functions)
+
+    def end(self, watcher: Watching) -> None:
+        self.watchers.remove(watcher)
+        self.functions = frozenset().union(*(each.functions for each in self.watchers))
+
+    def __torch_function__(self, func: Call, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self.functions:
+            return func(*args, **kwargs or {})
+        _here.mode = None  # torch has put this mode aside meanwhile
+        try:
+            return self._through(len(self.watchers), func, *args, **kwargs or {})
+        finally:
+            _here.mode = self
+
+    def _through(self, place: int, func: Call, *args: Any, **kwargs: Any) -> Any:
+        while place:
+            place -= 1
+            watcher = self.watchers[place]
+            if func in watcher.functions:
+                return watcher.see(func, partial(self._through, place, func), args, kwargs)
+        return func(*args, **kwargs)
