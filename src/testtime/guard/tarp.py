@@ -101,14 +101,19 @@ def tarp(
     if references is None:
         at = torch.rand(truth.shape, generator=chance, dtype=torch.float64)
     else:
-        at = (finite("references", references) - low) / span
+        at = finite("references", references)
         if at.shape != truth.shape:
             raise InputError(
                 f"references have the shape {tuple(at.shape)}; expected {tuple(truth.shape)}."
             )
+        at = (at - low) / span
     order = 2 if metric == "euclidean" else 1
     far = torch.linalg.vector_norm((truth - low) / span - at, order, dim=-1)
     near = torch.linalg.vector_norm((samples - low) / span - at, order, dim=-1)
+    if not bool(span.isfinite().all() & far.isfinite().all()):
+        raise InputError(
+            "the range of truth, or its distance from references, overflows; scale all."
+        )
     below, equal = (near < far).sum(0), (near == far).sum(0)
     ranks = below.double() / len(samples)
     coverage = _coverage(ranks, bins)
