@@ -110,6 +110,15 @@ def test_zeros_have_no_gradient_that_is_nan(kind):
     assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(total, (p, q)))
 
 
+def test_paths_never_enter_a_state_of_probability_0():
+    rows = torch.tensor([[1 - 9e-7, 0.0], [1.0, 0.0]], dtype=torch.double)
+    for start in (rows[1], rows[0]):
+        paths = sample_path(
+            rows, steps=2, paths=2_000_000, generator=torch.Generator().manual_seed(0), start=start
+        )
+        assert not paths.any()
+
+
 def test_divergences_of_rows():
     p = torch.tensor([[0.2, 0.8], [1.0, 0.0]])
     q = torch.tensor([[0.5, 0.5], [0.5, 0.5]])

@@ -260,10 +260,11 @@ def sample_path(
         (law >= 0).all() & ((law.sum() - 1).abs() < 1e-6)
     ):
         raise InputError(f"start is {law}; expected a law of {len(transitions)} states.")
-    borders = matrix.cumsum(-1)
+    # to the last digit, else a sum just below 1 leads to states of probability 0
+    borders, first = (each / each[..., -1:] for each in (matrix.cumsum(-1), law.cumsum(0)))
     chance = torch.rand(steps, paths, generator=generator, dtype=torch.double, device=law.device)
     last = len(law) - 1
-    now = torch.searchsorted(law.cumsum(0), chance[0], right=True).clamp(max=last)
+    now = torch.searchsorted(first, chance[0], right=True).clamp(max=last)
     path = [now]
     for draw in chance[1:]:
         now = (borders[now] <= draw[:, None]).sum(-1).clamp(max=last)
