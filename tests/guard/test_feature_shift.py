@@ -121,6 +121,19 @@ def test_several_features_may_be_named_and_none_without_a_shift():
     assert calm.features == ()
 
 
+def test_p_values_count_the_rounds_that_are_as_large():
+    def statistic(x, y, chance):
+        rounds = torch.arange(9.0, dtype=torch.float64)[:, None].expand(9, 3)
+        return rounds if x.dim() > 2 else torch.tensor([7.5, 0.0, 8.0], dtype=torch.float64)
+
+    x = draw(0, n=20, d=3)
+    found = feature_shift(x, x, statistic=statistic, bootstrap=9)
+    assert found.p_value.tolist() == pytest.approx([0.2, 1.0, 0.2])
+    y = attack(draw(1, n=600, correlation=0.8), 2)
+    found = feature_shift(draw(0, n=600, correlation=0.8), y, bootstrap=99)
+    assert found.p_value[2] == 0.01
+
+
 def test_constants_are_finite_and_bad_input_is_refused():
     x, y = draw(0), draw(1)
     x[:, 0] = y[:, 0] = 1.0

@@ -69,6 +69,9 @@ def test_logits_that_no_loss_can_read_are_refused(name):
         lambda: Gaussian.fit(X * 1e38),
         lambda: feature_shift(X.double() * 1e300, X.double() * 1e300),
         lambda: VectorScaling.fit(X.double() * 1e300, LABELS),
+        lambda: tarp(X[None], X, references=X[:, :3]),
+        lambda: tarp(X[None].double(), 1.7e308 * X.double().sign()),
+        lambda: tarp(X[None].double(), X.double(), references=1e200 * X.double()),
     ],
 )
 def test_what_cannot_be_judged_is_refused(call):

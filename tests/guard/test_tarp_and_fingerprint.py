@@ -50,6 +50,17 @@ def test_coverage_is_that_of_the_definition(metric):
     assert bool((found.band[1:-1] > 0).all())
 
 
+def test_ranks_on_a_level_are_not_below_it():
+    """0.29 * 100 is below 29; ranks here are 0, 1 / 100, ... 1."""
+    samples = torch.arange(100.0)[:, None, None].expand(100, 101, 1) + 0.5
+    truth = torch.arange(101.0)[:, None]
+    found = tarp(samples, truth, references=torch.full_like(truth, -1.0), bins=100)
+    assert found.ranks.tolist() == [k / 100 for k in range(101)]
+    below = [level / 101 for level in range(100)] + [1.0]
+    np.testing.assert_allclose(found.coverage, below, rtol=1e-12)
+    assert found.coverage[-1] == 1
+
+
 def test_faults_of_a_sampler_are_found_and_their_kind_is_told():
     exact, narrow, wide = (tarp(*posterior(1, scale=s)) for s in (1.0, 0.5, 2.0))
     assert exact.p_value > 0.01

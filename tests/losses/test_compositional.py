@@ -134,3 +134,68 @@ def test_bad_input_is_refused():
     pair = torch.zeros(3), torch.zeros(3)
     with pytest.raises(InputError, match="noise"):
         noise_contrastive(pair, (torch.zeros(3), torch.zeros(2)), torch.tensor(0.0))
+
+
+INF = torch.tensor([math.inf, math.inf])
+ZERO = torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: log_partition(ZERO, ZERO.long()),
+        lambda: log_partition(torch.tensor([math.nan, 0.0]), ZERO),
+        lambda: log_partition(INF, ZERO),
+        lambda: log_partition(-INF, ZERO),
+        lambda: log_partition(ZERO, torch.tensor([math.inf, 0.0])),
+        lambda: moving_average(INF[0], ZERO[0]),
+        lambda: moving_average(ZERO[0], torch.tensor(math.nan)),
+        lambda: moving_average(ZERO, ZERO),
+        lambda: storm(ZERO[0], ZERO[0], torch.tensor(math.nan)),
+        lambda: storm(ZERO[0], ZERO[0], INF[0]),
+        lambda: storm(ZERO, ZERO[0], ZERO[0]),
+        lambda: compositional_likelihood(torch.tensor([math.nan]), ZERO[0], ZERO[0]),
+        lambda: compositional_likelihood(ZERO, ZERO[0] + 200, ZERO[0]),
+        lambda: compositional_likelihood(ZERO, ZERO, ZERO[0]),
+        lambda: noise_contrastive((torch.tensor([math.nan]), ZERO[:1]), (ZERO, ZERO), ZERO[0]),
+        lambda: noise_contrastive((INF, -INF), (ZERO, ZERO), ZERO[0]),
+        lambda: noise_contrastive((ZERO, ZERO), (ZERO, ZERO.long()), ZERO[0]),
+        lambda: noise_contrastive((ZERO, ZERO), (ZERO, ZERO), ZERO),
+        lambda: noise_contrastive((ZERO, ZERO), (ZERO, ZERO), ZERO[:, None]),
+        lambda: noise_contrastive((ZERO, ZERO), (ZERO, ZERO), torch.tensor(math.nan)),
+    ],
+)
+def test_what_has_no_likelihood_is_refused(call):
+    with pytest.raises(InputError):
+        call()
+
+
+def test_noise_without_density_under_the_model_counts_nothing():
+    found = log_partition(torch.tensor([math.inf, 0.0]), ZERO)
+    assert float(found) == pytest.approx(-math.log(2))
+    assert float(noise_contrastive((ZERO, -INF), (INF, ZERO), ZERO[0])) == 0
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_single(kind):
+    random = torch.Generator().manual_seed(0)
+    energies, law = torch.randn(2, 500, generator=random).to(kind)
+    half = log_partition(energies, law)
+    assert torch.equal(half, log_partition(energies.float(), law.float()))
+    assert torch.equal(
+        compositional_likelihood(energies, half, half),
+        compositional_likelihood(energies.float(), half, half),
+    )
+    pair = (energies, law)
+    single = (energies.float(), law.float())
+    zero = torch.zeros((), dtype=kind)
+    assert torch.equal(
+        noise_contrastive(pair, pair, zero), noise_contrastive(single, single, zero.float())
+    )
+    one = torch.ones((), dtype=kind)
+    assert storm(one, one * 2, one * 0.5).dtype == moving_average(one, one).dtype == torch.float32
+
+
+def test_storm_keeps_a_value_far_below_what_cancels():
+    far, zero = torch.tensor(-100.0), torch.tensor(0.0)
+    assert float(storm(zero, far, zero, rate=0)) == pytest.approx(-100)

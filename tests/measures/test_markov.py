@@ -69,6 +69,56 @@ def test_the_stationary_law_is_kept_and_paths_begin_in_it():
     assert begun[:, 0].tolist() == [2] * 5
 
 
+def birth_and_death(up, states=40):
+    up = torch.full((states - 1,), up, dtype=torch.double)
+    matrix = torch.diag(up, 1) + torch.diag(1 - up, -1)
+    return matrix + torch.diag((1 - matrix.sum(1)).clamp(min=0))
+
+
+def test_the_rarest_states_of_a_law_have_their_digits():
+    """Detailed balance gives the law of a walk on a line: a geometric one."""
+    ratio = (0.01 / 0.99) ** torch.arange(40).double()
+    found = stationary_law(birth_and_death(0.01))
+    torch.testing.assert_close(found, ratio / ratio.sum(), rtol=1e-10, atol=0)
+    swapped = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    other = stationary_law(birth_and_death(0.01)[swapped][:, swapped])
+    torch.testing.assert_close(other, found[swapped], rtol=1e-10, atol=0)
+    both = torch.stack([birth_and_death(0.01), birth_and_death(0.6)])
+    torch.testing.assert_close(stationary_law(both)[0], found, rtol=1e-10, atol=0)
+
+
+def test_a_chain_that_hardly_hangs_together_has_its_law_and_left_states_have_none():
+    for rare in (1e-12, 1e-200):
+        loose = torch.tensor([[1, rare], [2 * rare, 1]], dtype=torch.double)
+        expected = torch.tensor([2 / 3, 1 / 3]).double()
+        torch.testing.assert_close(stationary_law(loose), expected, rtol=1e-6, atol=0)
+    left = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.5, 0.0, 0.5], [0.5, 0.0, 0.5, 0.0], [0.0, 0.2, 0.0, 0.8]])  # fmt: skip
+    assert stationary_law(left).tolist() == pytest.approx([0, 2 / 7, 0, 5 / 7])
+    assert stationary_law(torch.ones(1, 1)).tolist() == [1]
+    ring = torch.eye(5).roll(1, 1)
+    torch.testing.assert_close(stationary_law(ring), torch.full((5,), 0.2).double())
+    halves = torch.eye(4)[[1, 0, 3, 2]]
+    with pytest.raises(InputError, match="falls apart"):
+        stationary_law(torch.stack([torch.eye(4).roll(1, 1), halves]))
+
+
+@pytest.mark.parametrize("kind", ["kl", "chi-squared", "hellinger"])
+def test_zeros_have_no_gradient_that_is_nan(kind):
+    rows = torch.tensor([[1.0, 0.0], [0.2, 0.8]]).double()
+    p, q = rows.clone().requires_grad_(), rows.clone().requires_grad_()
+    total = row_divergence(p, q, kind=kind).sum()
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(total, (p, q)))
+
+
+def test_paths_never_enter_a_state_of_probability_0():
+    rows = torch.tensor([[1 - 9e-7, 0.0], [1.0, 0.0]], dtype=torch.double)
+    for start in (rows[1], rows[0]):
+        paths = sample_path(
+            rows, steps=2, paths=2_000_000, generator=torch.Generator().manual_seed(0), start=start
+        )
+        assert not paths.any()
+
+
 def test_divergences_of_rows():
     p = torch.tensor([[0.2, 0.8], [1.0, 0.0]])
     q = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
@@ -114,8 +164,25 @@ def test_what_is_no_chain_is_refused():
         transition_matrix(counts, smoothing=-1.0)
     with pytest.raises(UnknownName, match="braess-sauer"):
         transition_matrix(counts, smoothing="braess")
-    with pytest.raises(InputError, match="whole numbers"):
-        transition_matrix(counts[:1])
+    with pytest.raises(OptionError, match="no finite sum"):
+        transition_matrix(counts, smoothing=1e308)
+    for bad in (counts[:1], counts.to(torch.complex64)):
+        with pytest.raises(InputError, match="whole numbers"):
+            transition_matrix(bad)
+    with pytest.raises(InputError, match="batches that go together"):
+        row_divergence(torch.eye(2).expand(4, 2, 2), torch.eye(2).expand(3, 2, 2))
+    for call in (
+        stationary_law,
+        lambda m: row_divergence(m, m),
+        lambda m: row_divergence(m.real, m),
+    ):
+        with pytest.raises(InputError, match="expected real numbers"):
+            call(torch.eye(2, dtype=torch.complex64))
+    start, flat = torch.Generator(), torch.full((2, 2), 0.5)
+    with pytest.raises(InputError, match="expected real numbers"):
+        sample_path(flat, steps=2, paths=1, generator=start, start=torch.ones(2) / (2 + 0j))
+    with pytest.raises(InputError, match="expected one chain"):
+        sample_path(flat.expand(2, 2, 2), steps=2, paths=1, generator=start)
     with pytest.raises(InputError, match="sum 1"):
         stationary_law(torch.tensor([[0.5, 0.4], [0.5, 0.5]]))
     with pytest.raises(InputError, match="sum 1"):

@@ -137,3 +137,76 @@ def test_the_caller_is_left_alone_and_bad_shapes_refused():
         gamma(torch.ones(1), generator=generator(), raised=-1)
     with pytest.raises(InputError, match="one for each sample"):
         surrogate(torch.ones(3, 2), dirichlet(torch.ones(3, 2), generator=generator()))
+
+
+KINDS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def gradient(sample, p, function):
+    draw = sample(p, generator=generator())
+    values = function(draw.sample)
+    (g,) = torch.autograd.grad(surrogate(values, draw).sum(), p)
+    return draw.sample.detach(), g
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("value", [2e-30, 1e-8, 1e-3, 1e8, 5e29])
+def test_tiny_and_huge_shapes_have_samples_and_gradients(kind, value):
+    if not 0 < float(torch.tensor(value, dtype=kind)) < math.inf:
+        pytest.skip("not a number of this kind")
+    p = torch.full((300, 3), value, dtype=kind, requires_grad=True)
+    shares, slope = gradient(dirichlet, p, lambda s: s[:, 0])
+    # 1 / a^2 is beyond the numbers of half precision
+    assert shares.isfinite().all()
+    assert kind == torch.float16 or slope.isfinite().all()
+    torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares[:, 0]))
+    whole, slope = gradient(gamma, p, torch.log)
+    assert ((whole > 0) & whole.isfinite()).all()
+    assert kind == torch.float16 or slope.isfinite().all()
+    heavy, slope = gradient(student, p * 2, torch.tanh)
+    assert heavy.isfinite().all()
+    assert kind == torch.float16 or slope.isfinite().all()
+    half = kind in KINDS[:2]
+    assert whole.dtype == heavy.dtype == shares.dtype == (torch.float32 if half else kind)
+
+
+def test_shares_of_tiny_concentrations_have_the_mean_of_their_law():
+    p = torch.full((60_000,), 1e-3, requires_grad=True)
+    draw = beta(p, 2 * p.detach(), generator=generator())
+    (g,) = torch.autograd.grad(surrogate(draw.sample, draw).sum(), p)
+    close(draw.sample.detach().double(), 1 / 3)
+    close(g.double(), 2e-3 / 3e-3**2)
+
+
+def test_large_shapes_lose_no_digits_in_single_precision():
+    p = torch.full((20_000,), 1e8, requires_grad=True)
+    _, g = gradient(gamma, p, lambda z: z)
+    close(g.double(), 1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], ids=str)
+def test_half_precision_draws_what_single_does(kind):
+    p = torch.full((9, 3), 0.3, dtype=kind)
+    for sample in (gamma, dirichlet, student):
+        drawn = [sample(each, generator=generator()).sample for each in (p, p.float())]
+        assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: accepted_noise(torch.tensor([0.2]), generator()),
+        lambda: accepted_noise(torch.tensor([math.nan]), generator()),
+        lambda: gamma_from_noise(torch.tensor(1.0), torch.tensor(-3.0)),
+        lambda: gamma_from_noise(torch.tensor(0.5), torch.tensor(0.0)),
+        lambda: noise_of_gamma(torch.tensor(-1.0), torch.tensor(2.0)),
+        lambda: noise_of_gamma(torch.tensor(1.0), torch.tensor(0.2)),
+        lambda: beta(torch.ones(2), torch.ones(3), generator=generator()),
+        lambda: dirichlet(torch.tensor(1.0), generator=generator()),
+        lambda: dirichlet(torch.ones(2, 0), generator=generator()),
+        lambda: gamma(torch.tensor([1e-200], dtype=torch.float64), generator=generator()),
+    ],
+)
+def test_what_no_sampler_can_answer_is_refused(call):
+    with pytest.raises(InputError):
+        call()

@@ -13,7 +13,7 @@ This is a test of one pair of samples: the false-alarm rate is about alpha for e
 bootstrap, and grows with the number of looks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -38,6 +38,9 @@ class FeatureShift:
         statistic: (d,) φ of each feature.
         threshold: (d,) its quantile 1 - alpha / d without a shift.
         excess: (d,) standard deviations above its mean without a shift.
+        p_value: (d,) share of statistics at least as large without a shift, the own one among them:
+            of each feature alone, so that d times the least is that of the batch (Bonferroni), and
+            never below 1 / (B + 1).
         change_point: sample of a series at which the shift began, as far as it can be told; None
             for a pair of batches, and where none was detected.
     """
@@ -47,6 +50,7 @@ class FeatureShift:
     statistic: Tensor
     threshold: Tensor
     excess: Tensor
+    p_value: Tensor
     change_point: int | None = None
 
     def __bool__(self) -> bool:
@@ -120,7 +124,7 @@ class SeriesShift:
         statistic: what is compared, as of `feature_shift`.
         alpha: level, as there.
         compromised: features that may have shifted, as there.
-        seed: of the permutations, as there.
+        seed: of the samples of densities, as there.
 
     Example:
         >>> from testtime.guard.monitor import Monitor
@@ -197,15 +201,14 @@ class SeriesShift:
         chance = generator(self.seed, "look", int(state["seen"]))
         if len(latest) < window:
             zero = torch.zeros(x.shape[1], dtype=torch.float64)
-            return state, FeatureShift(False, (), zero, _threshold(self.null, self.alpha), zero)
+            threshold = _threshold(self.null, self.alpha)
+            return state, FeatureShift(False, (), zero, threshold, zero, zero + 1)
         value = self.statistic(self.reference, latest, chance)
         found = _decide(value, self.null, self.alpha, self.compromised)
         if not found:
             return state, found
         began = int(state["seen"]) - window + _cut(self.reference, latest)
-        return state, FeatureShift(
-            True, found.features, found.statistic, found.threshold, found.excess, began
-        )
+        return state, replace(found, change_point=began)
 
 
 def _cut(reference: Tensor, latest: Tensor) -> int:
@@ -229,8 +232,9 @@ def _decide(value: Tensor, null: Tensor, alpha: float, compromised: int) -> Feat
     excess = (value - null.mean(0)) / null.std(0).clamp(min=torch.finfo(null.dtype).tiny)
     detected = bool((value > threshold).any())
     order = excess.argsort(descending=True).tolist()
+    p_value = (1.0 + (null >= value).sum(0)) / (1 + len(null))
     return FeatureShift(
-        detected, tuple(order[:compromised]) if detected else (), value, threshold, excess
+        detected, tuple(order[:compromised]) if detected else (), value, threshold, excess, p_value
     )
 
 

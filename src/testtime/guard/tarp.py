@@ -101,24 +101,30 @@ def tarp(
     if references is None:
         at = torch.rand(truth.shape, generator=chance, dtype=torch.float64)
     else:
-        at = (finite("references", references) - low) / span
+        at = finite("references", references)
         if at.shape != truth.shape:
             raise InputError(
                 f"references have the shape {tuple(at.shape)}; expected {tuple(truth.shape)}."
             )
+        at = (at - low) / span
     order = 2 if metric == "euclidean" else 1
     far = torch.linalg.vector_norm((truth - low) / span - at, order, dim=-1)
     near = torch.linalg.vector_norm((samples - low) / span - at, order, dim=-1)
+    if not bool(span.isfinite().all() & far.isfinite().all()):
+        raise InputError(
+            "the range of truth, or its distance from references, overflows; scale all."
+        )
     below, equal = (near < far).sum(0), (near == far).sum(0)
-    ranks = below.double() / len(samples)
-    coverage = _coverage(ranks, bins)
+    # in whole numbers: a rank on a level is not below it, which rounding may say
+    place = (below * bins // len(samples)).clamp(max=bins - 1)
+    coverage = _coverage(place, bins)
     again = torch.randint(count, (bootstrap, count), generator=chance)
-    band = torch.stack([_coverage(ranks[index], bins) for index in again]).std(0)
+    band = torch.stack([_coverage(place[index], bins) for index in again]).std(0)
     levels = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     bent = coverage - levels
     blur = torch.rand(count, generator=chance, dtype=torch.float64)
     return Coverage(
-        levels=levels, coverage=coverage, band=band, ranks=ranks,
+        levels=levels, coverage=coverage, band=band, ranks=below.double() / len(samples),
         p_value=uniform_p_value((below + blur * (equal + 1)) / (len(samples) + 1)),
         deviation=float(bent.abs().max()),
         area=float(bent[levels > 0.5].mean() - bent[levels < 0.5].mean()),
@@ -154,7 +160,7 @@ def uniform_p_value(values: Float[Tensor, " n"]) -> float:
     return min(max(2 * series, 0.0), 1.0)
 
 
-def _coverage(ranks: Tensor, bins: int) -> Tensor:
-    place = (ranks * bins).long().clamp(max=bins - 1)
-    shares = place.bincount(minlength=bins).double() / len(ranks)
-    return torch.nn.functional.pad(shares.cumsum(0), (1, 0))
+def _coverage(place: Tensor, bins: int) -> Tensor:
+    """Shares below each level, of the bins in which ranks lie."""
+    counts = place.bincount(minlength=bins).cumsum(0)
+    return torch.nn.functional.pad(counts.double() / len(place), (1, 0))

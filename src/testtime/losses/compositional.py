@@ -6,7 +6,8 @@
         u <- g(theta; Z) + (1 - b) (u - g(theta_before; Z))     STORM: the same Z at both
         step along  mean grad E(x) + grad g(theta; Z) / u       u is no function of theta here
 
-All is kept as logarithms. The variance is that of w under q: the noise must cover the data.
+All is kept as logarithms, in float32 at least. The variance is that of w under q: the noise must
+cover the data. An infinite energy is a density of 0.
 """
 
 import math
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime._core.options import in_range
 
@@ -31,7 +33,8 @@ def log_partition(energies: Energies, log_noise: Energies) -> Scalar:
         log_noise: (n,) ln q of the same samples.
 
     Raises:
-        InputError: shapes that differ, or no sample.
+        InputError: shapes that differ, no sample, NaN, or a sum that is 0 or not finite: noise that
+            the model gives no density, or ln q that is not finite.
 
     Example:
         >>> z = torch.linspace(-6, 6, 4001)
@@ -47,7 +50,16 @@ def log_partition(energies: Energies, log_noise: Energies) -> Scalar:
             f"energies are of shape {tuple(energies.shape)}, log_noise of {tuple(log_noise.shape)}; "
             "expected one of each for every noise sample."
         )
-    return torch.logsumexp(-energies - log_noise, 0) - math.log(len(energies))
+    _check("log_noise", log_noise)
+    weights = -at_least_single(energies) - at_least_single(log_noise)
+    found = torch.logsumexp(weights, 0) - math.log(len(energies))
+    if not bool(found.isfinite() & log_noise.isfinite().all()):
+        raise InputError(
+            f"ln g is {float(found.detach()):.4g}, of energies from {float(energies.detach().min()):.4g} "
+            f"to {float(energies.detach().max()):.4g}; expected noise that has a density, under the "
+            "model and under its own law."
+        )
+    return found
 
 
 def moving_average(log_u: Scalar | None, log_g: Scalar, *, rate: float = 0.1) -> Scalar:
@@ -58,6 +70,10 @@ def moving_average(log_u: Scalar | None, log_g: Scalar, *, rate: float = 0.1) ->
         log_g: of this batch, `log_partition`.
         rate: b; 0.1, of the small check (the paper's is not known).
 
+    Raises:
+        InputError: what is no single finite number.
+        OptionError: a rate outside of 0 and 1.
+
     Example:
         >>> moving_average(torch.tensor(0.0), torch.tensor(math.log(3.0)), rate=0.5).exp()
         tensor(2.)
@@ -65,11 +81,11 @@ def moving_average(log_u: Scalar | None, log_g: Scalar, *, rate: float = 0.1) ->
     Reference: Jiang et al., ICML 2023.
     """
     in_range(0, 1, rate=rate)
-    new = log_g.detach()
+    new = _number("log_g", log_g)
     if log_u is None:
         return new
-    parts = [log_u.detach() + _log(1 - rate), new + _log(rate)]
-    return torch.logsumexp(torch.stack(parts), 0)
+    parts = (_number("log_u", log_u) + _log(1 - rate), new + _log(rate))
+    return torch.logaddexp(*parts)
 
 
 def storm(
@@ -85,6 +101,10 @@ def storm(
         log_g_before: of the same noise at the parameters before the last step.
         rate: b; 0.1, of the small check.
 
+    Raises:
+        InputError: what is no single finite number.
+        OptionError: a rate outside of 0 and 1.
+
     Example:
         >>> one, two, three = (torch.tensor(math.log(v)) for v in (1.0, 2.0, 3.0))
         >>> storm(two, three, one, rate=0.5).exp()  # 3 + 0.5 (2 - 1)
@@ -93,13 +113,15 @@ def storm(
     Reference: Jiang et al., ICML 2023; Cutkosky, Orabona, STORM, NeurIPS 2019.
     """
     in_range(0, 1, rate=rate)
-    new = log_g.detach()
+    new = _number("log_g", log_g)
     if log_u is None:
         return new
-    top = torch.stack([new, log_u.detach(), log_g_before.detach()]).max()
-    scaled = [value.detach().sub(top).exp() for value in (new, log_u, log_g_before)]
-    total = scaled[0] + (1 - rate) * (scaled[1] - scaled[2])
-    return torch.where(total > 0, total.clamp(min=1e-30).log() + top, new)
+    old, before = _number("log_u", log_u), _number("log_g_before", log_g_before)
+    # ln |(1 - b) (u - g_before)|
+    change = torch.maximum(old, before) + (-(-(old - before).abs()).expm1()).log() + _log(1 - rate)
+    if old >= before:
+        return torch.logaddexp(new, change)
+    return new + (-(change - new).exp()).log1p() if change < new else new
 
 
 def compositional_likelihood(energies: Energies, log_g: Scalar, log_u: Scalar) -> Scalar:
@@ -113,7 +135,7 @@ def compositional_likelihood(energies: Energies, log_g: Scalar, log_u: Scalar) -
         log_u: the tracked ln u, updated with this batch.
 
     Raises:
-        InputError: no energies (n,).
+        InputError: no energies (n,), NaN, or u that has lost g: their ratio is not finite.
 
     Example:
         >>> mean = torch.tensor(0.0, requires_grad=True)
@@ -126,8 +148,16 @@ def compositional_likelihood(energies: Energies, log_g: Scalar, log_u: Scalar) -
     Reference: Jiang et al., ICML 2023.
     """
     _check("energies", energies)
-    share = torch.exp(log_g - log_u.detach())  # g / u
-    return energies.mean() + log_u.detach() + share - share.detach()
+    if log_g.dim():
+        raise InputError(f"log_g is of shape {tuple(log_g.shape)}; expected one number, ().")
+    tracked = _number("log_u", log_u)
+    share = torch.exp(at_least_single(log_g) - tracked)  # g / u
+    if not bool(share.isfinite()):
+        raise InputError(
+            f"ln g is {float(log_g.detach()):.4g} and ln u {float(tracked):.4g}; expected u that was "
+            "updated with this batch before."
+        )
+    return at_least_single(energies).mean() + tracked + share - share.detach()
 
 
 def noise_contrastive(
@@ -141,7 +171,8 @@ def noise_contrastive(
         log_z: the logarithm of the partition function, learnt beside the energy.
 
     Raises:
-        InputError: energies that are not (n,), or shapes that differ.
+        InputError: energies that are not (n,), shapes that differ, NaN, a sample that has no density
+            under either law, or more than one ln Z.
 
     Example:
         >>> zeros = torch.zeros(4)
@@ -150,6 +181,8 @@ def noise_contrastive(
 
     Reference: Gutmann, Hyvärinen, Noise-Contrastive Estimation, AISTATS 2010.
     """
+    if isinstance(log_z, Tensor) and log_z.numel() != 1:
+        raise InputError(f"log_z is of shape {tuple(log_z.shape)}; expected one number, ().")
     scores: list[Tensor] = []
     for name, (energies, log_noise) in (("data", data), ("noise", noise)):
         _check(name, energies)
@@ -157,7 +190,13 @@ def noise_contrastive(
             raise InputError(
                 f"{name}: {tuple(energies.shape)} energies, {tuple(log_noise.shape)} ln q"
             )
-        scores.append(-energies - log_z - log_noise)
+        _check(f"ln q of {name}", log_noise)
+        scores.append(-at_least_single(energies) - log_z - at_least_single(log_noise))
+        if bool(scores[-1].isnan().any()):
+            raise InputError(
+                f"{name} has a sample that neither the model nor the noise could have drawn, or ln Z "
+                "is NaN."
+            )
     return F.softplus(-scores[0]).mean() + F.softplus(scores[1]).mean()
 
 
@@ -167,6 +206,19 @@ def _check(name: str, energies: Tensor) -> None:
             f"{name} is of shape {tuple(energies.shape)} and type {energies.dtype}; expected one "
             "energy for each sample (n,)."
         )
+    if bool(energies.isnan().any()):
+        raise InputError(f"{name} holds NaN; expected numbers. Leave these samples out.")
+
+
+def _number(name: str, value: Tensor) -> Tensor:
+    """One finite number, without its graph."""
+    value = torch.as_tensor(value).detach()
+    if value.dim() or not value.is_floating_point() or not bool(value.isfinite()):
+        raise InputError(
+            f"{name} is {value.tolist() if value.numel() < 4 else tuple(value.shape)}; expected the "  # pyright: ignore[reportUnknownMemberType]
+            "logarithm of one positive number, as log_partition and the trackers give it."
+        )
+    return at_least_single(value)
 
 
 def _log(value: float) -> float:

@@ -177,15 +177,18 @@ def log_gram(a: Samples, b: Samples, *, width: float) -> Float[Tensor, "samples 
         tensor([[-0.5000]])
     """
     in_range(0, width=width)
-    if width == 0:
-        raise OptionError("width is 0; expected a positive number")
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.is_complex() or b.is_complex():
         raise InputError(
             f"the shapes are {tuple(a.shape)} of {a.dtype} and {tuple(b.shape)} of {b.dtype}; "
             "expected real (N, d) and (M, d)"
         )
     a, b = at_least_single(a), at_least_single(b)
-    return -(a[:, None] - b[None]).square().sum(-1) / (2 * width**2)
+    limits, below = torch.finfo(torch.promote_types(a.dtype, b.dtype)), 2 * width * width
+    if not limits.tiny <= below <= limits.max:
+        raise OptionError(
+            f"width is {width}; expected a positive number whose square is one of {limits.dtype}"
+        )
+    return -(a[:, None] - b[None]).square().sum(-1) / below
 
 
 def _information(log_k: Tensor, log_q: Tensor) -> Tensor:

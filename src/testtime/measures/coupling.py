@@ -65,7 +65,8 @@ def mutual_information_bits(joint: Float[Tensor, "rows columns"]) -> float:
             f"joint has the shape {tuple(joint.shape)}; expected (rows, columns), a law of pairs."
         )
     joint = check_law(joint.flatten(), "joint").view(joint.shape)
-    return entropy_bits(joint.sum(1)) + entropy_bits(joint.sum(0)) - entropy_bits(joint)
+    kept = entropy_bits(joint.sum(1)) + entropy_bits(joint.sum(0)) - entropy_bits(joint)
+    return max(kept, 0.0)  # rounding
 
 
 def greedy_coupling(
@@ -340,12 +341,15 @@ def coupling_with_bottleneck(
 
 
 def check_law(law: Tensor, name: str) -> Float[Tensor, "symbols"]:
-    """The law of finitely many symbols in float64, with the sum 1 in that precision.
+    """The law of finitely many symbols in float64, with the sum 1 in that precision; without graph.
 
     Raises:
         InputError: another shape than (n,), entries below 0 or not finite, or a sum other than 1
             within 1e-6.
     """
+    if law.is_complex():
+        raise InputError(f"{name} is {law.dtype}; expected probabilities (n,), real numbers.")
+    law = law.detach()
     good = law.dim() == 1 and law.is_floating_point() and bool((law >= 0).all())
     if not good or abs(float(law.double().sum()) - 1) > 1e-6:
         raise InputError(

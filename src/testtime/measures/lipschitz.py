@@ -22,6 +22,8 @@ from testtime._core.options import in_range
 AGREEMENT = 1e-9
 """Between the two values, relative to 1 + the mean distance."""
 STEPS = 200
+NEAREST = 1e-6
+"""Of alpha to 1: f is a difference of terms of the size of 1 / (alpha - 1)."""
 
 
 def lipschitz_divergence(distances: Float[Tensor, "m n"], *, alpha: float = 2.0) -> float:
@@ -40,7 +42,7 @@ def lipschitz_divergence(distances: Float[Tensor, "m n"], *, alpha: float = 2.0)
 
     Raises:
         InputError: distances that are empty, negative or not finite.
-        OptionError: an alpha that is not above 1.
+        OptionError: an alpha that is not above 1 by a millionth; nearer, rounding is all that is left.
         WorkFailed: the two values do not come to agree.
 
     Example:
@@ -51,8 +53,8 @@ def lipschitz_divergence(distances: Float[Tensor, "m n"], *, alpha: float = 2.0)
     Reference: Birrell, Dupuis, Katsoulakis, Pantazis, Rey-Bellet, (f, Gamma)-Divergences, JMLR 2022.
     """
     in_range(1, alpha=alpha)
-    if alpha == 1:
-        raise OptionError(f"alpha is {alpha!r}; expected a number above 1")
+    if alpha < 1 + NEAREST:
+        raise OptionError(f"alpha is {alpha!r}; expected a number above 1, {1 + NEAREST} at least")
     if (
         distances.dim() != 2
         or not distances.numel()

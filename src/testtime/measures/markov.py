@@ -7,13 +7,14 @@ f''(1) (k - 1) / 2; f''(1) is 1 for KL, 2 for chi-squared, 1/4 for squared Helli
 floor a state that is seen a few times only keeps its error however long the path is.
 """
 
+from contextlib import suppress
 from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from testtime._core.errors import InputError, unknown
+from testtime._core.errors import InputError, OptionError, unknown
 from testtime._core.options import in_range, whole
 
 Smoothing = float | Literal["braess-sauer"]
@@ -72,7 +73,8 @@ def transition_matrix(
     Raises:
         InputError: counts that are no square of whole numbers from 0 on; a row without any where
             nothing is added.
-        OptionError: smoothing below 0, or of another name.
+        OptionError: smoothing below 0, or so large that rows have no finite sum.
+        UnknownName: smoothing of another name.
 
     Example:
         >>> transition_matrix(torch.tensor([[0, 2], [1, 1]]))
@@ -82,7 +84,7 @@ def transition_matrix(
     Reference: Hao, Orlitsky, Pichapati, On Learning Markov Chains, NeurIPS 2018.
     """
     square = counts.dim() > 1 and counts.shape[-1] == counts.shape[-2] > 0
-    if not square or counts.is_floating_point() or bool((counts < 0).any()):
+    if not square or counts.is_floating_point() or counts.is_complex() or bool((counts < 0).any()):
         raise InputError(
             f"the counts are of shape {tuple(counts.shape)} and type {counts.dtype}; expected whole "
             "numbers from 0 on, (..., states, states), as transition_counts gives them."
@@ -91,6 +93,8 @@ def transition_matrix(
     total = added.sum(-1, keepdim=True)
     if not bool((total > 0).all()):
         raise InputError("a state was never left and nothing is added; give smoothing above 0.")
+    if not bool(total.isfinite().all()):
+        raise OptionError(f"smoothing is {smoothing}; expected less, the rows have no finite sum.")
     return added / total
 
 
@@ -107,28 +111,50 @@ def _added(counts: Tensor, smoothing: Smoothing) -> Tensor | float:
 def stationary_law(
     transitions: Float[Tensor, "*batch states states"],
 ) -> Float[Tensor, "*batch states"]:
-    """The law pi = pi M of a chain all of whose states can be reached from each other.
+    """The law pi = pi M of a chain with one closed class; states that are left for good have 0.
+
+    By elimination of state after state without a subtraction (Grassmann, Taksar and Heyman, 1985), so
+    that the rarest of states has as many digits as the others.
 
     Raises:
-        InputError: rows that are no distributions, or a chain with more than one such law.
+        InputError: rows that are no distributions, a chain with more than one such law, or one whose
+            steps are too rare for double precision.
 
     Example:
         >>> stationary_law(torch.tensor([[0.9, 0.1], [0.3, 0.7]]))
         tensor([0.7500, 0.2500], dtype=torch.float64)
     """
-    matrix = transitions.double()
-    check_rows(matrix, "transitions")
+    matrix = check_rows(transitions, "transitions")
     count = matrix.shape[-1]
-    eye = torch.eye(count, dtype=torch.double, device=matrix.device)
-    system = (matrix.mT - eye).clone()
-    rank = cast(Tensor, torch.linalg.matrix_rank(system, atol=1e-10))  # pyright: ignore[reportUnknownMemberType]
-    if bool((rank < count - 1).any()):
+    closed = _reached(matrix).all(-2)
+    if not bool(closed.any(-1).all()):
         raise InputError("the chain falls apart; expected one stationary law, so one closed class.")
-    system[..., -1, :] = 1
-    right = torch.zeros(*matrix.shape[:-1], 1, dtype=torch.double, device=matrix.device)
-    right[..., -1, 0] = 1
-    law = cast(Tensor, torch.linalg.solve(system, right))  # pyright: ignore[reportUnknownMemberType]
-    return law[..., 0].clamp(min=0)
+    # eliminated from the last to the second; all of them lead to the first
+    order = (~closed).to(torch.int8).argsort(dim=-1, stable=True)
+    left = matrix.gather(-2, order[..., :, None].expand_as(matrix))
+    left = left.gather(-1, order[..., None, :].expand_as(matrix))
+    into: list[Tensor] = []
+    for state in range(count - 1, 0, -1):
+        out = left[..., state, :state]
+        into.append(left[..., :state, state] / out.sum(-1, keepdim=True))
+        left = left[..., :state, :state] + into[-1][..., None] * out[..., None, :]
+    law = torch.ones_like(matrix[..., :1, 0])
+    for rates in reversed(into):
+        law = torch.cat([law, (law * rates).sum(-1, keepdim=True)], -1)
+        law = law / law.amax(-1, keepdim=True)
+    law = law / law.sum(-1, keepdim=True)
+    if not bool(law.isfinite().all()):
+        raise InputError("steps are so rare that their products are 0; expected more of each.")
+    return law.gather(-1, order.argsort(-1))
+
+
+def _reached(matrix: Tensor) -> Tensor:
+    """Which states (columns) can be reached from which, in any number of steps, none among them."""
+    count = matrix.shape[-1]
+    reached = ((matrix > 0) | torch.eye(count, dtype=torch.bool, device=matrix.device)).float()
+    for _ in range(max(count - 1, 1).bit_length()):
+        reached = (reached @ reached > 0).float()
+    return reached > 0
 
 
 def row_divergence(
@@ -154,38 +180,48 @@ def row_divergence(
 
     Reference: Hao, Orlitsky, Pichapati, On Learning Markov Chains, NeurIPS 2018.
     """
-    p, q = truth.double(), estimate.double()
-    check_rows(p, "truth")
-    check_rows(q, "estimate")
-    if p.shape[-2:] != q.shape[-2:]:
+    p, q = check_rows(truth, "truth"), check_rows(estimate, "estimate")
+    together: torch.Size | None = None
+    with suppress(RuntimeError):
+        together = cast(torch.Size, torch.broadcast_shapes(p.shape, q.shape))  # pyright: ignore[reportUnknownMemberType]
+    if together is None or p.shape[-1] != q.shape[-1]:
         raise InputError(
             f"truth is of shape {tuple(truth.shape)}, the estimate of {tuple(estimate.shape)}; "
-            "expected the same states."
+            "expected the same states, and batches that go together."
         )
+    p, q = p.expand(together), q.expand(together)
+    # what is equal, or not there, adds nothing, and has no gradient that is NaN
+    none = p == 0 if kind == "kl" else p == q
+    p, q = torch.where(none, 1.0, p), torch.where(none, 1.0, q)
     if kind == "kl":
-        return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
-    if kind == "chi-squared":
+        terms = p * (p.log() - q.log())
+    elif kind == "chi-squared":
         terms = (p - q).square() / q
-        return torch.where(p == q, 0.0, terms).sum(-1)
-    if kind == "hellinger":
-        return 0.5 * (p.sqrt() - q.sqrt()).square().sum(-1)
-    raise unknown("divergence", kind, ["kl", "chi-squared", "hellinger"])
+    elif kind == "hellinger":
+        terms = 0.5 * (p.sqrt() - q.sqrt()).square()
+    else:
+        raise unknown("divergence", kind, ["kl", "chi-squared", "hellinger"])
+    return torch.where(none, 0.0, terms).sum(-1)
 
 
-def check_rows(matrix: Tensor, name: str) -> None:
-    """Refuses what is no square of rows that are distributions.
+def check_rows(matrix: Tensor, name: str) -> Tensor:
+    """The matrix in float64; refuses what is no square of rows that are distributions.
 
     Raises:
-        InputError: another shape, an entry below 0 or not finite, or a row that does not sum to 1
-            within 1e-6.
+        InputError: another shape, complex numbers, an entry below 0 or not finite, or a row that does
+            not sum to 1 within 1e-6.
     """
+    if matrix.is_complex():
+        raise InputError(f"{name} is {matrix.dtype}; expected real numbers.")
+    matrix = matrix.double()
     square = matrix.dim() > 1 and matrix.shape[-1] == matrix.shape[-2] > 0
-    sums = matrix.sum(-1)
-    if not square or not bool((matrix >= 0).all() & ((sums - 1).abs() < 1e-6).all()):
-        raise InputError(
-            f"{name} is of shape {tuple(matrix.shape)} with rows that sum to {sums}; expected "
-            "(..., states, states), entries from 0 on, each row with the sum 1."
-        )
+    if square and bool((matrix >= 0).all() & ((matrix.sum(-1) - 1).abs() < 1e-6).all()):
+        return matrix
+    sums = matrix.detach().sum(-1) if matrix.dim() else matrix
+    raise InputError(
+        f"{name} is of shape {tuple(matrix.shape)} with rows that sum to {sums}; expected "
+        "(..., states, states), entries from 0 on, each row with the sum 1."
+    )
 
 
 def sample_path(
@@ -214,16 +250,21 @@ def sample_path(
         tensor([[-1,  1, -1]])
     """
     whole(1, steps=steps, paths=paths)
-    check_rows(transitions.double(), "transitions")
-    law = stationary_law(transitions) if start is None else start.double()
+    matrix = check_rows(transitions, "transitions")
+    if matrix.dim() != 2:
+        raise InputError(f"transitions are {tuple(matrix.shape)}; expected one chain (k, k).")
+    if start is not None and start.is_complex():
+        raise InputError(f"start is {start.dtype}; expected real numbers.")
+    law = stationary_law(matrix) if start is None else start.double()
     if law.shape != transitions.shape[:1] or not bool(
         (law >= 0).all() & ((law.sum() - 1).abs() < 1e-6)
     ):
         raise InputError(f"start is {law}; expected a law of {len(transitions)} states.")
-    borders = transitions.double().cumsum(-1)
+    # to the last digit, else a sum just below 1 leads to states of probability 0
+    borders, first = (each / each[..., -1:] for each in (matrix.cumsum(-1), law.cumsum(0)))
     chance = torch.rand(steps, paths, generator=generator, dtype=torch.double, device=law.device)
     last = len(law) - 1
-    now = torch.searchsorted(law.cumsum(0), chance[0], right=True).clamp(max=last)
+    now = torch.searchsorted(first, chance[0], right=True).clamp(max=last)
     path = [now]
     for draw in chance[1:]:
         now = (borders[now] <= draw[:, None]).sum(-1).clamp(max=last)

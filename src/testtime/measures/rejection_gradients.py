@@ -15,7 +15,8 @@ Gamma of shape a >= 1 and rate 1, after Marsaglia and Tsang, e from a standard n
 
 Any gamma sampler serves: e = sqrt(9 a - 3) ( (z / b)^(1/3) - 1 ) is recovered from its output.
 Shapes are raised by B first: z = z' prod_i u_i^(1 / (a + i - 1)) of z' from shape a + B, which makes
-the correction small and shapes below 1 possible.
+the correction small and shapes below 1 possible. Samples of small shapes are smaller than any number:
+all is computed in double precision and by ln z, which has shares where every z would be 0.
 """
 
 # torch leaves some types open
@@ -27,8 +28,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime._core.options import whole
+
+LEAST, MOST = 1e-30, 1e30
+"""The shapes between which samples and gradients are finite in double precision."""
 
 
 class Draw(NamedTuple):
@@ -78,9 +83,15 @@ def gamma(shape: Tensor, *, generator: torch.Generator, raised: int = 1) -> Draw
     """Samples of Gamma(shape, 1); divide by a rate.
 
     Args:
-        shape: any shape, positive; on the device of the generator.
+        shape: any shape, from 1e-30 to 1e30; on the device of the generator.
         generator: of the samples.
         raised: B, 1; more shrinks the correction. 0 needs shapes of at least 1.
+
+    Returns:
+        Samples above 0, the smallest normal number in place of smaller ones, as in
+        `torch.distributions`; these have no gradient, which matters to a function of ln z alone.
+        Shapes below 0.1 in float32, and below 0.02 in float64, have more than one such in ten
+        thousand, or in a million. Half precision is answered in float32.
 
     Raises:
         InputError: for shapes that are not positive or not finite, or below 1 where B is 0.
@@ -93,25 +104,25 @@ def gamma(shape: Tensor, *, generator: torch.Generator, raised: int = 1) -> Draw
     Reference: Naesseth et al., AISTATS 2017; Marsaglia, Tsang, A Simple Method for Generating Gamma
         Variables, 2000.
     """
-    whole(0, raised=raised)
-    _positive(shape, "shape", least=0.0 if raised else 1.0)
-    a = shape + raised
-    sample, log_ratio = gamma_from_noise(a, accepted_noise(a.detach(), generator))
-    for i in range(raised):
-        u = torch.rand(shape.shape, generator=generator, dtype=a.dtype, device=a.device)
-        # 1 - u is in (0, 1], so that its logarithm is finite
-        sample = sample * ((1 - u).log() / (shape + i)).exp()
-    return Draw(sample, log_ratio)
+    log_sample, log_ratio = _log_gamma(shape, "shape", generator, raised)
+    return Draw(_from_log(log_sample, log_ratio.dtype), log_ratio)
 
 
 def beta(first: Tensor, second: Tensor, *, generator: torch.Generator, raised: int = 1) -> Draw:
     """Samples of Beta(first, second), as a share of two gammas. Options as `gamma`.
+
+    A share within rounding of 0 or 1 is 0 or 1.
 
     Example:
         >>> draw = beta(torch.ones(4), torch.ones(4), generator=torch.Generator().manual_seed(0))
         >>> bool(((draw.sample > 0) & (draw.sample < 1)).all())
         True
     """
+    if first.shape != second.shape:
+        raise InputError(
+            f"first is of shape {tuple(first.shape)}, second of {tuple(second.shape)}; expected one "
+            "shape: torch.broadcast_tensors(first, second)"
+        )
     both = dirichlet(torch.stack([first, second], -1), generator=generator, raised=raised)
     return Draw(both.sample[..., 0], both.log_ratio)
 
@@ -128,30 +139,70 @@ def dirichlet(concentration: Tensor, *, generator: torch.Generator, raised: int 
         >>> draw = dirichlet(torch.ones(4, 3), generator=torch.Generator().manual_seed(0))
         >>> draw.sample.sum(-1), draw.log_ratio.shape
         (tensor([1.0000, 1.0000, 1.0000, 1.0000]), torch.Size([4]))
+        >>> tiny = torch.full((2, 3), 1e-8)
+        >>> dirichlet(tiny, generator=torch.Generator().manual_seed(0)).sample.sum(-1)
+        tensor([1., 1.])
     """
-    draw = gamma(concentration, generator=generator, raised=raised)
-    return Draw(draw.sample / draw.sample.sum(-1, keepdim=True), draw.log_ratio.sum(-1))
+    if not concentration.dim() or not concentration.shape[-1]:
+        raise InputError(
+            f"concentration is of shape {tuple(concentration.shape)}; expected (..., k)"
+        )
+    log_sample, log_ratio = _log_gamma(concentration, "concentration", generator, raised)
+    return Draw(log_sample.softmax(-1).to(log_ratio.dtype), log_ratio.sum(-1))
 
 
 def student(freedom: Tensor, *, generator: torch.Generator, raised: int = 1) -> Draw:
     """Samples of Student's t: normal / sqrt( gamma(freedom / 2) / (freedom / 2) ). As `gamma`.
 
+    Few degrees of freedom make samples beyond any number: the largest one stands for those.
+
     Example:
         >>> student(torch.full((3,), 5.0), generator=torch.Generator().manual_seed(0)).sample.shape
         torch.Size([3])
     """
-    draw = gamma(freedom / 2, generator=generator, raised=raised)
-    noise = torch.randn(freedom.shape, generator=generator, dtype=draw.sample.dtype, device=freedom.device)  # fmt: skip
-    return Draw(noise * (freedom / (2 * draw.sample)).sqrt(), draw.log_ratio)
+    log_sample, log_ratio = _log_gamma(freedom / 2, "freedom / 2", generator, raised)
+    kind = log_ratio.dtype
+    noise = torch.randn(freedom.shape, generator=generator, dtype=kind, device=freedom.device)
+    log_size = 0.5 * ((freedom.double() / 2).log() - log_sample) + noise.abs().double().log()
+    return Draw(noise.sign() * _from_log(log_size, kind), log_ratio)
+
+
+def _log_gamma(
+    shape: Tensor, name: str, generator: torch.Generator, raised: int
+) -> tuple[Tensor, Tensor]:
+    """ln z in float64, and ln(q / r) in the type of the samples."""
+    whole(0, raised=raised)
+    _check_shape(shape, name, least=0.0 if raised else 1.0)
+    drawn = at_least_single(shape)
+    noise = accepted_noise((drawn + raised).detach(), generator)
+    exact = shape.double()
+    sample, log_ratio = _of_noise(exact + raised, noise.double())
+    log_sample = sample.log()
+    for i in range(raised):
+        u = torch.rand(shape.shape, generator=generator, dtype=drawn.dtype, device=shape.device)
+        # 1 - u is in (0, 1], so that its logarithm is finite
+        log_sample = log_sample + (1 - u).double().log() / (exact + i)
+    return log_sample, log_ratio.to(drawn.dtype)
+
+
+def _from_log(log_value: Tensor, kind: torch.dtype) -> Tensor:
+    """exp within the normal numbers of a type, and no gradient beyond them."""
+    limits = torch.finfo(kind)
+    return log_value.clamp(math.log(limits.tiny), math.log(limits.max)).exp().to(kind)
 
 
 def accepted_noise(shape: Tensor, generator: torch.Generator) -> Tensor:
     """Noise that the sampler of Marsaglia and Tsang accepts, for shapes of at least 1.
 
+    Raises:
+        InputError: for other shapes, of which none or too little would be accepted.
+
     Example:
         >>> accepted_noise(torch.full((5,), 2.0), torch.Generator().manual_seed(0)).shape
         torch.Size([5])
     """
+    _check_shape(shape, "shape", least=1.0)
+    shape = at_least_single(shape.detach())
     b = shape - 1 / 3
     c = (9 * b).rsqrt()
     noise, open_ = torch.zeros_like(shape), torch.ones_like(shape, dtype=torch.bool)
@@ -170,10 +221,21 @@ def gamma_from_noise(shape: Tensor, noise: Tensor) -> Draw:
 
         ln q = (a - 1) ln h - h - ln Gamma(a),   ln r = ln s(e) - ln |dh/de|,   dh/de = 3 b c v^2
 
+    Raises:
+        InputError: for shapes below 1, or noise that is never accepted: 1 + c e is not above 0.
+
     Example:
         >>> gamma_from_noise(torch.tensor(4 / 3), torch.tensor(0.0)).sample
         tensor(1.0000)
     """
+    _check_shape(shape, "shape", least=1.0)
+    c = (9 * shape.detach() - 3).rsqrt()
+    if noise.is_complex() or not bool(((1 + c * noise > 0) & noise.isfinite()).all()):
+        raise InputError("noise holds numbers that the sampler never accepts; see accepted_noise")
+    return _of_noise(shape, noise)
+
+
+def _of_noise(shape: Tensor, noise: Tensor) -> Draw:
     b = shape - 1 / 3
     c = (9 * b).rsqrt()
     v = 1 + c * noise
@@ -186,20 +248,28 @@ def gamma_from_noise(shape: Tensor, noise: Tensor) -> Draw:
 def noise_of_gamma(sample: Tensor, shape: Tensor) -> Tensor:
     """The noise that the output of any sampler of Gamma(shape >= 1, 1) stands for.
 
+    Raises:
+        InputError: for shapes below 1, or samples that are below 0 or not finite.
+
     Example:
         >>> noise_of_gamma(torch.tensor(5.0), torch.tensor(5 + 1 / 3))
         tensor(0.)
     """
+    _check_shape(shape, "shape", least=1.0)
+    if sample.is_complex() or not bool(((sample >= 0) & sample.isfinite()).all()):
+        raise InputError("sample holds numbers below 0 or not finite; no gamma has those")
     return (9 * shape - 3).sqrt() * ((sample / (shape - 1 / 3)).pow(1 / 3) - 1)
 
 
-def _positive(shape: Tensor, name: str, *, least: float) -> None:
+def _check_shape(shape: Tensor, name: str, *, least: float) -> None:
     if shape.is_complex():
         raise InputError(f"{name} is {shape.dtype}; expected real numbers.")
-    good = shape.isfinite() & (shape >= least if least else shape > 0)
+    values = at_least_single(shape.detach())
+    good = (values >= max(least, LEAST)) & (values <= MOST)
     if not shape.is_floating_point() or not good.all():
-        wrong = "integers" if not shape.is_floating_point() else float(shape[~good].flatten()[0])
+        wrong = "integers" if not shape.is_floating_point() else float(values[~good].flatten()[0])
         raise InputError(
             f"{name} holds {wrong}; expected finite numbers "
-            f"{f'of at least {least}, or raised of at least 1' if least else 'above 0'}"
+            f"{f'of at least {least}, or raised of at least 1' if least else 'above 0'}, within "
+            f"{LEAST:g} and {MOST:g}"
         )

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from testtime._core.arrays import magnitude
 from testtime._core.errors import InputError, MissingExtra, OptionError
-from testtime._core.options import whole
+from testtime._core.options import in_range, whole
 from testtime.measures.lipschitz import lipschitz_divergence
 
 LARGEST = 50_000
@@ -33,7 +34,7 @@ def sign_flips(dims: int) -> Float[Tensor, "group dims dims"]:
         torch.Size([8, 3, 3])
     """
     whole(1, dims=dims)
-    _check_size(2**dims)
+    _check_size(2 ** min(dims, 16), f"2^{dims}")
     signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=dims)))
     return torch.diag_embed(signs)
 
@@ -46,7 +47,7 @@ def permutations(dims: int) -> Float[Tensor, "group dims dims"]:
         [[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]]
     """
     whole(1, dims=dims)
-    _check_size(math.factorial(dims))
+    _check_size(math.factorial(min(dims, 9)), f"{dims}!")
     return torch.eye(dims)[torch.tensor(list(itertools.permutations(range(dims))))]
 
 
@@ -58,15 +59,15 @@ def rotations(order: int) -> Float[Tensor, "group 2 2"]:
         torch.Size([4, 2, 2])
     """
     whole(1, order=order)
-    _check_size(order)
+    _check_size(order, str(order))
     angle = torch.arange(order, dtype=torch.double) * (2 * math.pi / order)
     rows = [angle.cos(), -angle.sin(), angle.sin(), angle.cos()]
     return torch.stack(rows, -1).view(order, 2, 2)
 
 
-def _check_size(count: int) -> None:
+def _check_size(count: int, said: str) -> None:
     if count > LARGEST:
-        raise InputError(f"the group has {count} elements; expected at most {LARGEST}.")
+        raise InputError(f"the group has {said} elements; expected at most {LARGEST}.")
 
 
 def invariant_distances(
@@ -76,7 +77,7 @@ def invariant_distances(
 
     Raises:
         InputError: samples that are not finite (m, d) and (n, d), or a group that is not made of
-            orthogonal matrices of that d.
+            orthogonal matrices of that d, or distances beyond float64.
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0]])
@@ -84,10 +85,15 @@ def invariant_distances(
         tensor([[0.]], dtype=torch.float64)
     """
     x, y, group = _checked(x, y, group)
+    scale = magnitude(torch.maximum(x.abs().max(), y.abs().max()))
+    x, y = x / scale, y / scale  # squares of huge and tiny samples are no numbers
     nearest = torch.full((len(x), len(y)), math.inf, dtype=x.dtype, device=x.device)
     for element in group:
         moved = torch.cdist(x, y @ element.mT, compute_mode="donot_use_mm_for_euclid_dist")
         nearest = torch.minimum(nearest, moved)
+    nearest = nearest * scale
+    if not bool(nearest.isfinite().all()):
+        raise InputError("samples are so far apart that distances overflow; scale them all down.")
     return nearest
 
 
@@ -203,7 +209,7 @@ def invariant_mmd(
 
     Raises:
         InputError: as `invariant_distances`.
-        OptionError: a bandwidth that is not above 0.
+        OptionError: a bandwidth that is not above 0, or has no square in float64.
 
     Example:
         >>> x = torch.tensor([[1.0], [3.0]])
@@ -213,8 +219,9 @@ def invariant_mmd(
     Reference: Chen, Katsoulakis, Rey-Bellet, Zhu, Sample Complexity of Probability Divergences
         under Group Symmetry, ICML 2023.
     """
-    if not 0 < bandwidth < math.inf:
-        raise OptionError(f"bandwidth is {bandwidth}; expected a number above 0.")
+    in_range(0, bandwidth=bandwidth)
+    if not 1e-150 < bandwidth < 1e150:
+        raise OptionError(f"bandwidth is {bandwidth}; expected a number above 0, 1e-150 to 1e150.")
     x, y, group = _checked(x, y, group)
 
     def mean(a: Tensor, b: Tensor) -> float:
@@ -237,7 +244,9 @@ def _checked(x: Tensor, y: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tenso
                 f"finite samples (n, {x.shape[-1] if x.dim() else 1})."
             )
     dims = x.shape[1]
-    group = group.to(x.device).double()
+    if group.is_complex():
+        raise InputError(f"the group is {group.dtype}; expected real orthogonal matrices.")
+    group = group.detach().to(x.device).double()
     square = group.dim() == 3 and len(group) > 0 and group.shape[1:] == (dims, dims)
     if not square or not torch.allclose(
         group @ group.mT, torch.eye(dims, dtype=torch.double, device=x.device), atol=1e-5

@@ -10,6 +10,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from testtime._core.errors import InputError
 from testtime._core.registry import register
 from testtime._core.seeds import generator
 from testtime.losses.compositional import (
@@ -95,8 +96,16 @@ def curvature(objective: Callable[[Tensor, float], Tensor], distance: float) -> 
 
 
 def error(kind: str, rate: float, seed: int, stream: int) -> float:
-    """|mean - 16| after the steps."""
-    random = generator(seed, "meco", stream)
+    """|mean - 16| after the steps; infinite where the rate is so large that the mean runs away."""
+    try:
+        missed = abs(descended(kind, rate, generator(seed, "meco", stream)) - 16)
+    except InputError:  # no noise has a density any more
+        return math.inf
+    return missed if math.isfinite(missed) else math.inf
+
+
+def descended(kind: str, rate: float, random: torch.Generator) -> float:
+    """The mean after the steps."""
     mean = before = torch.zeros(())
     log_u: Tensor | None = None
     for _ in range(STEPS):
@@ -114,8 +123,7 @@ def error(kind: str, rate: float, seed: int, stream: int) -> float:
             loss = compositional_likelihood((data - leaf).square() / 2, log_g, log_u)
             (slope,) = torch.autograd.grad(loss, leaf)
         before, mean = mean, mean - rate * slope
-    missed = float((mean - 16).abs())
-    return missed if math.isfinite(missed) else math.inf
+    return float(mean)
 
 
 def holds(found: dict[str, float]) -> bool:
