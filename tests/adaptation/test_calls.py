@@ -1,0 +1,92 @@
+"""Calls are seen by all who look, the last first; what is called inside is not; other threads neither."""
+
+import threading
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from testtime.adaptation.calls import Watching, _here
+
+
+class Noting(Watching):
+    """Notes the functions that it sees."""
+
+    def __init__(self, name, told, *functions):
+        self.name, self.told, self.functions = name, told, functions
+
+    def see(self, func, go_on, args, kwargs):
+        self.told.append((self.name, func))
+        return go_on(*args, **kwargs)
+
+
+X, WEIGHT = torch.randn(2, 3), torch.randn(4, 3)
+
+
+def test_the_last_sees_a_call_first_and_others_are_left_alone():
+    told = []
+    with Noting("outer", told, F.linear, torch.relu), Noting("inner", told, F.linear):
+        y = torch.relu(F.linear(X, WEIGHT)).exp()
+    assert told == [("inner", F.linear), ("outer", F.linear), ("outer", torch.relu)]
+    assert torch.equal(y, F.linear(X, WEIGHT).relu().exp())
+    F.linear(X, WEIGHT)
+    assert len(told) == 3
+    assert _here.mode is None
+
+
+def test_what_one_asks_of_a_tensor_is_no_call_of_the_others():
+    class Asking(Noting):
+        def see(self, func, go_on, args, kwargs):
+            assert args[0].numel() == 6
+            torch.relu(args[0])
+            return super().see(func, go_on, args, kwargs)
+
+    told = []
+    with Noting("outer", told, torch.relu, torch.Tensor.numel), Asking("inner", told, F.linear):
+        F.linear(X, WEIGHT)
+    assert told == [("inner", F.linear)]
+
+
+def test_one_that_begins_inside_of_a_call_sees_its_own():
+    class Beginning(Noting):
+        def see(self, func, go_on, args, kwargs):
+            with Noting("within", self.told, torch.relu):
+                torch.relu(args[0])
+            return super().see(func, go_on, args, kwargs)
+
+    told = []
+    with Beginning("outer", told, F.linear), Noting("last", told, torch.relu):
+        F.linear(X, WEIGHT)
+        torch.relu(X)
+    assert told == [("within", torch.relu), ("outer", F.linear), ("last", torch.relu)]
+
+
+def test_an_error_leaves_nothing_behind():
+    told = []
+    one, two = Noting("outer", told, F.linear), Noting("inner", told, F.linear)
+    with pytest.raises(RuntimeError), one, two:
+        F.linear(X, WEIGHT.T)
+    assert len(told) == 2
+    assert _here.mode is None
+    assert not torch.overrides._get_current_function_mode_stack()
+
+
+def test_the_first_may_end_before_the_last():
+    told = []
+    one, two = Noting("one", told, torch.relu), Noting("two", told, torch.relu)
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    torch.relu(X)
+    two.__exit__(None, None, None)
+    torch.relu(X)
+    assert told == [("two", torch.relu)]
+
+
+def test_other_threads_are_not_seen():
+    told = []
+    with Noting("here", told, torch.relu):
+        other = threading.Thread(target=lambda: torch.relu(X))
+        other.start()
+        other.join()
+    assert told == []
