@@ -136,14 +136,14 @@ def bound(model: nn.Module) -> set[nn.Module]:
     """Layers that cannot do without the statistics they stored.
 
     The module above them reads these, as torch's fusions for quantisation do, or a forward of their
-    own.
+    own; or they add nothing to the variance, which torch refuses without stored statistics.
     """
     fused = [module for module in model.modules() if hasattr(module, "freeze_bn")]
     above = {child for module in fused for child in module.children()}
     stored = [
         m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
     ]
-    return above | {module for module in stored if not _does_without(module)}
+    return above | {module for module in stored if not (module.eps and _does_without(module))}
 
 
 _tried: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()

@@ -171,6 +171,7 @@ class Loan:
         With batch statistics that is so where torch's own function normalises.
         """
         own = all(isinstance(n.module, nn.modules.batchnorm._BatchNorm) for n in self.norms)
+        own = own and not any(n.module in self.bound for n in self.norms)
         own = own and not any(isinstance(n.module, nn.SyncBatchNorm) for n in self.norms)
         return self.own_functions and isinstance(statistics, BatchStatistics) and own
 
@@ -326,7 +327,7 @@ class Normaliser:
             full = x.dtype in (torch.float32, torch.float64)
             alike = full and module.weight is not None and module.bias is not None
             alike = alike and x.dtype == weight.dtype == bias.dtype
-            if alike and values > 1 and (moving := self.moving()):
+            if alike and values > 1 and (moving := self.moving(x.dtype)):
                 mean, var, share = moving
                 return F.batch_norm(x, mean, var, weight, bias, True, share, self.eps)
             as_written = alike and x.is_cpu and getattr(self.statistics, "robust", False)
@@ -338,12 +339,12 @@ class Normaliser:
 
         return forward
 
-    def moving(self) -> tuple[Tensor, Tensor, float] | None:
+    def moving(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
         """New averages, not yet moved, and their step, where torch's own kernel can move them."""
         statistics, old, fresh = self.statistics, self.averages, self.fresh
         if not isinstance(statistics, RunningStatistics) or not statistics.as_in_training:
             return None
-        if not old or not fresh:
+        if not old or not fresh or not self.eps or old[f"{self.name}.mean"].dtype != dtype:
             return None
         mean, var = (old[f"{self.name}.{moment}"].clone() for moment in ("mean", "var"))
         fresh |= {f"{self.name}.mean": mean, f"{self.name}.var": var}

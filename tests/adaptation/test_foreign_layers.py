@@ -1,0 +1,72 @@
+"""Layers as other people set them, and models that they cast between two batches."""
+
+import pytest
+import torch
+from torch import nn
+
+import testtime as tt
+from battery import adapter_of, each
+from models import batches, tiny
+from testtime._core.errors import InputError
+from testtime.adaptation.outputs import read_logits
+
+REMEMBERING = ("rotta", "stamp", "simatta")
+"""Methods that keep samples of the stream."""
+
+
+def with_eps(eps: float) -> nn.Module:
+    model = tiny()
+    model.norm1.eps = model.norm2.eps = eps
+    return model
+
+
+@each
+def test_nothing_may_be_added_to_the_variance(name):
+    """torch itself takes no batch statistics then."""
+    one, two = (adapter_of(name, with_eps(eps)) for eps in (0.0, 1e-12))
+    *begin, last = batches(3)
+    for x in begin:
+        torch.testing.assert_close(one(x), two(x), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        one.export()(last)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.1}, {"prior": 16}])
+def test_what_is_exported_needs_nothing_added_either(options):
+    adapter = tt.adapt(with_eps(0.0), "bn-adapt", **options)
+    *begin, last = batches(3)
+    for x in begin:
+        adapter(x)
+    torch.testing.assert_close(adapter.export()(last), adapter.predict(last), rtol=1e-4, atol=1e-4)
+
+
+@each
+def test_a_model_may_be_cast_between_two_batches(name):
+    model = tiny()
+    adapter = adapter_of(name, model)
+    first, second, third = batches(3)
+    adapter(first)
+    model.double()
+    mark = adapter.snapshot()
+    if name in REMEMBERING:
+        with pytest.raises(InputError, match=r"remembers, of type torch.float32"):
+            adapter(second.double())
+        assert adapter.snapshot() is mark
+        adapter.reset()
+    assert adapter(second.double()).dtype == torch.float64
+    assert adapter.predict(third.double()).isfinite().all()
+    assert read_logits(adapter.export()(third.double())).isfinite().all()
+
+
+def test_moving_averages_may_be_of_another_type_than_the_batch():
+    model = tiny()
+    adapter = tt.adapt(model, "bn-adapt", momentum=0.1)
+    first, second, third = batches(3)
+    adapter(first)
+    model.double()
+    adapter(second.double())
+    other = tt.adapt(tiny().double(), "bn-adapt", momentum=0.1)
+    for x in (first, second):
+        other(x.double())
+    told = adapter.predict(third.double())
+    torch.testing.assert_close(told, other.predict(third.double()), rtol=1e-4, atol=1e-4)
