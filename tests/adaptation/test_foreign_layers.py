@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import testtime as tt
 from battery import adapter_of, each
-from models import batches, tiny
+from models import ChannelsRMSNorm, FrozenNorm, batches, tiny
 from testtime._core.errors import InputError
+from testtime.adaptation.layers import norm_kind
 from testtime.adaptation.outputs import read_logits
 
 REMEMBERING = ("rotta", "stamp", "simatta")
@@ -70,3 +71,60 @@ def test_moving_averages_may_be_of_another_type_than_the_batch():
         other(x.double())
     told = adapter.predict(third.double())
     torch.testing.assert_close(told, other.predict(third.double()), rtol=1e-4, atol=1e-4)
+
+
+class ResponseNorm(nn.Module):
+    """Global response normalisation, which adds to its input: no layer that Tent speaks of."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Parameter(torch.ones(channels)),
+        )
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(dim=(1, 2), keepdim=True)
+        return x + self.bias + self.weight * x * size / (size.mean(-1, keepdim=True) + self.eps)
+
+
+class PowerMean(nn.Module):
+    """A pooling that learns its exponent, and adds an epsilon."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.eps = nn.Parameter(torch.full((1,), 3.0)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=self.eps).pow(self.p).mean((1, 2)).pow(1 / self.p)
+
+
+class Pooling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(3, 6, 3), nn.LayerNorm(6)
+        self.response, self.pool = ResponseNorm(6), PowerMean()
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x).movedim(1, -1))
+        return self.head(self.pool(self.response(x)))
+
+
+def test_not_all_that_adds_an_epsilon_normalises():
+    model = Pooling().eval()
+    adapter = tt.adapt(model, "tent")
+    assert set(adapter.snapshot().tensors) == {"norm.weight", "norm.bias"}
+    assert norm_kind(ChannelsRMSNorm(4)) == "layer"
+    assert norm_kind(FrozenNorm(4)) == "batch"
+
+
+def test_whole_numbers_may_be_added_to_the_variance():
+    model, other = with_eps(1), with_eps(1.0)
+    for options in ({}, {"momentum": 0.1}, {"prior": 16}):
+        one, two = (tt.adapt(each, "bn-adapt", **options) for each in (model, other))
+        for x in batches(2):
+            assert torch.equal(one(x), two(x))
+        assert torch.equal(one.export()(x), two.export()(x))
