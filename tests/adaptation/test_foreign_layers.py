@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import testtime as tt
 from battery import adapter_of, each
 from models import ChannelsRMSNorm, FrozenNorm, batches, tiny
-from testtime._core.errors import InputError
+from testtime._core.errors import InputError, ScopeError
 from testtime.adaptation.layers import norm_kind
 from testtime.adaptation.outputs import read_logits
 
@@ -128,3 +128,42 @@ def test_whole_numbers_may_be_added_to_the_variance():
         for x in batches(2):
             assert torch.equal(one(x), two(x))
         assert torch.equal(one.export()(x), two.export()(x))
+
+
+class Frames(nn.Module):
+    """Answers each frame of a clip, and averages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.clip, self.head = nn.Identity(), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = torch.stack([x, x.flip(-1), 0.9 * x], 1).flatten(0, 1)
+        features = self.norm(self.stem(frames)).relu().mean((2, 3))
+        self.clip(features.unflatten(0, (len(x), -1)).mean(1))
+        return self.head(features).unflatten(0, (len(x), -1)).mean(1)
+
+
+READING = {name: {} for name in ("lame", "adanpc", "cafa", "rmt")}
+READING |= {"simatta": {"oracle": lambda i, x: i * 0, "e_high": 0.0}, "tesla": {"queue": 2}}
+"""Methods that read features, with options under which they do."""
+
+
+@pytest.mark.parametrize("name", READING)
+def test_features_of_frames_are_not_those_of_samples(name):
+    model, xs = Frames().eval(), batches(2)
+
+    def begin(features: str | None) -> tt.Adapter:
+        loader = [(x, torch.arange(len(x)) % 5) for x in xs]
+        needs = tt.methods()[name].needs
+        source = tt.fit_source(model, loader, methods=[name], features=features) if needs else None
+        return tt.adapt(model, name, source=source, features=features, **READING[name])
+
+    def answer(features: str | None) -> Tensor:
+        return begin(features)(xs[0])
+
+    with pytest.raises(ScopeError, match=r"\(48, 6\) for 16 samples.*features='...'"):
+        answer(None)
+    assert answer("clip").isfinite().all()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from testtime.adaptation.loan import no_features
+from testtime.adaptation.loan import features_of
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.recipe import reads
 from testtime.adaptation.replay import Recorded, Replayed
@@ -151,9 +151,7 @@ class Evidence:
     def features(self) -> Tensor:
         """The input (B, d) of the model's last linear layer."""
         _ = self.output
-        if not self._features:
-            raise no_features(self.engine.loan.model)
-        return self._features[-1].flatten(1)
+        return self._told(self._features)
 
     @cached_property
     def augmented(self) -> Tensor:
@@ -178,7 +176,10 @@ class Evidence:
     def augmented_features(self) -> Tensor:
         """The features of that copy."""
         _ = self.augmented
-        return self._augmented_features[-1].flatten(1)
+        return self._told(self._augmented_features)
+
+    def _told(self, recorded: list[Tensor]) -> Tensor:
+        return features_of(self.engine.loan.model, recorded, samples=len(self.inputs))
 
     @property
     def learning(self) -> dict[str, Tensor]:

@@ -70,6 +70,30 @@ def no_features(model: nn.Module) -> ScopeError:
     )
 
 
+def features_of(model: nn.Module, recorded: list[Tensor], *, samples: int) -> Tensor:
+    """The features (B, d) of a batch: what a layer was given when it last ran.
+
+    Args:
+        model: that ran.
+        recorded: what the layer was given, each time that it ran.
+        samples: of the batch.
+
+    Raises:
+        ScopeError: it did not run, or has no row for each sample.
+    """
+    if not recorded:
+        raise no_features(model)
+    features = recorded[-1]
+    if features.dim() > 1 and len(features) == samples:
+        return features.flatten(1)
+    raise ScopeError(
+        f"the layer whose input are the features was given {tuple(features.shape)} for {samples} "
+        f"samples; expected one row for each. {type(model).__name__} may answer frames or places one "
+        "by one and then average. Name a layer whose input has one: features='...' of tt.adapt and "
+        "tt.fit_source; an nn.Identity() where the features of a sample are will do."
+    )
+
+
 class Loan:
     """The caller's model, its places for tensors, and the one way to run it.
 
