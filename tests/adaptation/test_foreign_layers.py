@@ -167,3 +167,22 @@ def test_features_of_frames_are_not_those_of_samples(name):
     with pytest.raises(ScopeError, match=r"\(48, 6\) for 16 samples.*features='...'"):
         answer(None)
     assert answer("clip").isfinite().all()
+
+
+class Places(nn.Module):
+    """Answers each place of an image, and averages: its features are as many as there are places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm, self.head = nn.Conv2d(3, 6, 3), nn.LayerNorm(6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.stem(x).flatten(2).mT)).mean(1)
+
+
+@pytest.mark.parametrize("name", ["cafa", "adanpc", "rmt"])
+def test_features_of_source_samples_are_of_one_shape(name):
+    loader = [(x, torch.arange(16) % 5) for x in (*batches(1), torch.rand(16, 3, 9, 9))]
+    with pytest.raises(InputError, match="samples of one size"):
+        tt.fit_source(Places().eval(), loader, methods=[name])
