@@ -1,5 +1,6 @@
 """What parts may see of a batch; the costly pieces are made when somebody asks, once."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
@@ -231,3 +232,23 @@ class Evidence:
     def ask(self, part: Callable[..., Any], **more: Any) -> Any:
         """Calls a part with what its signature names."""
         return part(**{name: getattr(self, name) for name in reads(part)}, **more)
+
+
+def answers_without_graph(evidence: Evidence) -> bool:
+    """Whether the student answers a batch without a graph as it does with one, to the last bit.
+
+    It need not: attention may take short cuts, and torch multiply otherwise, where nothing asks for
+    a gradient.
+
+    Args:
+        evidence: of the batch, whose student has not run.
+    """
+    engine, state, x = evidence.engine, evidence.state, evidence.inputs
+    told: list[Tensor] = []
+    for graph in (False, True):
+        twin = Evidence(engine, state, engine.leaves(state), x, learn=evidence.learn)
+        seeing = nullcontext() if graph else Recorded(len(x), wide=math.inf)
+        with torch.set_grad_enabled(graph), seeing:
+            told.append(twin.logits.detach())
+        engine.forwards -= len(x)  # no part of the step
+    return torch.equal(*told)
