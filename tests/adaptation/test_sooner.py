@@ -146,3 +146,23 @@ def test_a_forward_that_failed_is_not_measured():
     with pytest.raises(RuntimeError), sooner:
         raise RuntimeError
     assert not sooner.once
+
+
+class Text(nn.Module):
+    """torch's own transformer, whose attention takes a short cut where nothing asks for a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.encoder(x).mean(1))
+
+
+@pytest.mark.parametrize("name", ["tent", "lerm", "ostta"])
+def test_what_rounds_otherwise_without_a_graph_is_answered_with_one(name, twice):
+    model, xs = Text().eval(), list(torch.rand(4, 16, 6, 16))
+    compare(tt.adapt(model, name), tt.adapt(model, name, deferred=True), xs)
+    assert not twice

@@ -138,7 +138,14 @@ def check_held(x: Tensor, recipe: Recipe, memory: Any) -> None:
     """
     held = getattr(recipe.procedure, "held", None)
     known: Tensor | None = held(memory) if held and memory else None
-    if known is None or not len(known) or known.shape[1:] == x.shape[1:]:
+    if known is None or not len(known):
+        return
+    if known.dtype != x.dtype:
+        raise InputError(
+            f"this method learns from samples that it remembers, of type {known.dtype}; given "
+            f"{x.dtype}. Give all in one type, or call reset() before the first of another."
+        )
+    if known.shape[1:] == x.shape[1:]:
         return
     if x.dim() == 2 or known.shape[1] == x.shape[1]:  # of other channels the model will complain
         raise InputError(

@@ -214,6 +214,7 @@ class Sooner:
     """
 
     def __init__(self) -> None:
+        self.proven = False  # that both answer the same, to the last bit
         self.once: list[float] = []
         self.again: list[float] = []
 

@@ -14,7 +14,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.seeds import generator
 from testtime.adaptation import learning
 from testtime.adaptation.deferred import Sooner
-from testtime.adaptation.evidence import Evidence
+from testtime.adaptation.evidence import Evidence, answers_without_graph
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.look import answers_again, answers_alone
@@ -89,7 +89,7 @@ class Engine:
         self._apart: bool | None = None
         self._again: bool | None = None
         self.hasty = False
-        self._sooner: dict[torch.Size, Sooner] = {}
+        self._sooner: dict[torch.Size, Sooner | None] = {}
         self.feature_layer = feature_layer
         first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(()))
         self.device = first.device
@@ -298,7 +298,7 @@ class Engine:
         """
         x, teaching = evidence.inputs, evidence.state.teaching
         few = teaching is not None and teaching < FEW and self.may_part(x)
-        sooner = self._haste(x) if hasty and not few else None
+        sooner = self._haste(evidence) if hasty and not few else None
         twice = sooner is not None and sooner.twice
         if twice:
             evidence.recorded = Recorded(len(x), wide=math.inf)
@@ -353,19 +353,26 @@ class Engine:
             self._apart = answers_alone(self.loan, x, SourceStatistics())
         return self._apart
 
-    def _haste(self, x: Tensor) -> Sooner | None:
+    def _haste(self, evidence: Evidence) -> Sooner | None:
         """Which forward answers such a batch sooner; None where only one may.
 
         On a CPU, to keep what a backward needs takes time. An answer may come without it, and a
-        graph be made behind it, where the model answers the same when it is asked again.
+        graph be made behind it, where the model answers the same when it is asked again, and torch
+        computes the same, to the last bit, without a graph.
         """
+        x = evidence.inputs
         if x.device.type != "cpu" or x.numel() < WORTH or torch.is_autocast_enabled("cpu"):
             return None
         if not self.loan.own_functions or not self.ranks.alone:
             return None
         if self._again is None:
             self._again = answers_again(self.loan, x, SourceStatistics())
-        return self._sooner.setdefault(x.shape, Sooner()) if self._again else None
+        sooner = self._sooner.setdefault(x.shape, Sooner()) if self._again else None
+        if sooner is not None and sooner.twice and not sooner.proven:
+            sooner.proven = answers_without_graph(evidence)
+            if not sooner.proven:
+                sooner = self._sooner[x.shape] = None
+        return sooner
 
     def leaves(self, state: State) -> dict[str, Tensor]:
         """The adapted tensors as leaves of a new graph."""

@@ -1,5 +1,6 @@
 """What parts may see of a batch; the costly pieces are made when somebody asks, once."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from testtime.adaptation.calls import Watching
-from testtime.adaptation.loan import no_features
+from testtime.adaptation.loan import features_of
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.recipe import reads
 from testtime.adaptation.replay import Recorded, Replayed
@@ -151,9 +152,7 @@ class Evidence:
     def features(self) -> Tensor:
         """The input (B, d) of the model's last linear layer."""
         _ = self.output
-        if not self._features:
-            raise no_features(self.engine.loan.model)
-        return self._features[-1].flatten(1)
+        return self._told(self._features)
 
     @cached_property
     def augmented(self) -> Tensor:
@@ -178,7 +177,10 @@ class Evidence:
     def augmented_features(self) -> Tensor:
         """The features of that copy."""
         _ = self.augmented
-        return self._augmented_features[-1].flatten(1)
+        return self._told(self._augmented_features)
+
+    def _told(self, recorded: list[Tensor]) -> Tensor:
+        return features_of(self.engine.loan.model, recorded, samples=len(self.inputs))
 
     @property
     def learning(self) -> dict[str, Tensor]:
@@ -232,3 +234,23 @@ class Evidence:
     def ask(self, part: Callable[..., Any], **more: Any) -> Any:
         """Calls a part with what its signature names."""
         return part(**{name: getattr(self, name) for name in reads(part)}, **more)
+
+
+def answers_without_graph(evidence: Evidence) -> bool:
+    """Whether the student answers a batch without a graph as it does with one, to the last bit.
+
+    It need not: attention may take short cuts, and torch multiply otherwise, where nothing asks for
+    a gradient.
+
+    Args:
+        evidence: of the batch, whose student has not run.
+    """
+    engine, state, x = evidence.engine, evidence.state, evidence.inputs
+    told: list[Tensor] = []
+    for graph in (False, True):
+        twin = Evidence(engine, state, engine.leaves(state), x, learn=evidence.learn)
+        twin.recorded = None if graph else Recorded(len(x), wide=math.inf)
+        with torch.set_grad_enabled(graph):
+            told.append(twin.logits.detach())
+        engine.forwards -= len(x)  # no part of the step
+    return torch.equal(*told)

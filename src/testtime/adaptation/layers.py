@@ -1,5 +1,7 @@
 """What a model is made of, found by structure and order of execution, never by name."""
 
+import copy
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,8 +46,8 @@ class NormLayer:
 def _eps(module: nn.Module) -> float | None:
     for name in ("eps", "epsilon", "variance_epsilon"):
         value = getattr(module, name, None)
-        if isinstance(value, float):
-            return value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
     return None
 
 
@@ -60,8 +62,9 @@ def norm_kind(module: nn.Module) -> Kind | None:
     """The kind of a normalisation layer, or None when the module is something else.
 
     Layers of torch and their subclasses are known by type. A layer of anybody else's is known by
-    structure: it adds an epsilon, and all that it owns are scales and shifts of one dimension
-    (and, for batch normalisation, running statistics).
+    structure: it adds an epsilon, and all that it owns are scales and shifts of one dimension, one
+    for each channel (and, for batch normalisation, running statistics). What is at rest when these
+    are zero, as global response normalisation in ConvNeXt V2, adds to its input and is none.
 
     Example:
         >>> norm_kind(nn.SyncBatchNorm(3)), norm_kind(nn.Linear(2, 2))
@@ -74,11 +77,49 @@ def norm_kind(module: nn.Module) -> Kind | None:
     buffers = dict(module.named_buffers(recurse=False))
     if _eps(module) is None or not _affine(module):
         return None
-    if any(value.dim() != 1 for value in owned.values()):
+    if any(value.dim() != 1 or len(value) < 2 for value in owned.values()):  # one: an exponent
         return None
     if any(True for child in module.children() for _ in child.parameters()):
         return None
+    if owned and rests_at_zero(module):
+        return None
     return "batch" if {"running_mean", "running_var"} <= buffers.keys() else "layer"
+
+
+_at_rest: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
+
+
+def rests_at_zero(module: nn.Module) -> bool:
+    """Whether a layer whose parameters are zero gives what it is given; a copy of it is tried.
+
+    Example:
+        >>> rests_at_zero(nn.LayerNorm(2)), rests_at_zero(nn.PReLU(2))
+        (False, False)
+    """
+    kind = type(module)
+    if kind not in _at_rest:
+        _at_rest[kind] = _try_at_rest(module)
+    return _at_rest[kind]
+
+
+def _try_at_rest(module: nn.Module) -> bool:
+    try:
+        tried = copy.deepcopy(module)
+    except Exception:
+        return False
+    with torch.no_grad():
+        for parameter in tried.parameters():
+            parameter.zero_()
+        channels = next(tried.parameters())
+        for shape in ((2, 3, 3, len(channels)), (2, len(channels), 3, 3), (2, 3, len(channels))):
+            x = torch.arange(math.prod(shape)).view(shape).sin().to(channels)
+            try:
+                y = tried.forward(x.clone())
+            except Exception:  # of other dimensions
+                continue
+            if isinstance(y, Tensor) and torch.equal(y, x):
+                return True
+    return False
 
 
 def norm_layers(model: nn.Module, order: Sequence[str] = ()) -> list[NormLayer]:
@@ -136,14 +177,14 @@ def bound(model: nn.Module) -> set[nn.Module]:
     """Layers that cannot do without the statistics they stored.
 
     The module above them reads these, as torch's fusions for quantisation do, or a forward of their
-    own.
+    own; or they add nothing to the variance, which torch refuses without stored statistics.
     """
     fused = [module for module in model.modules() if hasattr(module, "freeze_bn")]
     above = {child for module in fused for child in module.children()}
     stored = [
         m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
     ]
-    return above | {module for module in stored if not _does_without(module)}
+    return above | {module for module in stored if not (module.eps and _does_without(module))}
 
 
 _tried: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()

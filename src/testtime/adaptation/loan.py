@@ -70,6 +70,30 @@ def no_features(model: nn.Module) -> ScopeError:
     )
 
 
+def features_of(model: nn.Module, recorded: list[Tensor], *, samples: int) -> Tensor:
+    """The features (B, d) of a batch: what a layer was given when it last ran.
+
+    Args:
+        model: that ran.
+        recorded: what the layer was given, each time that it ran.
+        samples: of the batch.
+
+    Raises:
+        ScopeError: it did not run, or has no row for each sample.
+    """
+    if not recorded:
+        raise no_features(model)
+    features = recorded[-1]
+    if features.dim() > 1 and len(features) == samples:
+        return features.flatten(1)
+    raise ScopeError(
+        f"the layer whose input are the features was given {tuple(features.shape)} for {samples} "
+        f"samples; expected one row for each. {type(model).__name__} may answer frames or places one "
+        "by one and then average. Name a layer whose input has one: features='...' of tt.adapt and "
+        "tt.fit_source; an nn.Identity() where the features of a sample are will do."
+    )
+
+
 class Loan:
     """The caller's model, its places for tensors, and the one way to run it.
 
@@ -171,6 +195,7 @@ class Loan:
         With batch statistics that is so where torch's own function normalises.
         """
         own = all(isinstance(n.module, nn.modules.batchnorm._BatchNorm) for n in self.norms)
+        own = own and not any(n.module in self.bound for n in self.norms)
         own = own and not any(isinstance(n.module, nn.SyncBatchNorm) for n in self.norms)
         return self.own_functions and isinstance(statistics, BatchStatistics) and own
 
@@ -326,7 +351,7 @@ class Normaliser:
             full = x.dtype in (torch.float32, torch.float64)
             alike = full and module.weight is not None and module.bias is not None
             alike = alike and x.dtype == weight.dtype == bias.dtype
-            if alike and values > 1 and (moving := self.moving()):
+            if alike and values > 1 and (moving := self.moving(x.dtype)):
                 mean, var, share = moving
                 return F.batch_norm(x, mean, var, weight, bias, True, share, self.eps)
             as_written = alike and x.is_cpu and getattr(self.statistics, "robust", False)
@@ -338,12 +363,12 @@ class Normaliser:
 
         return forward
 
-    def moving(self) -> tuple[Tensor, Tensor, float] | None:
+    def moving(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
         """New averages, not yet moved, and their step, where torch's own kernel can move them."""
         statistics, old, fresh = self.statistics, self.averages, self.fresh
         if not isinstance(statistics, RunningStatistics) or not statistics.as_in_training:
             return None
-        if not old or not fresh:
+        if not old or not fresh or not self.eps or old[f"{self.name}.mean"].dtype != dtype:
             return None
         mean, var = (old[f"{self.name}.{moment}"].clone() for moment in ("mean", "var"))
         fresh |= {f"{self.name}.mean": mean, f"{self.name}.var": var}

@@ -152,7 +152,7 @@ class Projector:
 def project(features: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
     """Features after the projector, of length one."""
     first, second = (
-        (beside[f"projector/{layer}.weight"], beside[f"projector/{layer}.bias"])
+        [beside[f"projector/{layer}.{key}"].to(features.dtype) for key in ("weight", "bias")]
         for layer in ("first", "second")
     )
     return F.normalize(F.linear(F.linear(features, *first).relu(), *second), dim=-1)

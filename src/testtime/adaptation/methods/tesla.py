@@ -19,7 +19,7 @@ for each batch x:
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from typing import Any, ClassVar, NamedTuple
 
@@ -36,6 +36,7 @@ from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.learning import finite
+from testtime.adaptation.loan import features_of
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.levels import shift, watched
 from testtime.adaptation.parts.objective import Diversity
@@ -290,7 +291,8 @@ class AdversarialTeacher:
         labels = torch.stack([each.logits.softmax(-1) for each in heard]).mean(0)
         if not self.queue:
             return labels, None, averages
-        seen = [at_least_single(each.features[-1].flatten(1)) for each in heard]
+        of_sample = partial(features_of, engine.loan.model, samples=len(views[0]))
+        seen = [at_least_single(of_sample(each.features)) for each in heard]
         features = torch.stack(seen).mean(0)
         gather = engine.ranks.gather
         queue = state.memory["queue"] if state.memory else None

@@ -62,13 +62,23 @@ def joined(total: "Known", key: str, batches: int) -> "Tensor":
         InputError: their samples differ in shape.
     """
     parts = [total[f"{key} {number}"] for number in range(batches)]
+    check_alike(key, parts)
+    return torch.cat(parts)
+
+
+def check_alike(key: str, parts: "Iterable[Tensor]") -> None:
+    """Refuses tensors that hold other than one number of values for each row.
+
+    Args:
+        key: what they are called.
+        parts: (n, ...), where n may differ.
+    """
     shapes = {str(tuple(part.shape[1:])) for part in parts}
     if len(shapes) > 1:
         raise InputError(
             f"the {key} of source samples are of the shapes {', '.join(sorted(shapes))}; expected "
             "one. Give a loader of samples of one size."
         )
-    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,7 @@ class Prototypes:
         member = F.one_hot(labels, batch.logits.shape[-1]).to(features.dtype)
         sums, counts = member.T @ features, member.sum(0)
         if total:
+            check_alike("features", (total["sums"], features))
             sums, counts = total["sums"] + sums, total["counts"] + counts
         return {"sums": sums, "counts": counts}
 
@@ -176,6 +187,7 @@ class ClassMoments:
                 "mean": torch.zeros_like(mean),
                 "scatter": features.new_zeros(shape),
             }
+        check_alike("features", (total["mean"], features))
         both = total["count"] + count
         share = count / both.clamp(min=1)
         apart, pull = mean - total["mean"], total["count"] * share
