@@ -138,3 +138,65 @@ def test_the_attack_stays_in_its_box_and_leads_astray():
     assert 0 <= changed.min() <= changed.max() <= 1
     with torch.no_grad():
         assert (model(changed).argmax(1) != labels).float().mean() > 0.5
+
+
+class Rectified(nn.BatchNorm2d):
+    """Batch normalisation and activation in one layer, as timm has them."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class OnePlus(nn.Module):
+    """RMS normalisation whose scale is one more than what it stores, as Gemma has it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.linspace(-0.3, 0.3, channels)), 1e-6
+
+    def forward(self, x):
+        x = x * (x.square().mean(1, keepdim=True) + self.eps).rsqrt()
+        return x * (1 + self.weight.view(1, -1, 1, 1))
+
+
+class Greek(nn.Module):
+    """Group normalisation of one group with other names."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(0.5, 1.5, channels))
+        self.beta, self.eps = nn.Parameter(torch.linspace(-1, 1, channels)), 1e-5
+
+    def forward(self, hidden):
+        return nn.functional.group_norm(hidden, 1, self.gamma, self.beta, self.eps)
+
+
+def with_layers(kind):
+    model = tiny()
+    model.norm1, model.norm2 = kind(6), kind(8)
+    with torch.no_grad():
+        for parameter in (*model.norm1.parameters(), *model.norm2.parameters()):
+            parameter += torch.linspace(-0.5, 0.5, len(parameter))
+    return model.eval()
+
+
+def test_an_activation_in_the_layer_comes_after_scale_and_shift():
+    model, fused = tiny(), with_layers(Rectified)
+    fused.load_state_dict(model.state_dict())
+    adapter = tt.adapt(fused, "dent", lr=2e-2)
+    for x in batches(2):
+        expected, _ = reference.dent(model, x, 2e-2, 6)
+        torch.testing.assert_close(adapter(x), expected, rtol=0, atol=1e-4)
+    assert isinstance(fused.norm1.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("kind", [Rectified, OnePlus, Greek])
+def test_without_a_step_it_is_the_model(kind):
+    model, x = with_layers(kind), batches(1)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(tt.adapt(model, "dent", lr=0.0)(x), model(x))
+    plain = replace(dent(lr=2e-2), batch_objective=None)
+    together = tt.adapt(model, plain)(x)
+    alone = torch.cat([tt.adapt(model, plain)(image) for image in x.split(1)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-3)
+    assert not torch.allclose(together, model(x), atol=1e-3)

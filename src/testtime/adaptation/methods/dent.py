@@ -8,13 +8,18 @@ for each batch x:
     return f(x; w, beta), and forget them
 """
 
+import math
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from testtime._core.errors import ScopeError
 from testtime._core.options import whole
@@ -22,7 +27,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.layers import Kind, norm_layers
+from testtime.adaptation.layers import Kind, NormLayer, named_input, norm_layers
 from testtime.adaptation.learning import finite, gradients
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.objective import Diversity, entropy
@@ -56,11 +61,7 @@ class OwnAffine:
 
     def _fit(self, own: Tensor, output: Tensor) -> Tensor:
         count, *shape = own.shape
-        if len(output) != count:
-            raise ScopeError(
-                f"a normalisation layer got {len(output)} rows for {count} samples; dent needs one "
-                "for each. Take a method whose samples share scale and shift: tent."
-            )
+        check_rows(output, count)
         last = self.kind == "layer" and list(output.shape[-len(shape) :]) == shape
         inner = output.dim() - 1 - len(shape)
         return (
@@ -68,6 +69,104 @@ class OwnAffine:
             if last
             else own.view(count, *shape, *[1] * inner)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnForward:
+    """A hook on a layer that does more than to scale and shift at last: it runs sample by sample.
+
+    Args:
+        own: name of a tensor of the layer -> each sample's (B, channels).
+    """
+
+    own: Tensors
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        name = named_input(args, kwargs)
+        x = args[0] if name is None else kwargs[name]
+        for each in self.own.values():
+            check_rows(x, len(each))
+        held = {key: _holder(module, key)[key] for key in self.own}
+        parts: list[Tensor] = []
+        try:
+            for place, row in enumerate(x.split(1)):
+                for key, each in self.own.items():
+                    _holder(module, key)[key] = each[place].to(held[key].dtype)
+                own = ((row, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: row})
+                parts.append(module.forward(*own[0], **own[1]))
+        finally:
+            for key, tensor in held.items():
+                _holder(module, key)[key] = tensor
+        return torch.cat(parts)
+
+
+def _holder(module: nn.Module, key: str) -> dict[str, Any]:
+    return module._parameters if key in module._parameters else module._buffers
+
+
+def check_rows(given: Tensor, samples: int) -> None:
+    """Refuses a layer that has other than one row for each sample."""
+    if len(given) != samples:
+        raise ScopeError(
+            f"a normalisation layer got {len(given)} rows for {samples} samples; dent needs one "
+            "for each. Take a method whose samples share scale and shift: tent."
+        )
+
+
+_last: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+TORCHS = (_BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def affine_last(layer: NormLayer) -> bool:
+    """Whether all that a layer does with scale and shift is to scale and shift what it gives.
+
+    It is so in torch's layers. Others may go on, as batch normalisation of timm does with an
+    activation, or scale by 1 + w: a copy of theirs is tried.
+
+    Example:
+        >>> from testtime.adaptation.layers import norm_layers
+        >>> affine_last(norm_layers(nn.Sequential(nn.LayerNorm(2)))[0])
+        True
+    """
+    module = layer.module
+    own = type(module).forward in [kind.forward for kind in TORCHS]
+    if own and "forward" not in vars(module):
+        return True
+    if module not in _last:
+        _last[module] = _try(layer)
+    return _last[module]
+
+
+def _try(layer: NormLayer) -> bool:
+    keys = {name.rpartition(".")[2] for name in layer.tensors}
+    try:
+        tried: Any = deepcopy(layer.module)
+    except Exception:
+        return False
+    if not keys or not keys <= {"weight", "bias"}:
+        return False
+    channels = _holder(tried, next(iter(keys)))[next(iter(keys))].detach()
+    ramp = torch.arange(len(channels), device=channels.device).to(channels)
+    own = {key: (ramp + place).cos() for place, key in enumerate(sorted(keys))}
+    rest = {"weight": torch.ones_like(ramp), "bias": torch.zeros_like(ramp)}
+    many = len(ramp)
+    for shape in ((2, many, 3, 3), (2, 3, 3, many), (2, 3, many), (2, many)):
+        x = torch.arange(math.prod(shape), device=ramp.device).view(shape).sin().to(ramp)
+        told: list[Tensor] = []
+        try:
+            with torch.no_grad():
+                for given in (rest, own):
+                    for key in keys:
+                        _holder(tried, key)[key] = given[key]
+                    told.append(tried.forward(x.clone()))
+                pair = {key: value.expand(2, -1) for key, value in own.items()}
+                hook = OwnAffine(kind=layer.kind, scale=pair.get("weight"), shift=pair.get("bias"))
+                return torch.allclose(hook(tried, (x,), told[0]), told[1], rtol=1e-2, atol=1e-2)
+        except Exception:  # of other dimensions
+            continue
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +250,13 @@ def _given(engine: Engine, own: Tensors) -> Iterator[None]:
     hooks = []
     for layer in norm_layers(engine.loan.model):
         held = {name.rpartition(".")[2]: engine.loan.canonical[name] for name in layer.tensors}
-        scale, shift = (own.get(held.get(key, "")) for key in ("weight", "bias"))
-        hook = OwnAffine(kind=layer.kind, scale=scale, shift=shift)
-        hooks.append(layer.module.register_forward_hook(hook))
+        mine = {key: own[name] for key, name in held.items() if name in own}
+        if mine and affine_last(layer):
+            hook = OwnAffine(kind=layer.kind, scale=mine.get("weight"), shift=mine.get("bias"))
+            hooks.append(layer.module.register_forward_hook(hook))
+        elif mine:
+            each = OwnForward(own=mine)
+            hooks.append(layer.module.register_forward_hook(each, with_kwargs=True))
     try:
         yield
     finally:
