@@ -176,7 +176,7 @@ def with_layers(kind):
     model.norm1, model.norm2 = kind(6), kind(8)
     with torch.no_grad():
         for parameter in (*model.norm1.parameters(), *model.norm2.parameters()):
-            parameter += torch.linspace(-0.5, 0.5, len(parameter))
+            parameter.add_(torch.linspace(-0.5, 0.5, len(parameter)))
     return model.eval()
 
 
