@@ -285,7 +285,8 @@ def dent(*, lr: float = 6e-3, steps: int = 6) -> Recipe:
 
     Departures from the code: logarithms are exact (there of p + 1e-5); the steps never reach the
     gradient of the input (there they add to it). Where there is no BatchNorm, all normalisation
-    layers adapt. In a process group each process adapts to its own batch.
+    layers adapt. In a process group each process adapts to its own batch. A layer that does more than
+    to scale and shift at last, as one that holds its activation, runs sample by sample.
 
     Example:
         >>> dent(steps=3).passes
