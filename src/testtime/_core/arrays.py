@@ -1,9 +1,20 @@
 """Types of tensors."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+
+def as_given(values: Any) -> Tensor:
+    """A tensor as it is; numbers and arrays as one on the CPU, whatever torch's default device is.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     as_given([1, 2])
+        tensor([1, 2])
+    """
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def at_least_single(tensor: Tensor) -> Tensor:

@@ -327,7 +327,7 @@ class Adapter:
 
     def _build(self, order: list[str], feature_layer: nn.Module | None = None) -> Engine:
         norms = norm_layers(self.model, order)
-        device = next(iter(self.model.parameters()), torch.zeros(())).device
+        device = next(iter(self.model.parameters()), torch.zeros((), device="cpu")).device
         known = known_of(self._source, self.recipe, device)
         if isinstance(self._gate, SourceLike):
             signals = None if self._source is None else self._source.entries.get(Signals.name)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from testtime._core.arrays import as_given
 from testtime._core.errors import InputError, OptionError, ScopeError, TesttimeError
 from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.views import needs_pixels
@@ -207,9 +208,9 @@ def read_labels(given: Any, *, count: int, classes: int, who: str) -> Tensor:
     """
     said = f"{given!r:.200}"
     try:
-        labels = torch.as_tensor(given)
+        labels = as_given(given)
     except Exception:  # whatever else it is
-        labels = torch.zeros(0)
+        labels = torch.zeros(0, device="cpu")
     else:
         said = f"labels of shape {tuple(labels.shape)} and type {labels.dtype}"
     fits = labels.shape == (count,) and not (labels.is_floating_point() or labels.is_complex())

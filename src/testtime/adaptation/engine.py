@@ -91,7 +91,7 @@ class Engine:
         self.hasty = False
         self._sooner: dict[torch.Size, Sooner | None] = {}
         self.feature_layer = feature_layer
-        first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros(()))
+        first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros((), device="cpu"))
         self.device = first.device
         self.generator = generator(seed, "adapter", device=self.device)
         self.reads_features = any(map(recipe.asks_for, ("features", "augmented_features")))
@@ -142,7 +142,7 @@ class Engine:
     def _source_averages(self) -> Averages | None:
         if not isinstance(self.recipe.statistics, RunningStatistics):
             return None
-        averages: Averages = {"seen": torch.zeros((), dtype=torch.long)}
+        averages: Averages = {"seen": torch.zeros((), dtype=torch.long, device="cpu")}
         for layer in self.loan.norms:
             moments = self.loan.source_moments(layer)
             averages[f"{layer.name}.mean"] = at_least_single(moments.mean.detach()).clone()

@@ -131,7 +131,9 @@ def _sizes(engine: Engine, x: Tensor, state: State) -> tuple[float, float]:
     """Samples in the batch and before it; on ranks their means, so that all look when one does."""
     if engine.ranks.alone:
         return len(x), state.samples
-    own = torch.tensor([1.0, len(x), state.samples], dtype=torch.float64).to(engine.device)
+    own = torch.tensor([1.0, len(x), state.samples], dtype=torch.float64, device="cpu").to(
+        engine.device
+    )
     ranks, size, before = engine.ranks.sum(own).tolist()
     return size / ranks, before / ranks
 

@@ -246,7 +246,7 @@ def held_by_nobody() -> tuple[int, ...] | None:
     alone: list[tuple[int, ...]] = []
     shared: list[tuple[int, ...]] = []
     with torch.enable_grad():
-        x = torch.ones(2, requires_grad=True)
+        x = torch.ones(2, requires_grad=True, device="cpu")
         torch.autograd.grad((_Asked.apply(x, alone) * 3).sum(), x)
         both = _Asked.apply(x, shared) + _Asked.apply(x, shared)
         torch.autograd.grad((both * 3).sum(), x)
@@ -284,7 +284,7 @@ def kept_as(
         (tensor([8.]),)
     """
     known = {tensor.data_ptr() for tensor in own}
-    width = torch.empty((), dtype=dtype).element_size()
+    width = torch.empty((), dtype=dtype, device="cpu").element_size()
 
     def shorten(x: Tensor) -> Tensor | tuple[Tensor, torch.dtype]:
         short = not x.is_floating_point() or x.element_size() <= width

@@ -114,7 +114,7 @@ class NeverWorse:
         block, self._block = self._block, self._block[:, :0]
         most = max(self.memory, block.shape[1])
         self._answers = torch.cat([self._answers, block], 1)[:, -most:]
-        number = torch.full((block.shape[1],), self._seen)
+        number = torch.full((block.shape[1],), self._seen, device="cpu")
         self._blocks = torch.cat([self._blocks, number])[-most:]
         self._seen += block.shape[1]
         self._worse = self._judge(classes)
@@ -126,7 +126,9 @@ class NeverWorse:
             return None
         shared, _, known = information(ours, theirs, classes)
         random = generator(self._seen, "guard")
-        orders = [torch.randperm(len(ours), generator=random) for _ in range(SHUFFLES)]
+        orders = [
+            torch.randperm(len(ours), generator=random, device="cpu") for _ in range(SHUFFLES)
+        ]
         chance = sum(information(ours[o], theirs, classes)[0] for o in orders) / SHUFFLES
         if known - chance <= 1e-6 or (shared - chance) / (known - chance) < self.kept:
             return True
@@ -152,7 +154,10 @@ class NeverWorse:
         chance: list[Tensor] = []
         for answers in self._answers[:, -last:]:
             random = generator(self._seen, "guard", "order")
-            orders = [torch.randperm(len(answers), generator=random) for _ in range(SHUFFLES)]
+            orders = [
+                torch.randperm(len(answers), generator=random, device="cpu")
+                for _ in range(SHUFFLES)
+            ]
             orders = [order[blocks[order].argsort(stable=True)] for order in orders]
             found.append(_neighbours(answers, near, classes))
             shuffled = [_neighbours(answers[order], near, classes).mean(1) for order in orders]
@@ -163,8 +168,8 @@ class NeverWorse:
 
     def reset(self) -> None:
         """Forgets the stream."""
-        self._block = self._answers = torch.zeros(2, 0, dtype=torch.long)
-        self._blocks = torch.zeros(0, dtype=torch.long)
+        self._block = self._answers = torch.zeros(2, 0, dtype=torch.long, device="cpu")
+        self._blocks = torch.zeros(0, dtype=torch.long, device="cpu")
         self._seen, self._worse = 0, None
 
     def state_dict(self) -> dict[str, Any]:

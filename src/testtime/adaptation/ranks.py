@@ -61,7 +61,10 @@ class Ranks:
         """The joined batch of all ranks, in order of rank; batches may differ in size."""
         if self.alone:
             return values
-        sizes = [torch.zeros((), dtype=torch.long) for _ in range(dist.get_world_size(self.group))]
+        sizes = [
+            torch.zeros((), dtype=torch.long, device="cpu")
+            for _ in range(dist.get_world_size(self.group))
+        ]
         sizes = [size.to(values.device) for size in sizes]
         dist.all_gather(sizes, torch.tensor(len(values), device=values.device), group=self.group)
         longest = int(max(sizes))
@@ -75,7 +78,10 @@ class Ranks:
         """This rank's part, `count` samples, of a batch that `gather` joined."""
         if self.alone:
             return joined
-        counts = [torch.zeros((), dtype=torch.long) for _ in range(dist.get_world_size(self.group))]
+        counts = [
+            torch.zeros((), dtype=torch.long, device="cpu")
+            for _ in range(dist.get_world_size(self.group))
+        ]
         counts = [size.to(joined.device) for size in counts]
         dist.all_gather(counts, torch.tensor(count, device=joined.device), group=self.group)
         start = sum(int(size) for size in counts[: dist.get_rank(self.group)])

@@ -48,7 +48,7 @@ class Score:
     def __init__(self) -> None:
         self.samples = self.wrong = 0
         self.nll = self.brier = 0.0
-        self.bins = torch.zeros(3, BINS, dtype=torch.float64)
+        self.bins = torch.zeros(3, BINS, dtype=torch.float64, device="cpu")
 
     def add(self, logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> float:
         """Takes a batch in; gives its error in percent.
@@ -73,7 +73,7 @@ class Score:
         self.brier += len(labels) * float(brier_score(logits.softmax(1), labels))
         own = reliability(confidence(logits), hit, bins=BINS)
         self.bins += own.count * torch.stack(
-            [torch.ones(BINS, dtype=torch.float64), own.confidence, own.accuracy]
+            [torch.ones(BINS, dtype=torch.float64, device="cpu"), own.confidence, own.accuracy]
         )
 
     def result(self) -> dict[str, Any]:
@@ -163,6 +163,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             name: torch.tensor(
                 [sum(_number(r.get(name)) for r in own) / len(own) for own in seeds.values()],
                 dtype=torch.double,
+                device="cpu",
             )
             for name in METRICS
             if name not in absent

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from testtime._core.arrays import as_given
 from testtime._core.errors import InputError, MissingExtra, unknown
 from testtime.bench.networks import Normalised, SmallResNet, group_norm
 
@@ -37,7 +38,8 @@ def load_model(spec: str) -> nn.Module:
         >>> sum(p.numel() for p in load_model("embedded:batch").parameters())
         221010
     """
-    return _build(spec, pretrained=True).eval()
+    with torch.device("cpu"):
+        return _build(spec, pretrained=True).eval()
 
 
 def preprocessing(model: nn.Module) -> str:
@@ -50,9 +52,7 @@ def preprocessing(model: nn.Module) -> str:
     mean, std = getattr(model, "mean", None), getattr(model, "std", None)
     if mean is None or std is None:
         return "pixels in [0, 1], as they are"
-    numbers = [
-        ", ".join(f"{x:.4g}" for x in torch.as_tensor(v).flatten().tolist()) for v in (mean, std)
-    ]
+    numbers = [", ".join(f"{x:.4g}" for x in as_given(v).flatten().tolist()) for v in (mean, std)]
     return f"pixels in [0, 1]; the model removes mean {numbers[0]} and divides by {numbers[1]}"
 
 

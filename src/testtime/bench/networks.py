@@ -79,7 +79,7 @@ class Normalised(nn.Module):
         self.mean: Tensor | None
         self.std: Tensor | None
         for name, value in (("mean", mean), ("std", std)):
-            shown = None if value is None else torch.tensor(value).view(-1, 1, 1)
+            shown = None if value is None else torch.tensor(value, device="cpu").view(-1, 1, 1)
             self.register_buffer(name, shown, persistent=False)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Any:

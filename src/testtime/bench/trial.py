@@ -213,8 +213,10 @@ def _draw(
     Classes that the stream holds out are left out here too.
     """
     labels = labels_of(dataset).cpu()
-    index = torch.randperm(len(labels), generator=generator(0, "bench", "draw"))
-    index = index[~torch.isin(labels[index], torch.tensor(without, dtype=torch.long))][:limit]
+    index = torch.randperm(len(labels), generator=generator(0, "bench", "draw"), device="cpu")
+    index = index[
+        ~torch.isin(labels[index], torch.tensor(without, dtype=torch.long, device="cpu"))
+    ][:limit]
     return (stack(dataset, part) for part in index.split(size))
 
 
@@ -291,7 +293,7 @@ def _share_out(
     opened: bool,
 ) -> None:
     for name in dict.fromkeys(batch.domains):
-        mine = torch.tensor([domain == name for domain in batch.domains])
+        mine = torch.tensor([domain == name for domain in batch.domains], device="cpu")
         own = None if scores is None else scores.detach().cpu()[mine]
         domain = domains.setdefault(name, Domain(opened=opened))
         domain.add(number, logits[mine], batch.labels[mine], own)

@@ -238,7 +238,11 @@ def _run(
         raise OptionError(f"lanes={lanes}: expected one at least")
     length, escaped, done, read = -(-count // lanes), 0, 0, [predictor.filler] * lanes
     for step in range(length):
-        rows = _rows(predictor.start(lanes) if step == 0 else predictor.step(torch.tensor(read)))
+        rows = _rows(
+            predictor.start(lanes)
+            if step == 0
+            else predictor.step(torch.tensor(read, device="cpu"))
+        )
         read = [predictor.filler] * lanes
         for lane in range(lanes):
             if (place := lane * length + step) >= count:

@@ -141,7 +141,9 @@ def yes_verifier(
             model, tokenizer, [ask(path) for path in paths], [[yes, no]] * len(paths),
             batch_size=batch_size, read=read,
         )  # fmt: skip
-        return torch.tensor([each.log_probs for each in found]).softmax(1)[:, 0].tolist()
+        return (
+            torch.tensor([each.log_probs for each in found], device="cpu").softmax(1)[:, 0].tolist()
+        )
 
     return verify
 

@@ -114,7 +114,9 @@ def doubts(
     found: dict[str, tuple[float, ...]] = {}
     for word in words:
         whole = re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)
-        counts = torch.tensor([[len(whole.findall(text)) for text in row] for row in texts])
+        counts = torch.tensor(
+            [[len(whole.findall(text)) for text in row] for row in texts], device="cpu"
+        )
         ranked = counts.to(order.device).gather(1, order)
         found[word] = tuple(ranked.double().mean(0).tolist())
     return found

@@ -59,7 +59,9 @@ class Prefixes:
         cache = self._moved(unique)
         if len(unique) < len(rows):
             self._read(unique, cache)
-            cache.batch_select_indices(torch.tensor([unique.index(row) for row in rows]))
+            cache.batch_select_indices(
+                torch.tensor([unique.index(row) for row in rows], device="cpu")
+            )
         return {self._name: cache}
 
     def add(self, rows: Sequence[Ids], found: Any, made: Sequence[Ids] | None = None) -> None:

@@ -240,7 +240,7 @@ def token_entropies(
     found, cache = [0.0], None
     with evaluating(model):
         for at in range(0, len(tokens) - 1, chunk):
-            part = torch.tensor([list(tokens[at : min(at + chunk, len(tokens) - 1)])])
+            part = torch.tensor([list(tokens[at : min(at + chunk, len(tokens) - 1)])], device="cpu")
             logits, cache = read(model, part, cache, last=0)
             check_logits(logits[0])
             found += entropy(logits[0].float()).tolist()

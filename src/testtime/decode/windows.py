@@ -50,12 +50,12 @@ class WindowedModel:
             raise OptionError(f"stride={stride}: expected less than the window of {window} tokens")
         self.filler, self.stride = start, stride
         self._model, self._window = model, window
-        self._tokens = torch.empty(0, 0, dtype=torch.long)
+        self._tokens = torch.empty(0, 0, dtype=torch.long, device="cpu")
         self._cache: Any = None
 
     def start(self, lanes: int) -> Float[Tensor, "lanes symbols"]:
         """Forgets everything; the probabilities of the first token."""
-        self._tokens = torch.full((lanes, 1), self.filler)
+        self._tokens = torch.full((lanes, 1), self.filler, device="cpu")
         return self._read_window()
 
     def step(self, symbols: Int[Tensor, "lanes"]) -> Float[Tensor, "lanes symbols"]:

@@ -69,13 +69,15 @@ class OnlineNewton:
 
     def init(self, streams: torch.Size) -> State:
         """No wealth won, nothing bet."""
-        zero = torch.zeros(streams, dtype=torch.float64)
+        zero = torch.zeros(streams, dtype=torch.float64, device="cpu")
         return {"log_wealth": zero, "fraction": zero, "curvature": zero + 1}
 
     def run(self, state: State, payoffs: Tensor) -> tuple[State, Tensor]:
         """One Newton step after each payoff."""
         wealth, fraction, curvature = state["log_wealth"], state["fraction"], state["curvature"]
-        rate, path = 2 / (2 - math.log(3)), torch.empty(payoffs.shape, dtype=torch.float64)
+        payoffs = payoffs.to(wealth.device)
+        path = torch.empty(payoffs.shape, dtype=torch.float64, device=wealth.device)
+        rate = 2 / (2 - math.log(3))
         for i, payoff in enumerate(payoffs):
             path[i] = wealth = wealth + (fraction * payoff).log1p()
             slope = payoff / (1 + fraction * payoff)
@@ -115,12 +117,12 @@ class Grapa:
 
     def init(self, streams: torch.Size) -> State:
         """As if one payoff of 0.001 had been seen, its square 1."""
-        zero = torch.zeros(streams, dtype=torch.float64)
+        zero = torch.zeros(streams, dtype=torch.float64, device="cpu")
         return {"log_wealth": zero, "sum": zero + 1e-3, "squares": zero + 1}
 
     def run(self, state: State, payoffs: Tensor) -> tuple[State, Tensor]:
         """The fractions of all rows at once: each reads the sums of the rows before it."""
-        payoffs = payoffs.double()
+        payoffs = payoffs.to(state["sum"])
         total = state["sum"] + payoffs.cumsum(0)
         squares = state["squares"] + payoffs.square().cumsum(0)
         sums_before = torch.cat([state["sum"][None], total[:-1]])
@@ -156,11 +158,14 @@ class Mixture:
     def init(self, streams: torch.Size) -> State:
         """All gamblers with the same wealth; together 1."""
         shape = (len(self.fractions), *streams)
-        return {"gamblers": torch.full(shape, -math.log(shape[0]), dtype=torch.float64)}
+        return {
+            "gamblers": torch.full(shape, -math.log(shape[0]), dtype=torch.float64, device="cpu")
+        }
 
     def run(self, state: State, payoffs: Tensor) -> tuple[State, Tensor]:
         """The log wealth of all gamblers together."""
-        paths = state["gamblers"] + _log_factors(self.fractions, payoffs).cumsum(0)
+        steps = _log_factors(self.fractions, payoffs.to(state["gamblers"]))
+        paths = state["gamblers"] + steps.cumsum(0)
         return {"gamblers": paths[-1]}, paths.logsumexp(1)
 
 
@@ -199,8 +204,8 @@ class Starting:
         """Nobody has begun."""
         shape = (len(self.fractions), *streams)
         return {
-            "gamblers": torch.full(shape, -math.inf, dtype=torch.float64),
-            "time": torch.zeros((), dtype=torch.int64),
+            "gamblers": torch.full(shape, -math.inf, dtype=torch.float64, device="cpu"),
+            "time": torch.zeros((), dtype=torch.int64, device="cpu"),
         }
 
     def run(self, state: State, payoffs: Tensor) -> tuple[State, Tensor]:
@@ -209,11 +214,11 @@ class Starting:
         The gamblers' mass follows M ← (M + share) (1 + λ f). With C the cumulated log factors this
         is log M_t = C_t + log( M_0 + Σ_(s <= t) share_s e^(-C_(s-1)) ), for all rows at once.
         """
-        time = state["time"] + torch.arange(len(payoffs) + 1)
+        time = state["time"] + torch.arange(len(payoffs) + 1, device=state["time"].device)
         tail = 1 / (time.double() + 2).log2()
         share = ((tail[:-1] - tail[1:]) / len(self.fractions)).log()
         share = share.view(-1, *[1] * payoffs.dim())
-        steps = _log_factors(self.fractions, payoffs)
+        steps = _log_factors(self.fractions, payoffs.to(state["gamblers"]))
         gone = steps.cumsum(0)
         begun = torch.cat([state["gamblers"][None], share - (gone - steps)])
         paths = gone + begun.logcumsumexp(0)[1:]
@@ -223,9 +228,9 @@ class Starting:
 
 
 def _log_factors(fractions: tuple[float, ...], payoffs: Tensor) -> Tensor:
-    """ln(1 + λ f) for each fraction: (n, fractions, *streams)."""
-    column = torch.tensor(fractions, dtype=torch.float64).view(-1, *[1] * (payoffs.dim() - 1))
-    return (column * payoffs.double()[:, None]).log1p()
+    """ln(1 + λ f) for each fraction, of payoffs in float64: (n, fractions, *streams)."""
+    column = payoffs.new_tensor(fractions).view(-1, *[1] * (payoffs.dim() - 1))
+    return (column * payoffs[:, None]).log1p()
 
 
 def _check_fractions(name: str, fractions: tuple[float, ...]) -> None:

@@ -78,12 +78,12 @@ class Collapse:
 
     def init(self) -> State:
         """Wealth 1, an empty block."""
-        sums = torch.zeros(self.classes, dtype=torch.float64)
+        sums = torch.zeros(self.classes, dtype=torch.float64, device="cpu")
         return self.bets.init(torch.Size([self.classes + 2])) | {
             "shares": sums, "adapted": sums, "source": sums,
-            "differ": sums[0], "seen": torch.zeros((), dtype=torch.int64),
-            "wealth": torch.zeros(self.classes + 2, dtype=torch.float64),
-            "log_peak": torch.zeros((), dtype=torch.float64),
+            "differ": sums[0], "seen": torch.zeros((), dtype=torch.int64, device="cpu"),
+            "wealth": torch.zeros(self.classes + 2, dtype=torch.float64, device="cpu"),
+            "log_peak": torch.zeros((), dtype=torch.float64, device="cpu"),
         }  # fmt: skip
 
     def step(self, state: State, adapted: Tensor, source: Tensor) -> tuple[State, Alarm]:

@@ -27,6 +27,7 @@ from testtime._core.seeds import derive, generator
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
 from testtime.guard.misclassification import check_classified
+from testtime.measures.information.networks import adam
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Calibrated logits (n, classes), labels (n,) -> a number."""
@@ -201,18 +202,16 @@ class CorrectnessCalibrator:
         chance = generator(seed, "correctness")
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             torch.random.default_generator.manual_seed(derive(seed, "correctness", "weights"))
-            last = nn.Linear(hidden, 1)
+            with torch.device("cpu"):
+                last, first = nn.Linear(hidden, 1), nn.Linear(features.shape[1], hidden)
             nn.init.constant_(last.bias, math.log(math.expm1(0.9)))  # 0.1 + softplus of it is 1
-            network = nn.Sequential(nn.Linear(features.shape[1], hidden), nn.ReLU(), last)
-            network.to(features.device)
-            optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+            network = nn.Sequential(first, nn.ReLU(), last).to(features.device)
+            descend = adam(network, lr=lr)
             for _ in range(epochs):
-                for part in torch.randperm(len(labels), generator=chance).split(batch_size):
-                    part = part.to(labels.device)  # noqa: PLW2901
+                order = torch.randperm(len(labels), generator=chance, device="cpu")
+                for part in order.to(labels.device).split(batch_size):
                     scaled = logits[part].float() / _temperature(network, features[part])
-                    optimizer.zero_grad()
-                    loss(scaled, labels[part]).backward()
-                    optimizer.step()
+                    descend(loss(scaled, labels[part]))
         return CorrectnessCalibrator(network=network.requires_grad_(False), top=top)
 
     def temperature(

@@ -86,8 +86,8 @@ class Gaussian:
             )
         shape = (*self.covariance.shape[:-2], count, self.covariance.shape[-1])
         like = self.mean
-        noise = torch.randn(shape, generator=chance, dtype=like.dtype, device=like.device)
-        return self.mean + noise @ factor.mT
+        noise = torch.randn(shape, generator=chance, dtype=like.dtype, device=chance.device)
+        return self.mean + noise.to(like.device) @ factor.mT
 
     def conditionals(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Means (n, d) and standard deviations (d,) of each feature given all the others."""
@@ -161,7 +161,9 @@ class DeepDensity:
         """Standard normal draws, sent back through the layers."""
         like = self.layers[0].mean
         shape = (count, like.numel())
-        x = torch.randn(shape, generator=chance, dtype=like.dtype, device=like.device)
+        x = torch.randn(shape, generator=chance, dtype=like.dtype, device=chance.device).to(
+            like.device
+        )
         for layer in reversed(self.layers):
             u = _cdf(x).T.contiguous()
             bins = layer.heights.shape[1]

@@ -101,14 +101,18 @@ class Exchangeability:
         whole(2, bins=bins)
         values = _signals("reference", reference)
         count = len(values)
-        key = torch.rand(values.shape, generator=generator(seed, "reference"), dtype=torch.float64)
+        key = torch.rand(
+            values.shape, generator=generator(seed, "reference"), dtype=torch.float64, device="cpu"
+        )
         order = key.argsort(0)
         order = order.gather(0, values.gather(0, order).argsort(dim=0, stable=True))
         # a bin ends at order statistic r: the gaps up to there are r + 1
-        ends = torch.arange(1, bins) * (count + 1) // bins
+        ends = torch.arange(1, bins, device="cpu") * (count + 1) // bins
         ends = ends[ends > 0].unique()
         place = order[ends - 1]
-        gaps = torch.cat([ends, torch.tensor([count + 1])]).diff(prepend=torch.zeros(1).long())
+        gaps = torch.cat([ends, torch.tensor([count + 1], device="cpu")]).diff(
+            prepend=torch.zeros(1, device="cpu").long()
+        )
         return Exchangeability(
             edges=values.gather(0, place), keys=key.gather(0, place), gaps=gaps,
             alpha=alpha, bets=bets or Starting(), seed=seed,
@@ -120,7 +124,7 @@ class Exchangeability:
         return self.bets.init(torch.Size([signals, 4])) | {
             "counts": self.gaps.double()[:, None].expand(-1, signals).clone(),
             "chance": generator(self.seed, "stream").get_state(),
-            "log_peak": torch.zeros((), dtype=torch.float64),
+            "log_peak": torch.zeros((), dtype=torch.float64, device="cpu"),
         }
 
     def step(self, state: State, signals: Tensor) -> tuple[State, Alarm]:
@@ -136,7 +140,7 @@ class Exchangeability:
                 f"the batch has {values.shape[1]} signals, shape {tuple(signals.shape)}; the "
                 f"reference has {self.edges.shape[1]}."
             )
-        path = torch.empty(0)
+        path = torch.empty(0, device="cpu")
         for part in values.split(AT_ONCE):
             state, path = self._bet(state, part)
         return state, Alarm(state["log_peak"] >= -math.log(self.alpha), log_mean(path), path)
@@ -152,7 +156,9 @@ class Exchangeability:
         """
         chance = torch.Generator()
         chance.set_state(state["chance"])
-        key, blur = torch.rand(2, *values.shape, generator=chance, dtype=torch.float64)
+        key, blur = torch.rand(
+            2, *values.shape, generator=chance, dtype=torch.float64, device="cpu"
+        )
         above = values[:, None] > self.edges
         above |= (values[:, None] == self.edges) & (key[:, None] > self.keys)
         own = torch.nn.functional.one_hot(above.sum(1), len(self.gaps)).double().transpose(1, 2)

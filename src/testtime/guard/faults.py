@@ -133,7 +133,9 @@ class Drift:
         in_range(0, additive=self.additive, multiplicative=self.multiplicative)
 
     def __call__(self, values: Tensor, chance: torch.Generator) -> Tensor:
-        factor, shift = (torch.randn(values.shape, generator=chance).to(values) for _ in range(2))
+        factor, shift = (
+            torch.randn(values.shape, generator=chance, device="cpu").to(values) for _ in range(2)
+        )
         spread = values.std(correction=0) if values.numel() else values.new_zeros(())
         return values * (1 + self.multiplicative * factor) + self.additive * spread * shift
 
@@ -193,7 +195,7 @@ def _listed(faults: Fault | Sequence[Fault]) -> Sequence[Fault]:
 
 
 def _hit(values: Tensor, rate: float, chance: torch.Generator) -> Tensor:
-    return (torch.rand(values.shape, generator=chance) < rate).to(values.device)
+    return (torch.rand(values.shape, generator=chance, device="cpu") < rate).to(values.device)
 
 
 def _on_bits(
@@ -211,7 +213,9 @@ def _on_bits(
         word = (values / step).round().to(torch.int8)
     else:
         word = values.contiguous().view(INTEGERS[values.dtype])
-    place = torch.randint(8 * word.element_size(), values.shape, generator=chance).to(word)
+    place = torch.randint(8 * word.element_size(), values.shape, generator=chance, device="cpu").to(
+        word
+    )
     word = torch.where(hit, change(word, torch.ones_like(word) << place), word)
     return word.to(values.dtype) * step if memory == "int8" else word.view(values.dtype)
 

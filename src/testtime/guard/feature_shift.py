@@ -104,7 +104,7 @@ def feature_shift(
     both, count = torch.cat([x, y]), len(x)
     rounds: list[Tensor] = []
     for size in _parts(bootstrap, both.numel()):
-        drawn = both[torch.randint(len(both), (size, len(both)), generator=chance)]
+        drawn = both[torch.randint(len(both), (size, len(both)), generator=chance, device="cpu")]
         rounds.append(statistic(drawn[:, :count], drawn[:, count:], chance))
     return _decide(statistic(x, y, chance), torch.cat(rounds), alpha, compromised)
 
@@ -172,8 +172,10 @@ class SeriesShift:
             )
         statistic = statistic or GaussianScore()
         chance = generator(seed, "feature shift")
-        cuts = torch.randint(window, len(clean) - window + 1, (bootstrap,), generator=chance)
-        inside = torch.arange(-window, window)
+        cuts = torch.randint(
+            window, len(clean) - window + 1, (bootstrap,), generator=chance, device="cpu"
+        )
+        inside = torch.arange(-window, window, device="cpu")
         rounds: list[Tensor] = []
         start = 0
         for size in _parts(bootstrap, 2 * window * clean.shape[1]):
@@ -187,7 +189,10 @@ class SeriesShift:
 
     def init(self) -> State:
         """No sample seen."""
-        return {"latest": self.reference[:0], "seen": torch.zeros((), dtype=torch.int64)}
+        return {
+            "latest": self.reference[:0],
+            "seen": torch.zeros((), dtype=torch.int64, device="cpu"),
+        }
 
     def step(self, state: State, x: Tensor) -> tuple[State, FeatureShift]:
         """Compares the latest window with the reference."""
@@ -200,7 +205,7 @@ class SeriesShift:
         state = {"latest": latest, "seen": state["seen"] + len(x)}
         chance = generator(self.seed, "look", int(state["seen"]))
         if len(latest) < window:
-            zero = torch.zeros(x.shape[1], dtype=torch.float64)
+            zero = torch.zeros(x.shape[1], dtype=torch.float64, device="cpu")
             threshold = _threshold(self.null, self.alpha)
             return state, FeatureShift(False, (), zero, threshold, zero, zero + 1)
         value = self.statistic(self.reference, latest, chance)

@@ -28,6 +28,7 @@ from testtime.adaptation.look import named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
 from testtime.guard.monitor import State, check_real
+from testtime.measures.information.networks import adam
 
 Band = Literal["quantiles", "deviations"]
 DEVIATIONS = 3
@@ -140,17 +141,15 @@ class Fingerprint:
         chance = generator(seed, "fingerprint")
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             torch.random.default_generator.manual_seed(derive(seed, "fingerprint", "weights"))
-            head = nn.Sequential(
-                nn.Linear(features.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, outputs)
-            ).to(features.device)
-            optimizer = torch.optim.Adam(head.parameters(), lr=lr)
+            with torch.device("cpu"):
+                first, last = nn.Linear(features.shape[1], hidden), nn.Linear(hidden, outputs)
+            head = nn.Sequential(first, nn.ReLU(), last).to(features.device)
+            descend = adam(head, lr=lr)
             for _ in range(epochs):
-                for part in torch.randperm(len(features), generator=chance).split(batch_size):
-                    optimizer.zero_grad()
-                    (
-                        head(features[part.to(features.device)]).amax(1) - 1
-                    ).square().mean().backward()
-                    optimizer.step()
+                order = torch.randperm(len(features), generator=chance, device="cpu")
+                for part in order.split(batch_size):
+                    prints = head(features[part.to(features.device)]).amax(1)
+                    descend((prints - 1).square().mean())
         head.requires_grad_(False)
         known = head(features).amax(1).double()
         if not bool(known.isfinite().all()):
@@ -215,7 +214,10 @@ class FaultMonitor:
 
     def init(self) -> State:
         """No sample seen."""
-        return {"latest": torch.zeros(0, dtype=torch.bool), "raised": torch.tensor(False)}
+        return {
+            "latest": torch.zeros(0, dtype=torch.bool, device="cpu"),
+            "raised": torch.tensor(False, device="cpu"),
+        }
 
     def step(self, state: State, fingerprints: Tensor) -> tuple[State, FaultAlarm]:
         """Counts flags, sample by sample, once the window is full.
@@ -237,7 +239,7 @@ class FaultMonitor:
             raised |= bool((counts > self.limit * self.window).any())
         latest = latest[-self.window :].clone()
         share = float(latest.double().mean())
-        state = {"latest": latest, "raised": torch.tensor(raised)}
+        state = {"latest": latest, "raised": torch.tensor(raised, device="cpu")}
         return state, FaultAlarm(raised, share, flagged)
 
 

@@ -115,7 +115,7 @@ class Independence:
 
     def init(self) -> State:
         """Nothing is remembered; the shapes are those of the first batch."""
-        empty = torch.zeros(0, dtype=torch.float64)
+        empty = torch.zeros(0, dtype=torch.float64, device="cpu")
         state = self._begin(empty[:, None], empty[:, None])
         counters = {name: value for name, value in state.items() if not value.is_floating_point()}
         return dict.fromkeys(state, empty) | counters
@@ -156,10 +156,10 @@ class Independence:
 
     def _begin(self, x: Tensor, y: Tensor) -> State:
         streams = x.shape[1:-1]
-        zero = torch.zeros(streams, dtype=torch.float64)
+        zero = torch.zeros(streams, dtype=torch.float64, device="cpu")
         common = {
             "late_x": x[:0], "late_y": y[:0],
-            "log_peak": torch.zeros((), dtype=torch.float64), "together": zero,
+            "log_peak": torch.zeros((), dtype=torch.float64, device="cpu"), "together": zero,
         }  # fmt: skip
         bets = {f"bets_{name}": value for name, value in self.bets.init(streams).items()}
         return begin(self.witness, x, y) | common | bets

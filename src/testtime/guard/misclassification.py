@@ -30,6 +30,7 @@ from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
+from testtime.measures.information.networks import adam
 
 HIDDEN = 128
 """Units of each layer of the network (code)."""
@@ -177,14 +178,14 @@ class MisclassificationNetwork:
             torch.random.default_generator.manual_seed(derive(seed, "misclassification", "weights"))
             z = at_least_single(logits.detach().clone())
             wrong = (z.argmax(1) != labels).to(z.dtype)
-            network = _network(z.shape[1]).to(z.device, z.dtype)
-            optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+            with torch.device("cpu"):
+                network = _network(z.shape[1])
+            descend = adam(network.to(z.device, z.dtype), lr=lr)
             for _ in range(epochs):
-                for part in torch.randperm(len(z), generator=chance).to(z.device).split(batch_size):
-                    optimizer.zero_grad()
+                order = torch.randperm(len(z), generator=chance, device="cpu").to(z.device)
+                for part in order.split(batch_size):
                     odds = network(z[part]).squeeze(1)
-                    F.binary_cross_entropy_with_logits(odds, wrong[part]).backward()
-                    optimizer.step()
+                    descend(F.binary_cross_entropy_with_logits(odds, wrong[part]))
         return MisclassificationNetwork(network=network.eval().requires_grad_(False))
 
     def score(self, logits: Float[Tensor, "n classes"]) -> Float[Tensor, " n"]:

@@ -25,6 +25,7 @@ from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator
 from testtime.guard.borrow import borrowed
+from testtime.measures.information.networks import adam
 
 STEEP = 20.0
 """Exponents above are followed in a straight line, so that steep losses keep a finite gradient."""
@@ -187,13 +188,11 @@ class Rejector:
             torch.random.default_generator.manual_seed(derive(seed, "rejector", "weights"))
             ours = copy.deepcopy(network) if network is not None else _network(inputs)
             ours = ours.requires_grad_(True).train()
-            optimizer = torch.optim.Adam(ours.parameters(), lr=lr)
+            descend = adam(ours, lr=lr)
             for part in islice(_parts(len(good), batch_size, chance), steps):
                 part = part.to(good.device)  # noqa: PLW2901
-                optimizer.zero_grad()
                 scores = _scores(ours, inputs[part])
-                rejection_loss(scores, good[part], cost=cost, alpha=alpha).backward()
-                optimizer.step()
+                descend(rejection_loss(scores, good[part], cost=cost, alpha=alpha))
         return Rejector(network=ours.eval().requires_grad_(False), cost=cost)
 
     def score(self, inputs: Tensor) -> Float[Tensor, " n"]:
@@ -226,17 +225,18 @@ class _Standardised(nn.Module):
 
 
 def _network(inputs: Tensor) -> nn.Module:
-    layers = nn.Sequential(
-        _Standardised(inputs), nn.Linear(inputs[0].numel(), 64), nn.ReLU(),
-        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1),
-    )  # fmt: skip
+    with torch.device("cpu"):
+        layers = nn.Sequential(
+            _Standardised(inputs), nn.Linear(inputs[0].numel(), 64), nn.ReLU(),
+            nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1),
+        )  # fmt: skip
     return layers.to(inputs.device, torch.promote_types(inputs.dtype, torch.float32))
 
 
 def _parts(count: int, size: int, chance: torch.Generator) -> Iterator[Tensor]:
     """Samples of one step after another, all of them once before any comes again."""
     while True:
-        yield from torch.randperm(count, generator=chance).split(size)
+        yield from torch.randperm(count, generator=chance, device="cpu").split(size)
 
 
 def _scores(network: nn.Module, inputs: Tensor) -> Tensor:

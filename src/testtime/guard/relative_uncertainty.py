@@ -102,7 +102,9 @@ class RelativeUncertainty:
         costs = (costs - costs.diag().diag()).clamp(min=0)
         costs = (costs + costs.T) / 2
         if not bool(costs.any()):
-            costs = torch.ones_like(costs) - torch.eye(len(costs), dtype=costs.dtype).to(costs)
+            costs = torch.ones_like(costs) - torch.eye(
+                len(costs), dtype=costs.dtype, device="cpu"
+            ).to(costs)
         return RelativeUncertainty(
             distances=(costs / costs.norm()).to(torch.promote_types(logits.dtype, torch.float32)),
             temperature=temperature,

@@ -91,7 +91,9 @@ class Risk:
 
     def init(self) -> State:
         """Wealth 1, nothing seen."""
-        return self.bets.init(torch.Size()) | {"log_peak": torch.zeros((), dtype=torch.float64)}
+        return self.bets.init(torch.Size()) | {
+            "log_peak": torch.zeros((), dtype=torch.float64, device="cpu")
+        }
 
     def step(self, state: State, scores: Tensor) -> tuple[State, Alarm]:
         """Bets on each score in turn.

@@ -98,8 +98,8 @@ class ModelKS:
         for density in (p, q):
             mean, std = density.conditionals(given)
             shape = (self.draws, *mean.shape)
-            noise = torch.randn(shape, generator=chance, dtype=x.dtype, device=x.device)
-            drawn.append(mean + std * noise)
+            noise = torch.randn(shape, generator=chance, dtype=x.dtype, device=chance.device)
+            drawn.append(mean + std * noise.to(x.device))
         return ks_distance(drawn[0], drawn[1]).mean(0)
 
 
@@ -125,7 +125,11 @@ class KnnKS:
         if x.dim() > 2:
             return torch.stack([self(a, b, chance) for a, b in zip(x, y, strict=True)])
         picked = [
-            side[torch.randint(len(side), (self.samples,), generator=chance, device=x.device)]
+            side[
+                torch.randint(
+                    len(side), (self.samples,), generator=chance, device=chance.device
+                ).to(x.device)
+            ]
             for side in (x, y)
         ]
         given, found = torch.cat(picked), list[Tensor]()

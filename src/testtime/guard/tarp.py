@@ -99,7 +99,7 @@ def tarp(
     low, high = truth.amin(0), truth.amax(0)
     span = torch.where(high > low, high - low, 1)
     if references is None:
-        at = torch.rand(truth.shape, generator=chance, dtype=torch.float64)
+        at = torch.rand(truth.shape, generator=chance, dtype=torch.float64, device="cpu")
     else:
         at = finite("references", references)
         if at.shape != truth.shape:
@@ -118,11 +118,11 @@ def tarp(
     # in whole numbers: a rank on a level is not below it, which rounding may say
     place = (below * bins // len(samples)).clamp(max=bins - 1)
     coverage = _coverage(place, bins)
-    again = torch.randint(count, (bootstrap, count), generator=chance)
+    again = torch.randint(count, (bootstrap, count), generator=chance, device="cpu")
     band = torch.stack([_coverage(place[index], bins) for index in again]).std(0)
-    levels = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    levels = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device="cpu")
     bent = coverage - levels
-    blur = torch.rand(count, generator=chance, dtype=torch.float64)
+    blur = torch.rand(count, generator=chance, dtype=torch.float64, device="cpu")
     return Coverage(
         levels=levels, coverage=coverage, band=band, ranks=below.double() / len(samples),
         p_value=uniform_p_value((below + blur * (equal + 1)) / (len(samples) + 1)),
@@ -151,7 +151,7 @@ def uniform_p_value(values: Float[Tensor, " n"]) -> float:
         )
     count = len(values)
     ranked = values.double().sort().values
-    steps = torch.arange(count + 1, dtype=torch.float64) / count
+    steps = torch.arange(count + 1, dtype=torch.float64, device="cpu") / count
     distance = float(torch.maximum(steps[1:] - ranked, ranked - steps[:-1]).max())
     x = distance * (math.sqrt(count) + 0.12 + 0.11 / math.sqrt(count))
     if x < 0.3:  # the series converges too slowly, and the p-value is 1 to five digits

@@ -92,7 +92,7 @@ class TwoSample:
                 "expected (n, d) or (n, streams, d), the same for both."
             )
         points = torch.stack([reference, new], 1).flatten(0, 1)
-        labels = torch.zeros(*points.shape[:-1], 1, dtype=torch.float64)
+        labels = torch.zeros(*points.shape[:-1], 1, dtype=torch.float64, device="cpu")
         labels[1::2] = 1
         return self._test().step(state, points, labels)
 

@@ -87,15 +87,15 @@ def begin(witness: str, x: Tensor, y: Tensor) -> State:
     if witness == "linear":
         across = x[:0, ..., :, None] * y[:0, ..., None, :]
         return {
-            "seen": torch.zeros((), dtype=torch.int64), "squares": none.sum(0),
+            "seen": torch.zeros((), dtype=torch.int64, device="cpu"), "squares": none.sum(0),
             "mean_x": x[:0].sum(0), "mean_y": y[:0].sum(0), "across": across.sum(0),
         }  # fmt: skip
     if witness == "hsic":
         own = {"rows_k": none, "rows_l": none, "trace": x.new_zeros(x.shape[1:-1])}
     else:
         own = {
-            "seen": torch.zeros((), dtype=torch.int64), "fitted_x": x[:0], "fitted_y": y[:0],
-            "weights_x": none, "weights_y": none,
+            "seen": torch.zeros((), dtype=torch.int64, device="cpu"),
+            "fitted_x": x[:0], "fitted_y": y[:0], "weights_x": none, "weights_y": none,
         }  # fmt: skip
     return {"x": x[:0], "y": y[:0]} | own
 
@@ -186,7 +186,7 @@ class Correlated:
     def state(self) -> State:
         """Clones: these may be views of larger tensors."""
         return {
-            "x": self.x.clone(), "y": self.y.clone(), "seen": torch.tensor(self.seen),
+            "x": self.x.clone(), "y": self.y.clone(), "seen": torch.tensor(self.seen, device="cpu"),
             "fitted_x": self.fitted[0].clone(), "fitted_y": self.fitted[1].clone(),
             "weights_x": self.weights[0].clone(), "weights_y": self.weights[1].clone(),
         }  # fmt: skip
@@ -237,7 +237,7 @@ class Linear:
         """Clones: these may be views of larger tensors."""
         names = ("squares", "mean_x", "mean_y", "across")
         return {name: getattr(self, name).clone() for name in names} | {
-            "seen": torch.tensor(self.seen)
+            "seen": torch.tensor(self.seen, device="cpu")
         }
 
     def pair(self, x: Tensor, y: Tensor) -> Tensor | None:

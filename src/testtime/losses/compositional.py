@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from testtime._core.arrays import at_least_single
+from testtime._core.arrays import as_given, at_least_single
 from testtime._core.errors import InputError
 from testtime._core.options import in_range
 
@@ -212,7 +212,7 @@ def _check(name: str, energies: Tensor) -> None:
 
 def _number(name: str, value: Tensor) -> Tensor:
     """One finite number, without its graph."""
-    value = torch.as_tensor(value).detach()
+    value = as_given(value).detach()
     if value.dim() or not value.is_floating_point() or not bool(value.isfinite()):
         raise InputError(
             f"{name} is {value.tolist() if value.numel() < 4 else tuple(value.shape)}; expected the "  # pyright: ignore[reportUnknownMemberType]

@@ -88,7 +88,7 @@ def greedy_coupling(
         Minimum-Entropy Coupling Approximation Guarantees Beyond the Majorization Barrier, 2023.
     """
     rows, columns = (_masses(law, name) for law, name in ((p, "p"), (q, "q")))
-    joint = torch.zeros(len(p), len(q), dtype=torch.double)
+    joint = torch.zeros(len(p), len(q), dtype=torch.double, device="cpu")
     while rows and columns:
         (mass, i), (other, j) = heapq.heappop(rows), heapq.heappop(columns)
         moved = min(-mass, -other)

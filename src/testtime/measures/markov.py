@@ -262,7 +262,9 @@ def sample_path(
         raise InputError(f"start is {law}; expected a law of {len(transitions)} states.")
     # to the last digit, else a sum just below 1 leads to states of probability 0
     borders, first = (each / each[..., -1:] for each in (matrix.cumsum(-1), law.cumsum(0)))
-    chance = torch.rand(steps, paths, generator=generator, dtype=torch.double, device=law.device)
+    chance = torch.rand(
+        steps, paths, generator=generator, dtype=torch.double, device=generator.device
+    ).to(law.device)
     last = len(law) - 1
     now = torch.searchsorted(first, chance[0], right=True).clamp(max=last)
     path = [now]

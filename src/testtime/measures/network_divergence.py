@@ -110,7 +110,7 @@ def network_divergence(
     if isinstance(real, Tensor):
         real = _samples(real, "real", least=LEAST)
         if held is None:
-            order = torch.randperm(len(real), generator=random).to(real.device)
+            order = torch.randperm(len(real), generator=random, device="cpu").to(real.device)
             count = int(HELD_OUT * len(real))
             real, held = real[order[count:]], real[order[:count]]
     known, model = _source(real, "real", random), _source(fake, "fake", random)
@@ -172,7 +172,7 @@ def penalised(
             f"a batch of real samples has the shape {tuple(real.shape)} on {real.device}, one of the "
             f"model's {tuple(fake.shape)} on {fake.device}; expected samples of one shape and device."
         )
-    place = torch.rand(len(real), generator=generator).to(real)
+    place = torch.rand(len(real), generator=generator, device="cpu").to(real)
     place = place.reshape(-1, *[1] * (real.ndim - 1))
     between = (place * real + (1 - place) * fake).requires_grad_()
     of_real, of_fake, of_between = critic(torch.cat([real, fake, between])).split(len(real))
@@ -236,7 +236,7 @@ def dequantised(
 
     Reference: Gulrajani, Raffel, Metz, ICLR 2019.
     """
-    noise = torch.rand(images.shape, generator=generator).to(images.device)
+    noise = torch.rand(images.shape, generator=generator, device="cpu").to(images.device)
     return (images.float() - 128 + noise) / 128
 
 
@@ -322,7 +322,9 @@ def _source(samples: Tensor | Draw, name: str, random: torch.Generator) -> Draw:
         kept = _samples(samples, name)
 
         def drawn(n: int) -> Tensor:
-            return kept[torch.randint(len(kept), (n,), generator=random).to(kept.device)]
+            return kept[
+                torch.randint(len(kept), (n,), generator=random, device="cpu").to(kept.device)
+            ]
 
         return drawn
     draw = samples

@@ -23,6 +23,7 @@ all is computed in double precision and by ln z, which has shares where every z 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ def gamma(shape: Tensor, *, generator: torch.Generator, raised: int = 1) -> Draw
     """Samples of Gamma(shape, 1); divide by a rate.
 
     Args:
-        shape: any shape, from 1e-30 to 1e30; on the device of the generator.
+        shape: any shape, from 1e-30 to 1e30.
         generator: of the samples.
         raised: B, 1; more shrinks the correction. 0 needs shapes of at least 1.
 
@@ -162,7 +163,7 @@ def student(freedom: Tensor, *, generator: torch.Generator, raised: int = 1) -> 
     """
     log_sample, log_ratio = _log_gamma(freedom / 2, "freedom / 2", generator, raised)
     kind = log_ratio.dtype
-    noise = torch.randn(freedom.shape, generator=generator, dtype=kind, device=freedom.device)
+    noise = _drawn(torch.randn, freedom, kind, generator)
     log_size = 0.5 * ((freedom.double() / 2).log() - log_sample) + noise.abs().double().log()
     return Draw(noise.sign() * _from_log(log_size, kind), log_ratio)
 
@@ -179,10 +180,18 @@ def _log_gamma(
     sample, log_ratio = _of_noise(exact + raised, noise.double())
     log_sample = sample.log()
     for i in range(raised):
-        u = torch.rand(shape.shape, generator=generator, dtype=drawn.dtype, device=shape.device)
+        u = _drawn(torch.rand, shape, drawn.dtype, generator)
         # 1 - u is in (0, 1], so that its logarithm is finite
         log_sample = log_sample + (1 - u).double().log() / (exact + i)
     return log_sample, log_ratio.to(drawn.dtype)
+
+
+def _drawn(
+    draw: Callable[..., Tensor], like: Tensor, kind: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    """Numbers in the shape of a tensor, drawn where the generator is and moved to the tensor."""
+    drawn = draw(like.shape, generator=generator, dtype=kind, device=generator.device)
+    return drawn.to(like.device)
 
 
 def _from_log(log_value: Tensor, kind: torch.dtype) -> Tensor:
@@ -207,8 +216,8 @@ def accepted_noise(shape: Tensor, generator: torch.Generator) -> Tensor:
     c = (9 * b).rsqrt()
     noise, open_ = torch.zeros_like(shape), torch.ones_like(shape, dtype=torch.bool)
     while open_.any():  # each round accepts more than 95 %
-        e = torch.randn(shape.shape, generator=generator, dtype=shape.dtype, device=shape.device)
-        u = torch.rand(shape.shape, generator=generator, dtype=shape.dtype, device=shape.device)
+        e = _drawn(torch.randn, shape, shape.dtype, generator)
+        u = _drawn(torch.rand, shape, shape.dtype, generator)
         v = (1 + c * e) ** 3
         within = u.log() < 0.5 * e**2 + b * (1 - v + v.clamp(min=1e-30).log())
         now = open_ & (v > 0) & within

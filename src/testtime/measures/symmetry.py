@@ -35,7 +35,7 @@ def sign_flips(dims: int) -> Float[Tensor, "group dims dims"]:
     """
     whole(1, dims=dims)
     _check_size(2 ** min(dims, 16), f"2^{dims}")
-    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=dims)))
+    signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=dims)), device="cpu")
     return torch.diag_embed(signs)
 
 
@@ -48,7 +48,9 @@ def permutations(dims: int) -> Float[Tensor, "group dims dims"]:
     """
     whole(1, dims=dims)
     _check_size(math.factorial(min(dims, 9)), f"{dims}!")
-    return torch.eye(dims)[torch.tensor(list(itertools.permutations(range(dims))))]
+    return torch.eye(dims, device="cpu")[
+        torch.tensor(list(itertools.permutations(range(dims))), device="cpu")
+    ]
 
 
 def rotations(order: int) -> Float[Tensor, "group 2 2"]:
@@ -60,7 +62,7 @@ def rotations(order: int) -> Float[Tensor, "group 2 2"]:
     """
     whole(1, order=order)
     _check_size(order, str(order))
-    angle = torch.arange(order, dtype=torch.double) * (2 * math.pi / order)
+    angle = torch.arange(order, dtype=torch.double, device="cpu") * (2 * math.pi / order)
     rows = [angle.cos(), -angle.sin(), angle.sin(), angle.cos()]
     return torch.stack(rows, -1).view(order, 2, 2)
 

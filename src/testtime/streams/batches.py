@@ -112,7 +112,7 @@ class Stream:
         ]
 
     def _batches(self, segment: Segment) -> Iterator[Batch]:
-        held, images, labels = -1, torch.empty(0), torch.empty(0)
+        held, images, labels = -1, torch.empty(0, device="cpu"), torch.empty(0, device="cpu")
         for start in range(0, len(segment.indices), self._batch_size):
             stop = min(start + self._batch_size, len(segment.indices))
             parts: list[tuple[Tensor, Tensor]] = []

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from testtime._core.arrays import as_given
 from testtime._core.errors import InputError, MissingExtra, OptionError, unknown
 from testtime._core.seeds import generator
 from testtime.streams import fashion_mnist
@@ -46,7 +47,9 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             )
         self.images = images
         self.labels = labels.long()
-        self.indices = torch.arange(len(images)) if indices is None else indices.long()
+        self.indices = (
+            torch.arange(len(images), device="cpu") if indices is None else indices.long()
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -87,7 +90,7 @@ def load_data(spec: str, *, split: str = "test") -> Dataset[Any]:
         return ImageSet(images[:, None], labels, indices=indices)
     if spec == "fashion-mnist":
         pair = fashion_mnist.read_split(fashion_mnist.locate(split), split)
-        images, labels = (torch.tensor(array) for array in pair)
+        images, labels = (torch.tensor(array, device="cpu") for array in pair)
         return ImageSet(images[:, None], labels)
     if spec in ("digits", "digits:8", "digits:16"):
         return digits(split=split, size=int(rest or 8))
@@ -115,7 +118,7 @@ def digits(*, split: str = "test", size: int = 8, seed: int = 0) -> ImageSet:
     images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 16
     if size != 8:
         images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-    order = torch.randperm(len(images), generator=generator(seed, "digits", "split"))
+    order = torch.randperm(len(images), generator=generator(seed, "digits", "split"), device="cpu")
     chosen = order[:1000] if split == "train" else order[1000:]
     return ImageSet(images[chosen], torch.from_numpy(labels)[chosen], indices=chosen)
 
@@ -136,7 +139,7 @@ def labels_of(dataset: Dataset[Any]) -> Int[Tensor, " n"]:
     """
     size = length(dataset)
     if isinstance(dataset, Subset):
-        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
+        return labels_of(dataset.dataset)[as_given(dataset.indices)]
     if isinstance(dataset, ConcatDataset):
         return torch.cat([labels_of(part) for part in dataset.datasets])
     if isinstance(dataset, TensorDataset):
@@ -181,9 +184,9 @@ def stack(
         >>> images.shape, labels.shape
         (torch.Size([3, 1, 28, 28]), torch.Size([3]))
     """
-    where = torch.as_tensor(indices, dtype=torch.long)
+    where = as_given(indices).long()
     if isinstance(dataset, Subset):
-        return stack(dataset.dataset, torch.as_tensor(dataset.indices)[where])
+        return stack(dataset.dataset, as_given(dataset.indices)[where])
     if isinstance(dataset, ConcatDataset):
         return _of_parts(dataset, where)
     if isinstance(dataset, ImageSet):
@@ -197,7 +200,7 @@ def stack(
 
 def _of_parts(dataset: ConcatDataset[Any], where: Tensor) -> tuple[Tensor, Tensor]:
     """Images and labels of data sets that are joined, on the device of the first part asked for."""
-    ends = torch.tensor(dataset.cumulative_sizes)
+    ends = torch.tensor(dataset.cumulative_sizes, device="cpu")
     part = torch.searchsorted(ends, where, right=True)
     images, labels, order = list[Tensor](), list[Tensor](), list[Tensor]()
     for number in part.unique().tolist():
@@ -289,7 +292,7 @@ def _checked(images: Tensor) -> Tensor:
 def _whole_numbers(labels: Any, size: int) -> Tensor:
     """Labels as a long tensor (size,)."""
     try:
-        found = torch.as_tensor(labels)
+        found = as_given(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"labels cannot be read as numbers: {error}. Expected integers."

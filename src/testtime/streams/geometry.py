@@ -68,13 +68,13 @@ def translation(images: Images, severity: int, generator: torch.Generator) -> Im
     height, width = images.shape[-2:]
     shift = signs((len(images), 2), like=images, generator=generator) * c / 28
     shift = shift * images.new_tensor((width, height))
-    return about_centre(images, torch.eye(2).to(images), shift=shift)
+    return about_centre(images, torch.eye(2, device="cpu").to(images), shift=shift)
 
 
 def scale(images: Images, severity: int, generator: torch.Generator) -> Images:
     """Shrinks to a share c of the size about the middle; black around it (MNIST-C)."""
     c = (0.9, 0.8, 0.7, 0.6, 0.5)[severity - 1]
-    return about_centre(images, torch.eye(2).to(images) / c)
+    return about_centre(images, torch.eye(2, device="cpu").to(images) / c)
 
 
 def shear(images: Images, severity: int, generator: torch.Generator) -> Images:

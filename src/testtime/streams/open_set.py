@@ -85,7 +85,9 @@ class Drawn(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         chance = generator(self.seed, "unknown", self.kind, index)
         if self.kind == "noise":
-            return torch.rand(self.channels, self.height, self.width, generator=chance), UNKNOWN
+            return torch.rand(
+                self.channels, self.height, self.width, generator=chance, device="cpu"
+            ), UNKNOWN
         shape = blobs(1, self.height, self.width, generator=chance)[0]
         return shape.expand(self.channels, -1, -1), UNKNOWN
 
@@ -100,7 +102,7 @@ def blobs(
         >>> shapes.unique().tolist(), float(shapes.mean())
         ([0.0, 1.0], 0.3)
     """
-    coarse = torch.randn(count, 1, 5, 5, generator=generator)
+    coarse = torch.randn(count, 1, 5, 5, generator=generator, device="cpu")
     field = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
     return (field > field.flatten(1).quantile(0.7, 1).view(-1, 1, 1, 1)).float()
 
@@ -114,7 +116,9 @@ def with_strangers(
         OptionError: a class is held out that the data set does not have, or no class is left.
         MissingExtra: "digits" without scikit-learn.
     """
-    known = labels[~torch.isin(labels, torch.tensor(held_out(kinds), dtype=torch.long))]
+    known = labels[
+        ~torch.isin(labels, torch.tensor(held_out(kinds), dtype=torch.long, device="cpu"))
+    ]
     if not len(known):
         raise OptionError(f"{', '.join(kinds)} hold every class of the data set out. Keep one.")
     channels, height, width = stack(dataset, [0])[0].shape[1:]
@@ -135,7 +139,7 @@ def with_strangers(
             part = Drawn(kind, channels, height, width, seed)
         parts.append(part)
         count = len(part)  # type: ignore[arg-type]
-        positions.append(torch.arange(size, size + count))
+        positions.append(torch.arange(size, size + count, device="cpu"))
         size += count
     return (ConcatDataset(parts) if len(parts) > 1 else dataset), positions
 
@@ -144,7 +148,9 @@ def _digits(channels: int, height: int, width: int) -> ImageSet:
     """The handwritten digits of the test split, at another size and in as many channels."""
     own = digits(split="test").images
     own = F.interpolate(own, (height, width), mode="bilinear", align_corners=False).clamp(0, 1)
-    return ImageSet(own.expand(-1, channels, -1, -1), torch.full((len(own),), UNKNOWN))
+    return ImageSet(
+        own.expand(-1, channels, -1, -1), torch.full((len(own),), UNKNOWN, device="cpu")
+    )
 
 
 def choose_strangers(
@@ -162,8 +168,12 @@ def choose_strangers(
     for place, own in enumerate(positions):
         due = len(range(place, count, len(positions)))
         rounds = -(-due // len(own))
-        orders = [torch.randperm(len(own), generator=generator) for _ in range(rounds)]
-        chosen.append(own[torch.cat([*orders, torch.zeros(0, dtype=torch.long)])[:due]])
+        orders = [
+            torch.randperm(len(own), generator=generator, device="cpu") for _ in range(rounds)
+        ]
+        chosen.append(
+            own[torch.cat([*orders, torch.zeros(0, dtype=torch.long, device="cpu")])[:due]]
+        )
     return torch.cat(chosen)
 
 
@@ -189,13 +199,13 @@ def weave(segment: Segment, strangers: Int[Tensor, " m"], *, generator: torch.Ge
     if not count:
         return segment
     total = len(segment.indices) + count
-    ends = torch.arange(count + 1) * total // count
-    place = torch.rand(count, dtype=torch.float64, generator=generator) * ends.diff()
-    strange = torch.zeros(total, dtype=torch.bool)
+    ends = torch.arange(count + 1, device="cpu") * total // count
+    place = torch.rand(count, dtype=torch.float64, generator=generator, device="cpu") * ends.diff()
+    strange = torch.zeros(total, dtype=torch.bool, device="cpu")
     strange[ends[:-1] + place.long()] = True
     before = ((~strange).cumsum(0) - 1).clamp(min=0)
     indices = segment.indices[before]
-    indices[strange] = strangers[torch.randperm(count, generator=generator)]
+    indices[strange] = strangers[torch.randperm(count, generator=generator, device="cpu")]
     return Segment(
         segment.names,
         segment.visit,

@@ -44,7 +44,7 @@ def class_counts(
     Reference: Zhang et al., Self-Supervised Aggregation of Diverse Experts (SADE), NeurIPS 2022.
     """
     classes = len(available)
-    place = torch.arange(classes, dtype=torch.float64) / max(classes - 1, 1)
+    place = torch.arange(classes, dtype=torch.float64, device="cpu") / max(classes - 1, 1)
     profile = (1.0 if distribution == "balanced" else ratio) ** -place
     if distribution == "inverse":
         profile = profile.flip(0)
@@ -72,7 +72,7 @@ def choose(
 
     "natural" takes all, or `samples` of them at random; the others follow `class_counts`.
     """
-    shuffled = torch.randperm(len(labels), generator=generator)
+    shuffled = torch.randperm(len(labels), generator=generator, device="cpu")
     if distribution == "natural":
         return shuffled[:samples].sort().values
     available = labels.unique(return_counts=True)[1]
@@ -90,7 +90,7 @@ def arrange(
     "shuffled" is uniform; "sorted" sends one class after another, shuffled within each;
     "dirichlet" is `dirichlet_order`.
     """
-    shuffled = torch.randperm(len(labels), generator=generator)
+    shuffled = torch.randperm(len(labels), generator=generator, device="cpu")
     if order == "shuffled":
         return shuffled
     if order == "sorted":
@@ -135,7 +135,9 @@ def dirichlet_order(
     classes = labels.unique()
     slots = slots or min(len(classes), MOST_SLOTS)
     shares = dirichlet(len(classes), slots, delta=delta, generator=generator)
-    turns = torch.stack([torch.randperm(len(classes), generator=generator) for _ in range(slots)])
+    turns = torch.stack(
+        [torch.randperm(len(classes), generator=generator, device="cpu") for _ in range(slots)]
+    )
     return slotted(labels, shares, turns)
 
 
@@ -156,7 +158,7 @@ def slotted(
     counts = classes.bincount()
     cuts = (shares.cumsum(1)[:, :-1] * counts[:, None]).long()
     ends = cuts + (counts.cumsum(0) - counts)[:, None]  # as places in `members`, so they rise
-    place = torch.arange(len(labels))
+    place = torch.arange(len(labels), device="cpu")
     slot = torch.searchsorted(ends.flatten(), place, right=True) - classes[members] * cuts.shape[1]
     turn = slot * len(counts) + turns.argsort(dim=1)[slot, classes[members]]
     return members[turn.sort(stable=True).indices]
@@ -171,8 +173,8 @@ def dirichlet(
 
     Gamma variates of small shape underflow; their logarithms do not.
     """
-    shape = torch.full((rows, columns), delta + 1.0, dtype=torch.float64)
+    shape = torch.full((rows, columns), delta + 1.0, dtype=torch.float64, device="cpu")
     # torch.distributions draws with the same function, but from the global generator.
     gamma = torch._standard_gamma(shape, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
-    uniform = 1 - torch.rand(shape.shape, dtype=torch.float64, generator=generator)
+    uniform = 1 - torch.rand(shape.shape, dtype=torch.float64, generator=generator, device="cpu")
     return (gamma.log() + uniform.log() / delta).softmax(dim=1)

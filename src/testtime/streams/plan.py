@@ -34,7 +34,9 @@ def segments(
         seed: of the choice and of the order.
         strangers: positions of the unknown samples of each kind.
     """
-    known = ~torch.isin(labels, torch.tensor(held_out(scenario.unknown), dtype=torch.long))
+    known = ~torch.isin(
+        labels, torch.tensor(held_out(scenario.unknown), dtype=torch.long, device="cpu")
+    )
     chosen = _chosen(scenario, labels, known.nonzero().flatten(), seed=seed)
     if scenario.pattern == "mixed":
         closed = [
@@ -79,7 +81,7 @@ def severity_ramp(samples: int, *, peak: int) -> Int[Tensor, " samples"]:
         >>> severity_ramp(10, peak=3).tolist()
         [1, 1, 2, 2, 3, 3, 2, 2, 1, 1]
     """
-    step = torch.arange(samples) * (2 * peak - 1) // samples
+    step = torch.arange(samples, device="cpu") * (2 * peak - 1) // samples
     return peak - (step - (peak - 1)).abs()
 
 
@@ -103,7 +105,7 @@ def _mixture(
     """All domains at once: their samples are pooled, then ordered as one domain's would be."""
     count = len(scenario.domains)
     indices = chosen.repeat(count)
-    domains = torch.arange(count).repeat_interleave(len(chosen))
+    domains = torch.arange(count, device="cpu").repeat_interleave(len(chosen))
     levels = [0 if name == "clean" else scenario.severity for name in scenario.domains]
     order = arrange(
         labels[indices],
@@ -111,5 +113,5 @@ def _mixture(
         delta=scenario.delta,
         generator=generator(seed, "order", "mixed", visit),
     )
-    severities = torch.tensor(levels)[domains]
+    severities = torch.tensor(levels, device="cpu")[domains]
     return Segment(scenario.domains, visit, indices[order], domains[order], severities[order])

@@ -95,8 +95,8 @@ class Posterior:
 
     def turn(self, total: Known) -> Known:
         """Takes the weights after a pass into mean and spread, by Welford's updates."""
-        turns = int(total.get("turns", torch.zeros(())))
-        done = {"turns": torch.tensor(float(turns + 1))}
+        turns = int(total.get("turns", torch.zeros((), device="cpu")))
+        done = {"turns": torch.tensor(float(turns + 1), device="cpu")}
         if not turns:
             return total | done
         now, mean, spread = (part_of(total, key) for key in ("now", "mean", "spread"))

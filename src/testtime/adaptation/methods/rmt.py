@@ -64,7 +64,7 @@ class WarmedUp:
 
     def add(self, total: Known, batch: "SourceBatch") -> Known:
         """One step on a batch, while there are any left."""
-        done = int(total.get("done", torch.zeros(())))
+        done = int(total.get("done", torch.zeros((), device="cpu")))
         if done == self.steps:
             return total
         engine = batch.engine
@@ -89,7 +89,7 @@ class WarmedUp:
         moved, state = rising.step(state, list(student.values()), grads)
         followed = self.teacher.follow(list(teacher.values()), moved)
         held = {"student": moved, "teacher": followed, **{key: state[key] for key in moments}}
-        total = {"done": torch.tensor(float(done + 1))}
+        total = {"done": torch.tensor(float(done + 1), device="cpu")}
         for key, own in held.items():
             total |= named(key, student, own)
         return total

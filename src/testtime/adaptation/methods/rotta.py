@@ -131,7 +131,7 @@ class BalancedMemory:
     ) -> tuple[State, Outcome, dict[str, Any]]:
         items = sorted(items, key=lambda item: item.label)
         bank = torch.stack([item.image for item in items])
-        ages = torch.tensor([(clock - item.born) / self.capacity for item in items])
+        ages = torch.tensor([(clock - item.born) / self.capacity for item in items], device="cpu")
         changed = self.augment(bank, engine.generator)
         evidence = Evidence(
             engine, state, engine.leaves(state), bank,

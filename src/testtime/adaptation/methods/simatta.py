@@ -77,8 +77,8 @@ def nearest_to_new_centres(
     heft = torch.cat([weights, weights.new_ones(len(fresh))]).double().cpu().numpy()
     count = min(clusters, len(points))
     means = KMeans(count, n_init=10, random_state=seed)  # pyright: ignore[reportArgumentType]
-    label = torch.as_tensor(means.fit_predict(points, sample_weight=heft)).long()
-    distance = torch.as_tensor(means.transform(points))
+    label = torch.as_tensor(means.fit_predict(points, sample_weight=heft), device="cpu").long()
+    distance = torch.as_tensor(means.transform(points), device="cpu")
     size = label.bincount(minlength=distance.shape[1])
     held = label[: len(known)].bincount(minlength=len(size))
     found: list[tuple[int, int]] = []
@@ -255,7 +255,7 @@ class ActiveLearning:
             if len(window) == WINDOW:
                 mean, window = sum(window) / WINDOW, []
                 worse, lowest = (0, mean) if mean < lowest else (worse + 1, lowest)
-        return tensors, Outcome.ADAPTED, torch.tensor(total / steps), steps
+        return tensors, Outcome.ADAPTED, torch.tensor(total / steps, device="cpu"), steps
 
     def _gradient(
         self, engine: Engine, state: State, held: list[dict[str, Tensor]], shares: list[float]

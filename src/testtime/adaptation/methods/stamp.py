@@ -160,7 +160,9 @@ def makes_room(labels: list[int], counts: list[float], chance: torch.Generator) 
     present = sorted(set(labels))
     most = max(counts[label] for label in present)
     largest = [label for label in present if counts[label] == most]
-    return labels.index(largest[int(torch.randint(len(largest), (), generator=chance))])
+    return labels.index(
+        largest[int(torch.randint(len(largest), (), generator=chance, device="cpu"))]
+    )
 
 
 def _refreshed(memory: dict[str, Any]) -> list[float]:

@@ -69,7 +69,7 @@ def sub_policies(size: int) -> Tensor:
         >>> len(sub_policies(2)), len(sub_policies(4))
         (91, 1001)
     """
-    return torch.tensor(list(combinations(range(len(OPERATIONS)), size)))
+    return torch.tensor(list(combinations(range(len(OPERATIONS)), size)), device="cpu")
 
 
 def augmented(x: Tensor, which: Tensor, shares: Tensor, generator: torch.Generator) -> Tensor:

@@ -52,4 +52,4 @@ def shift(changed: list[Tensor], plain: list[Tensor], count: int) -> Tensor:
         for ours, theirs in zip(changed, plain, strict=True)
         if ours.shape == theirs.shape and len(ours) % count == 0
     ]
-    return torch.stack(terms).mean(0) if terms else torch.zeros(())
+    return torch.stack(terms).mean(0) if terms else torch.zeros((), device="cpu")

@@ -60,7 +60,7 @@ class LabelEncoding:
     distance: Distance = "absolute"
 
     def __post_init__(self) -> None:
-        one = torch.ones(1)
+        one = torch.ones(1, device="cpu")
         label_encoding_distance(one[:, None], one, distance=self.distance)  # refuses another one
 
     def __call__(self, logits: Tensor, ranks: Ranks) -> Tensor:

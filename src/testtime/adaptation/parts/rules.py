@@ -332,6 +332,6 @@ def rules_from_json(text: str) -> Rules:
         ) from error
     kinds = {int: torch.long, bool: torch.bool, float: torch.float32}
     return {
-        name: torch.tensor([row[place] for row in rows], dtype=kinds[kind])
+        name: torch.tensor([row[place] for row in rows], dtype=kinds[kind], device="cpu")
         for place, (name, kind) in enumerate(COLUMNS.items())
     }

@@ -57,7 +57,7 @@ def self_consistency(
     x, y = paired(x, y, least=4)
     half = len(x) // 2
     (x, other_x), (y, other_y) = ((v[:half], v[half : 2 * half]) for v in (x, y))
-    base = torch.tensor(estimator(x, y).value, dtype=torch.float64)
+    base = torch.tensor(estimator(x, y).value, dtype=torch.float64, device="cpu")
     independent = estimator(x, other_y).value
     processed = estimator(x, torch.cat([y, process(y)], 1)).value
     twice = estimator(torch.cat([x, other_x], 1), torch.cat([y, other_y], 1)).value

@@ -177,7 +177,7 @@ def _of_normal(z: Tensor, t: Tensor) -> Tensor:
 
 def _apart(x: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Training and held-out samples."""
-    order = torch.randperm(len(x), generator=random).to(x.device)
+    order = torch.randperm(len(x), generator=random, device="cpu").to(x.device)
     held = int(HELD_OUT * len(x))
     return x[order[held:]], x[order[:held]]
 
@@ -188,7 +188,7 @@ def _trained(
     """What predicts the noise of each law, and the loss of each step."""
 
     def loss(network: Noise, index: list[Tensor]) -> Tensor:
-        k = int(torch.randint(len(laws), (), generator=random))
+        k = int(torch.randint(len(laws), (), generator=random, device="cpu"))
         x = laws[k][index[k]]
         t = sampled_times(len(x), random, importance=options.importance).to(x)
         noise = normal_like(x, random)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from testtime._core.arrays import magnitude
+from testtime._core.arrays import as_given, magnitude
 from testtime._core.errors import InputError
 
 Estimator = Callable[[Tensor, Tensor], "Estimate"]
@@ -62,7 +62,7 @@ def checked(samples: Tensor, name: str, *, least: int = 2) -> Tensor:
         torch.Size([3, 1])
     """
     try:
-        samples = torch.as_tensor(samples)
+        samples = as_given(samples)
     except Exception as error:  # whatever else it is
         raise InputError(
             f"{name} is of type {type(samples).__name__}; expected samples."

@@ -69,7 +69,10 @@ def uniform(n: int, *, dims: int, noise: float, generator: torch.Generator) -> P
     in_range(0, noise=noise)
     if noise == 0:
         raise OptionError("noise is 0; expected more, as the information is infinite without it")
-    x, e = (torch.rand(n, dims, generator=generator, dtype=torch.float64) for _ in range(2))
+    x, e = (
+        torch.rand(n, dims, generator=generator, dtype=torch.float64, device="cpu")
+        for _ in range(2)
+    )
     each = noise - math.log(2 * noise) if noise <= 0.5 else 1 / (4 * noise)
     return Pairs(x, x + noise * (2 * e - 1), dims * each)
 
@@ -105,14 +108,16 @@ def student(
     scale = _normal(n, freedom, generator).square().mean(1, keepdim=True).sqrt()
 
     def c(t: float) -> float:
-        half = torch.tensor(t / 2, dtype=torch.float64)
+        half = torch.tensor(t / 2, dtype=torch.float64, device="cpu")
         return float(half.lgamma() - half * half.digamma())
 
     extra = c(freedom) + c(freedom + 2 * dims) - 2 * c(freedom + dims)
     return Pairs(x / scale, y / scale, truth + extra)
 
 
-CENTRES = torch.tensor([[-3.0, 1.0], [-1.0, -3.0], [1.0, 3.0], [3.0, -1.0]], dtype=torch.float64)
+CENTRES = torch.tensor(
+    [[-3.0, 1.0], [-1.0, -3.0], [1.0, 3.0], [3.0, -1.0]], dtype=torch.float64, device="cpu"
+)
 WIDTH = 0.7
 
 
@@ -129,7 +134,7 @@ def multimodal(n: int, *, dims: int, generator: torch.Generator) -> Pairs:
         0.8248
     """
     whole(1, n=n, dims=dims)
-    mode = torch.randint(len(CENTRES), (n, dims), generator=generator)
+    mode = torch.randint(len(CENTRES), (n, dims), generator=generator, device="cpu")
     noise = torch.stack([_normal(n, dims, generator) for _ in range(2)], -1)
     x, y = (CENTRES[mode] + WIDTH * noise).unbind(-1)
     return Pairs(x, y, dims * _multimodal_information())
@@ -137,7 +142,7 @@ def multimodal(n: int, *, dims: int, generator: torch.Generator) -> Pairs:
 
 def _multimodal_information() -> float:
     """By the trapezoidal rule, which for smooth densities is exact to rounding."""
-    grid = torch.linspace(-9, 9, 601, dtype=torch.float64)
+    grid = torch.linspace(-9, 9, 601, dtype=torch.float64, device="cpu")
     step = float(grid[1] - grid[0])
     bells = (-((grid - CENTRES[..., None]) ** 2) / (2 * WIDTH**2)).exp()
     bells = bells / (WIDTH * math.sqrt(2 * math.pi))  # (modes, 2, grid)
@@ -148,4 +153,4 @@ def _multimodal_information() -> float:
 
 
 def _normal(n: int, dims: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(n, dims, generator=generator, dtype=torch.float64)
+    return torch.randn(n, dims, generator=generator, dtype=torch.float64, device="cpu")

@@ -191,7 +191,7 @@ def _loss(
     network: Noise, x: Tensor, y: Tensor, kind: Kind, random: torch.Generator, importance: bool
 ) -> Tensor:
     masks = MASKS[kind]
-    mask = masks[int(torch.randint(len(masks), (), generator=random))]
+    mask = masks[int(torch.randint(len(masks), (), generator=random, device="cpu"))]
     both, d = torch.cat([x, y], 1), x.shape[1]
     t = sampled_times(len(x), random, importance=importance).to(x)
     noise = normal_like(both, random)

@@ -126,7 +126,7 @@ def partners(n: int, random: torch.Generator) -> Tensor:
 
     Reference: Belghazi et al., ICML 2018.
     """
-    order = torch.randperm(n, generator=random)
+    order = torch.randperm(n, generator=random, device="cpu")
     return order if n >= SMALL else order.roll(1)[order.argsort()]
 
 

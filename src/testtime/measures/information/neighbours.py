@@ -134,7 +134,7 @@ def _distances(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _digamma(value: int) -> float:
-    return float(torch.digamma(torch.tensor(float(value), dtype=torch.float64)))
+    return float(torch.digamma(torch.tensor(float(value), dtype=torch.float64, device="cpu")))
 
 
 def _ties(name: str, k: int) -> InputError:

@@ -67,7 +67,7 @@ def sampled_times(n: int, generator: torch.Generator, *, importance: bool = True
         >>> bool((sampled_times(9, torch.Generator().manual_seed(0)) <= 1).all())
         True
     """
-    v = torch.rand(n, generator=generator, dtype=torch.float64)
+    v = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
     if not importance:
         return EARLIEST + (1 - EARLIEST) * v
     v = rate_integral() * v
@@ -105,7 +105,7 @@ def normal_like(like: Tensor, random: torch.Generator) -> Tensor:
         >>> normal_like(torch.ones(3, 2), torch.Generator()).shape
         torch.Size([3, 2])
     """
-    return torch.randn(like.shape, generator=random, dtype=like.dtype).to(like.device)
+    return torch.randn(like.shape, generator=random, dtype=like.dtype, device="cpu").to(like.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,20 +189,22 @@ class NoiseNetwork(nn.Module):
             linear(width, 2 * width, generator),
         )
         self.first = nn.Sequential(
-            nn.GroupNorm(8, width), nn.SiLU(), linear(width, width, generator)
+            nn.GroupNorm(8, width, device="cpu"), nn.SiLU(), linear(width, width, generator)
         )
         self.second = nn.Sequential(
-            nn.GroupNorm(8, 2 * width), nn.SiLU(), linear(2 * width, width, generator)
+            nn.GroupNorm(8, 2 * width, device="cpu"), nn.SiLU(), linear(2 * width, width, generator)
         )
         self.third = nn.Sequential(
-            nn.GroupNorm(8, width), nn.SiLU(), linear(width, width, generator)
+            nn.GroupNorm(8, width, device="cpu"), nn.SiLU(), linear(width, width, generator)
         )
         self.leave = nn.Sequential(
-            nn.GroupNorm(8, width), nn.SiLU(), linear(width, dims, generator)
+            nn.GroupNorm(8, width, device="cpu"), nn.SiLU(), linear(width, dims, generator)
         )
         for parameter in self.leave[2].parameters():
             nn.init.zeros_(parameter)
-        self.register_buffer("frequencies", math.pi * torch.logspace(-1, 7, FREQUENCIES, base=2.0))
+        self.register_buffer(
+            "frequencies", math.pi * torch.logspace(-1, 7, FREQUENCIES, base=2.0, device="cpu")
+        )
 
     def forward(self, z: Tensor, tau: Tensor) -> Tensor:
         angles = (tau[..., None] * self.frequencies).flatten(1)
@@ -224,4 +226,4 @@ def _rate(t: Tensor) -> Tensor:
 
 
 def _held_rate() -> float:
-    return float(_rate(torch.tensor(HELD, dtype=torch.float64)))
+    return float(_rate(torch.tensor(HELD, dtype=torch.float64, device="cpu")))

@@ -143,7 +143,9 @@ def variational(
             if trace:
                 values.append(float(value.detach()))
     with torch.no_grad():
-        blocks = torch.arange(len(held[0])).tensor_split(max(4, -(-len(held[0]) // BLOCK)))
+        blocks = torch.arange(len(held[0]), device="cpu").tensor_split(
+            max(4, -(-len(held[0]) // BLOCK))
+        )
         found = [bound(critic(held[0][i][:, None], held[1][i][None])) for i in blocks]
     return finite(mean_estimate(torch.stack(found), tuple(values)))
 
@@ -156,7 +158,7 @@ def split(x: Tensor, y: Tensor, random: torch.Generator) -> tuple[list[Tensor], 
         >>> known[0].shape, held[1].shape
         (torch.Size([6, 1]), torch.Size([2, 2]))
     """
-    order = torch.randperm(len(x), generator=random).to(x.device)
+    order = torch.randperm(len(x), generator=random, device="cpu").to(x.device)
     held = int(HELD_OUT * len(x))
     return [v[order[held:]] for v in (x, y)], [v[order[:held]] for v in (x, y)]
 
@@ -171,7 +173,7 @@ def batches(samples: int, size: int, steps: int, random: torch.Generator) -> lis
     size = min(size, samples)
     found: list[Tensor] = []
     while len(found) < steps:
-        order = torch.randperm(samples, generator=random)
+        order = torch.randperm(samples, generator=random, device="cpu")
         found += [order[i : i + size] for i in range(0, samples - size + 1, size)]
     return found[:steps]
 
