@@ -112,7 +112,7 @@ def _try_at_rest(module: nn.Module) -> bool:
             parameter.zero_()
         channels = next(tried.parameters())
         for shape in ((2, 3, 3, len(channels)), (2, len(channels), 3, 3), (2, 3, len(channels))):
-            x = torch.arange(math.prod(shape)).view(shape).sin().to(channels)
+            x = torch.arange(math.prod(shape), device="cpu").view(shape).sin().to(channels)
             try:
                 y = tried.forward(x.clone())
             except Exception:  # of other dimensions

@@ -154,6 +154,7 @@ class Exchangeability:
             >>> (p * 10).round().flatten().tolist()
             [0.0, 10.0, 5.0]
         """
+        values = values.to(self.edges.device)
         chance = torch.Generator()
         chance.set_state(state["chance"])
         key, blur = torch.rand(
