@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -155,5 +156,6 @@ def normal_scores(x: Tensor) -> Tensor:
     below = torch.searchsorted(ordered, columns)
     up_to = torch.searchsorted(ordered, columns, right=True)
     ranks = (below + up_to + 1).double() / 2
-    scores = torch.special.ndtri(ranks / (columns.shape[1] + 1))
+    share = ranks / (columns.shape[1] + 1)
+    scores = cast(Tensor, torch.special.ndtri(share))  # pyright: ignore[reportUnknownMemberType]
     return scores.T.reshape(torch.as_tensor(x).shape)
