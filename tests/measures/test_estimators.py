@@ -17,7 +17,7 @@ from testtime.measures.cauchy_schwarz import (
 from testtime.measures.information import bounds
 from testtime.measures.information.consistency import self_consistency
 from testtime.measures.information.diffusion import minde_divergence, minde_entropy
-from testtime.measures.information.estimate import standardised
+from testtime.measures.information.estimate import normal_scores, standardised
 from testtime.measures.information.laws import gaussian
 from testtime.measures.information.minde import minde
 from testtime.measures.information.mine import mine
@@ -145,6 +145,16 @@ def test_neighbours_find_the_same_after_invertible_maps_of_each_variable(seed, i
     mapped = ksg(MAPS[of_x](x), MAPS[of_y](y), variant=variant)
     error = math.hypot(plain.standard_error, mapped.standard_error)
     assert abs(mapped.value - plain.value) < 5 * error
+
+
+@pytest.mark.parametrize("name", INFORMATION)
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 99), st.sampled_from(["exp", "sinh", "cube", "kink", "quantile", "atan"]))
+def test_no_increasing_map_of_a_coordinate_moves_an_estimate_of_normal_scores(name, seed, of_y):
+    x, y = normal(seed, 40, 2), normal(seed + 100, 40, 2)
+    mapped = torch.stack([y[:, 0], MAPS[of_y](y[:, 1])], 1)
+    plain = INFORMATION[name](normal_scores(x), normal_scores(y))
+    assert INFORMATION[name](normal_scores(x), normal_scores(mapped)) == plain
 
 
 LOSSES = {

@@ -4,11 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from reference import neighbours as reference
 from testtime._core.errors import InputError, OptionError
 from testtime.measures.information import neighbours
-from testtime.measures.information.estimate import standardised
+from testtime.measures.information.estimate import normal_scores, standardised
 from testtime.measures.information.neighbours import kozachenko_leonenko, ksg
 
 
@@ -132,3 +133,20 @@ def test_nothing_of_the_caller_is_touched():
 def test_standardising():
     x = standardised(torch.tensor([[1e9, 5.0, 0.0], [1e9 + 2, 5.0, 1e-9]], dtype=torch.float64))
     torch.testing.assert_close(x.abs(), 0.5**0.5 * torch.tensor([[1.0, 0, 1], [1, 0, 1]]))
+
+
+@given(st.integers(0, 99), st.integers(2, 30), st.integers(1, 3), st.sampled_from([1, 9, 1e300]))
+def test_normal_scores_are_quantiles_of_mean_ranks(seed, n, d, scale):
+    x = scale * (3 * normal(seed, n, d)).round()  # many are equal
+    expected = stats.norm.ppf(stats.rankdata(x.numpy(), axis=0) / (n + 1))
+    torch.testing.assert_close(normal_scores(x), torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(normal_scores(-x), -normal_scores(x), rtol=1e-9, atol=1e-9)
+    assert torch.equal(normal_scores(x[:, 0]), normal_scores(x)[:, 0])
+
+
+def test_what_has_no_normal_scores():
+    assert torch.equal(normal_scores(torch.ones(5, 2)), torch.zeros(5, 2, dtype=torch.float64))
+    assert normal_scores([3, 1, 2]).tolist() == pytest.approx([0.6745, -0.6745, 0.0], abs=1e-4)
+    for bad in (torch.tensor([1.0, math.nan]), torch.ones(1, 2), torch.ones(2, 2, 2)):
+        with pytest.raises(InputError, match=r"expected|at least 2"):
+            normal_scores(bad)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -126,3 +127,35 @@ def standardised(x: Tensor) -> Tensor:
     scale = x.std(0)
     varies = scale > 1e-12 * x.abs().amax(0)
     return torch.where(varies, (x - x.mean(0)) / torch.where(varies, scale, 1), 0).float()
+
+
+def normal_scores(x: Tensor) -> Tensor:
+    """Each coordinate as the normal quantiles of its ranks, in float64: call it before an estimator.
+
+        x_ij -> Phi^-1( rank of x_ij among x_1j ... x_nj / (n + 1) ),   ties share their mean rank
+
+    Mutual information does not change under invertible maps of each coordinate, but estimators do:
+    heavy tails and edges harm them. Scores depend on the order within each coordinate alone, so that
+    no increasing map of one moves an estimate. Take both variables, of all samples that the estimator
+    is given. Not for entropies and divergences, which such maps change. A constant becomes 0.
+
+    Args:
+        x: (n, d) or (n,).
+
+    Raises:
+        InputError: for NaN, infinity, or one sample.
+
+    Example:
+        >>> normal_scores(torch.tensor([1.0, 1e9, 5.0, 5.0])).round(decimals=2)
+        tensor([-0.8400,  0.8400,  0.0000,  0.0000], dtype=torch.float64)
+
+    Reference: van der Waerden, Order Tests for the Two-Sample Problem and their Power, 1952.
+    """
+    columns = checked(x, "x").T.contiguous()
+    ordered = columns.sort(1).values
+    below = torch.searchsorted(ordered, columns)
+    up_to = torch.searchsorted(ordered, columns, right=True)
+    ranks = (below + up_to + 1).double() / 2
+    share = ranks / (columns.shape[1] + 1)
+    scores = cast(Tensor, torch.special.ndtri(share))  # pyright: ignore[reportUnknownMemberType]
+    return scores.T.reshape(torch.as_tensor(x).shape)

@@ -74,7 +74,8 @@ def minde(
     bound. A variable that is constant tells nothing: 0.
 
     Args:
-        x: (n, dx) or (n,); coordinates are standardised.
+        x: (n, dx) or (n,); coordinates are standardised. Where tails are heavy, give the
+            `normal_scores` of both variables.
         y: (n, dy) or (n,), the partner of each.
         kind: "c" diffuses x only, "j" both.
         difference: of scores, "inside" the square, and never negative; "outside" it, of divergences.

@@ -66,7 +66,8 @@ def mine(
     the variance grows like its exponential. A variable that is constant tells nothing: 0.
 
     Args:
-        x: (n, dx) or (n,); coordinates are standardised.
+        x: (n, dx) or (n,); coordinates are standardised. Where tails are heavy, give the
+            `normal_scores` of both variables.
         y: (n, dy) or (n,), the partner of each.
         critic: a module that gives one score for each x (b, dx) and y (b, dy); a copy of it is
             trained. Default: a network on both with two hidden layers of 64 and ELU.

@@ -43,7 +43,7 @@ def ksg(x: Tensor, y: Tensor, *, k: int = 3, variant: Literal[1, 2] = 1) -> Esti
     no density, and no answer. With fewer samples than coordinates the value says little.
 
     Args:
-        x: (n, dx) or (n,).
+        x: (n, dx) or (n,), in units like those of y; `normal_scores` of both where tails are heavy.
         y: (n, dy) or (n,), the partner of each.
         k: which neighbour; the paper advises 2 to 4. More is less variance and more bias.
         variant: 1 counts within a cube, 2 within a box, with less bias for strong dependence.

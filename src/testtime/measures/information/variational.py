@@ -99,7 +99,8 @@ def variational(
     below zero too. A variable that is constant tells nothing: 0.
 
     Args:
-        x: (n, dx) or (n,); coordinates are standardised.
+        x: (n, dx) or (n,); coordinates are standardised. Where tails are heavy, give the
+            `normal_scores` of both variables.
         y: (n, dy) or (n,), the partner of each.
         bound: a function of `testtime.measures.information.bounds`.
         critic: a module that gives scores of x (..., dx) and y (..., dy), leading dimensions

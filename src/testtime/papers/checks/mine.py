@@ -1,9 +1,14 @@
-"""MINE's claim: a trained critic finds the mutual information of Gaussians, cubed ones too."""
+"""MINE's claim: a trained critic finds the mutual information of Gaussians, cubed ones too.
+
+With seed 2 it finds a fifth less in the heavy tails of y^3. Their normal scores are those of y: given
+these instead, it finds what it finds of the scores of the Gaussian, with every seed.
+"""
 
 from collections.abc import Iterator, Sequence
 
 from testtime._core.registry import register
 from testtime._core.seeds import generator
+from testtime.measures.information.estimate import normal_scores
 from testtime.measures.information.laws import cubed, gaussian
 from testtime.measures.information.mine import mine
 from testtime.papers.reproduction import Progress, Reproduction, reproduce
@@ -31,6 +36,9 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
             random = generator(seed, "mine", "bench", truth)
             x, y, _ = law(SAMPLES, dims=2, information=truth, generator=random)
             yield f"{name}, {truth} nats", mine(x, y, steps=STEPS, lr=2e-3, seed=seed).value
+            if law is cubed:
+                found = mine(normal_scores(x), normal_scores(y), steps=STEPS, lr=2e-3, seed=seed)
+                yield f"{name}, {truth} nats, normal scores", found.value
 
 
 def holds(found: dict[str, float]) -> bool:
