@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from testtime.adaptation.calls import Watching, _here
 
@@ -59,6 +60,44 @@ def test_one_that_begins_inside_of_a_call_sees_its_own():
         F.linear(X, WEIGHT)
         torch.relu(X)
     assert told == [("within", torch.relu), ("outer", F.linear), ("last", torch.relu)]
+
+
+class InBackward(torch.autograd.Function):
+    """Somebody begins to look while a gradient is taken, as an adapter in a backward does."""
+
+    @staticmethod
+    def forward(ctx, x, told):
+        ctx.told = told
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        with Noting("within", ctx.told, torch.relu):
+            torch.relu(X)
+        return grad, None
+
+
+def test_one_that_begins_inside_of_a_call_that_nobody_sees_sees_its_own():
+    told = []
+    x = X.clone().requires_grad_()
+    with Noting("outer", told, F.linear):
+        torch.autograd.grad(InBackward.apply(x, told).sum(), x)
+        InBackward.apply(x, told).sum().backward()
+        F.linear(X, WEIGHT)
+    assert told == [("within", torch.relu)] * 2 + [("outer", F.linear)]
+    assert _here.mode is None
+
+
+def test_arguments_may_have_any_name():
+    def own(x, *, place, func):
+        if has_torch_function_unary(x):
+            return handle_torch_function(own, (x,), x, place=place, func=func)
+        return place, func
+
+    told = []
+    with Noting("here", told, own):
+        assert own(X, place=1, func=2) == (1, 2)
+    assert told == [("here", own)]
 
 
 def test_an_error_leaves_nothing_behind():

@@ -80,15 +80,15 @@ class _Mode(TorchFunctionMode):
         self.functions = frozenset().union(*(each.functions for each in self.watchers))
 
     def __torch_function__(self, func: Call, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in self.functions:
-            return func(*args, **kwargs or {})
-        _here.mode = None  # torch has put this mode aside meanwhile
+        _here.mode = None  # torch has put this mode aside meanwhile: others need their own
         try:
+            if func not in self.functions:
+                return func(*args, **kwargs or {})
             return self._through(len(self.watchers), func, *args, **kwargs or {})
         finally:
             _here.mode = self
 
-    def _through(self, place: int, func: Call, *args: Any, **kwargs: Any) -> Any:
+    def _through(self, place: int, func: Call, /, *args: Any, **kwargs: Any) -> Any:
         while place:
             place -= 1
             watcher = self.watchers[place]
