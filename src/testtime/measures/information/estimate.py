@@ -158,4 +158,4 @@ def normal_scores(x: Tensor) -> Tensor:
     ranks = (below + up_to + 1).double() / 2
     share = ranks / (columns.shape[1] + 1)
     scores = cast(Tensor, torch.special.ndtri(share))  # pyright: ignore[reportUnknownMemberType]
-    return scores.T.reshape(torch.as_tensor(x).shape)
+    return scores.T.reshape(as_given(x).shape)
