@@ -19,7 +19,7 @@ ROWS = 64
 
 
 @triton.jit
-def _places(count, bits: tl.constexpr, rows: tl.constexpr):  # type: ignore[no-untyped-def]
+def _places(count, bits: tl.constexpr, rows: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     column = tl.arange(0, bits)
     place = row[:, None] * bits + column[None, :]
@@ -27,7 +27,7 @@ def _places(count, bits: tl.constexpr, rows: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
-def _relu(x, y, words, count, bits: tl.constexpr, rows: tl.constexpr):  # type: ignore[no-untyped-def]
+def _relu(x, y, words, count, bits: tl.constexpr, rows: tl.constexpr):
     row, column, place, inside = _places(count, bits, rows)
     value = tl.load(x + place, mask=inside, other=0)
     known = value if value.dtype == tl.float64 else value.to(tl.float32)
@@ -38,7 +38,7 @@ def _relu(x, y, words, count, bits: tl.constexpr, rows: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _masked(grad, words, out, count, bits: tl.constexpr, rows: tl.constexpr):  # type: ignore[no-untyped-def]
+def _masked(grad, words, out, count, bits: tl.constexpr, rows: tl.constexpr):
     row, column, place, inside = _places(count, bits, rows)
     word = tl.load(words + row, mask=row * bits < count, other=0)
     value = tl.load(grad + place, mask=inside, other=0)

@@ -156,7 +156,7 @@ def masked(grad: Tensor, bits: Tensor, shape: Shape, *, into: bool = False) -> T
         return threshold(grad, unpack(bits, shape).to(grad.dtype), 0)
     out = grad if into else shape.empty()
     if not bits.is_floating_point():
-        return kernels_of(grad.device).masked(grad, bits, out)  # type: ignore[no-any-return]
+        return kernels_of(grad.device).masked(grad, bits, out)
     # as whole numbers, of which none is the one that torch lets pass or flushes to zero
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[grad.element_size()]
     given, found = (_in_memory(t).view(whole) for t in (grad, out))
