@@ -11,7 +11,7 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
 
 from testtime._core.errors import OptionError
-from testtime.adaptation.never_worse import NeverWorse, excess, information
+from testtime.adaptation.never_worse import NeverWorse, excess, information, probabilities, theil
 
 answers = st.lists(st.integers(0, 3), min_size=4, max_size=40)
 
@@ -32,9 +32,13 @@ def blurred(labels: Tensor, share: float, seed: int = 1) -> Tensor:
 
 
 def said(adapted: Tensor, source: Tensor, size: int = 64) -> list[bool | None]:
+    return told(logits(adapted), logits(source), size)
+
+
+def told(adapted: Tensor, source: Tensor, size: int = 64) -> list[bool | None]:
     guard = NeverWorse()
     pairs = zip(adapted.split(size), source.split(size), strict=True)
-    return [guard.update(logits(a), logits(s)) for a, s in pairs]
+    return [guard.update(*pair) for pair in pairs]
 
 
 def trusts(words: list[bool | None]) -> bool:
@@ -134,10 +138,43 @@ def test_trust_that_was_earned_lasts_as_long_as_the_lead():
     assert behind[-1] is None
 
 
-def test_one_answer_for_all_trusts_nobody():
-    same = torch.zeros(256, dtype=torch.long)
-    assert all(said(drawn(256), same))
-    assert set(said(same, same)) == {None}
+def test_who_mends_a_source_of_one_answer_must_be_even_and_sure():
+    same, labels = logits(torch.zeros(512, dtype=torch.long)), drawn(512)
+    assert told(logits(labels), same)[1:] == [False] * 7
+    assert told(logits(labels), same)[0] is True  # too few to say so
+    assert all(told(logits(labels) / 3, same))  # even, and not sure
+    assert all(told(logits(labels // 2), same))  # sure, and not even
+    assert all(told(logits(labels), logits(blurred(labels, 0.9)) * 2))  # the source is not stuck
+    assert set(told(same, same)) == {None}
+
+
+def test_answers_spread_by_doubt_are_not_better_where_few_classes_come():
+    two = drawn(512, classes=2)
+    doubted, sure = logits(blurred(two, 0.5)) / 2, logits(two)
+    assert all(told(doubted, sure))
+    crowded = drawn(512) // 2 * 2
+    assert not any(told(logits(drawn(512)), logits(crowded) / 2))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 30), st.integers(2, 6), st.floats(0.1, 5), st.integers(0, 99))
+def test_theil_s_coefficient_is_what_the_input_tells_over_what_is_open(n, classes, scale, seed):
+    x = scale * torch.randn(n, classes, generator=torch.Generator().manual_seed(seed))
+    p = x.double().softmax(1)
+    told = (p * (p / p.mean(0)).log()).sum(1).mean()
+    most = -(p.mean(0) * p.mean(0).log()).sum()
+    parts = torch.stack([probabilities(part) for part in x.split(7)]).sum(0)
+    assert theil(parts) == pytest.approx(float(told / most), abs=1e-9)
+
+
+def test_what_is_kept_of_a_stream_is_bounded():
+    guard, labels = NeverWorse(), drawn(20 * 1024)
+    for part in logits(labels).split(32):
+        guard.update(part, part)
+    state = guard.state_dict()
+    assert state["answers"].shape[1] <= 1024
+    assert len(state["parts"]) <= 5
+    assert len(state["part"]) <= 1
 
 
 def test_nobody_is_trusted_before_a_block_was_seen_nor_with_nan():

@@ -14,6 +14,11 @@ RUN = 48
 """Samples in a row that are looked at before others are let go."""
 SHUFFLES = 4
 """Random orders that give what two sequences of answers share by chance."""
+TOLD, MORE, EVEN = 0.5, 0.1, 0.93
+"""What the inputs must explain of the adapted answers, how much more than of the source's, and how
+even they must be, where the source's tell nothing that could be kept."""
+LESS = 0.05
+"""How much less the inputs may explain of the adapted answers than of the source's."""
 SURE = 2.0
 """Standard errors below nought from which a difference is no chance, and what was learnt goes."""
 
@@ -26,34 +31,40 @@ class NeverWorse:
             spread  = H(a) - H(s)                                 # of the last `recent` samples
             runs_x  = share of neighbours in time with equal x, less chance
             told_x  = I( x; its neighbour in time ) - chance      # x in random order in each block
+            u_x     = I( x; input ) / H(x)   # of the probabilities of the last 2 `recent` samples
             lead    = spread, or min( runs_a - runs_s, told_a - told_s ) where runs_s > `runs`,
                       each in units of its standard error
-        dropped if kept < `kept` or lead < -2
-        trusted if lead >= 1, and once it is as long as lead >= 0; where labels come in an order, as
-                long as lead >= 1, and >= -1 of the last 2 `recent` samples alone
+        mended  if u_a >= 0.5, u_a - u_s >= 0.1 and H(a) >= 0.93 of the most, once `recent` are there
+        dropped if kept < `kept` and it is not mended
+                or lead < -2, or, where labels come in no order, u_a - u_s < -0.05
+        trusted if mended where kept < `kept`; else
+                where labels come in no order, if lead >= 1 and u_a > u_s; then as long as lead >= 0
+                where they come in one, if lead >= 1, and >= -1 of the last 2 `recent` samples alone
         else nobody knows yet: the source answers, the adapter goes on learning
 
     What each says. An adapted model is worth nothing once its answers have nothing to do with the
-    source's (`kept`): single samples on batch statistics, garbage, collapse. Where labels come in
+    source's (`kept`): single samples on batch statistics, garbage, collapse. Where the source gives
+    nearly all samples one answer, there is nothing to keep; then the adapted model must be as even
+    and as sure as one that knows what it sees (`mended`). Where labels come in
     an order, so do a good model's answers, and the better follows it more closely: its neighbours
     are equal more often (`runs`), and each tells more of the next (`told`). Better answers show
     both, and each can be had without them: equal neighbours by crowding into few classes, what
     neighbours tell by errors that come in an order. Where labels do not, a model in a shift it was
     not made for confuses classes and crowds its answers into few, so that more even ones are better
-    (`spread`). As long as the two models answer alike there is nothing to judge by, and the source
+    (`spread`), if the inputs explain more of them (Theil's uncertainty coefficient `u`): statistics of
+    a batch of few classes spread its answers over all, and leave each open. As long as the two models answer alike there is nothing to judge by, and the source
     may as well answer.
 
-    This is heuristic. It fails where the source model gives one and the same answer for hundreds of
-    samples, which it does not trust anybody to mend; it holds back gains that narrow the answers
-    rightly, as on long-tailed streams; and it trusts answers that follow an order of labels more
-    closely than the source's do, or are more even, and are less right.
+    This is heuristic. It holds back gains that narrow the answers rightly, as on long-tailed streams;
+    and it trusts answers that follow an order of labels more closely than the source's do, or are
+    more even and surer, and are less right, as where a few classes alone come through noise.
 
     Args:
         kept: share of what the source's answers tell that the adapted ones must tell as well.
         runs: excess of equal neighbours from which labels count as ordered.
         memory: samples that are judged together.
         recent: samples whose spread is judged, which changes with the conditions, and half of those
-            within which an order must still be followed.
+            within which an order must still be followed, and whose probabilities are judged.
         block: samples in a row within which neighbours are counted.
 
     Raises:
@@ -67,8 +78,9 @@ class NeverWorse:
         >>> guard.update(even, crowded), guard.update(crowded, even)
         (False, True)
 
-    Reference: Vinh, Epps, Bailey, Information Theoretic Measures for Clusterings Comparison, JMLR
-    2010, for the adjustment for chance.
+    References: Vinh, Epps, Bailey, Information Theoretic Measures for Clusterings Comparison, JMLR
+    2010, for the adjustment for chance; Theil, On the Estimation of Relationships Involving
+    Qualitative Variables, American Journal of Sociology 1970, for the uncertainty coefficient.
     """
 
     def __init__(
@@ -109,9 +121,14 @@ class NeverWorse:
             return True
         pair = torch.stack(pair)
         self._block = torch.cat([self._block, pair], 1)
+        self._part.append(torch.stack([probabilities(adapted), probabilities(source)]).cpu())
         if self._block.shape[1] < self.block:
             return self._worse
         block, self._block = self._block, self._block[:, :0]
+        self._parts.append(torch.stack(self._part).sum(0))
+        self._part = []
+        while len(self._parts) > 1 and _samples(self._parts[1:]) >= 2 * self.recent:
+            del self._parts[0]
         most = max(self.memory, block.shape[1])
         self._answers = torch.cat([self._answers, block], 1)[:, -most:]
         number = torch.full((block.shape[1],), self._seen, device="cpu")
@@ -130,16 +147,33 @@ class NeverWorse:
             torch.randperm(len(ours), generator=random, device="cpu") for _ in range(SHUFFLES)
         ]
         chance = sum(information(ours[o], theirs, classes)[0] for o in orders) / SHUFFLES
+        told, more = self._explained()
         if known - chance <= 1e-6 or (shared - chance) / (known - chance) < self.kept:
-            return True
+            return not (told >= TOLD and more >= MORE and self._even(classes) >= EVEN)
         if self._runs(theirs) > self.runs:
             lead = self._lead(classes, self.memory)
             good = lead >= 1 and self._lead(classes, 2 * self.recent) >= -1
-        else:
-            gained = surprise(ours[-self.recent :]) - surprise(theirs[-self.recent :])
-            lead = errors(gained.mean(), gained)
-            good = lead >= 1 or (lead >= 0 and self._worse is False)
-        return False if good else True if lead < -SURE else None
+            return False if good else True if lead < -SURE else None
+        gained = surprise(ours[-self.recent :]) - surprise(theirs[-self.recent :])
+        lead = errors(gained.mean(), gained)
+        if lead < -SURE or more < -LESS:
+            return True
+        good = (lead >= 1 and more > 0) or (lead >= 0 and self._worse is False)
+        return False if good else None
+
+    def _explained(self) -> tuple[float, float]:
+        """Theil's coefficient of the adapted model, and how much it is above the source's."""
+        ours, theirs = (theil(part) for part in torch.stack(self._parts).sum(0))
+        return ours, ours - theirs
+
+    def _even(self, classes: int) -> float:
+        """Entropy of the adapted answers lately, as a share of that of as many drawn evenly."""
+        ours = self._answers[0, -2 * self.recent :]
+        if len(ours) < self.recent:
+            return 0.0
+        random = generator(self._seen, "guard", "even")
+        even = torch.randint(classes, (SHUFFLES, len(ours)), generator=random, device="cpu")
+        return _entropy_of(ours) / max(sum(map(_entropy_of, even)) / SHUFFLES, 1e-9)
 
     def _runs(self, answers: Tensor) -> float:
         """How much more often neighbours are equal than by chance, on the mean of the blocks."""
@@ -170,19 +204,23 @@ class NeverWorse:
         """Forgets the stream."""
         self._block = self._answers = torch.zeros(2, 0, dtype=torch.long, device="cpu")
         self._blocks = torch.zeros(0, dtype=torch.long, device="cpu")
+        self._part: list[Tensor] = []
+        self._parts: list[Tensor] = []
         self._seen, self._worse = 0, None
 
     def state_dict(self) -> dict[str, Any]:
         """The answers that are judged together, and what was said of them."""
         return {
             "block": self._block, "answers": self._answers, "blocks": self._blocks,
-            "seen": self._seen, "worse": self._worse,
+            "part": list(self._part), "parts": list(self._parts), "seen": self._seen,
+            "worse": self._worse,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Goes on where `state_dict` was taken."""
         self._block, self._answers = state["block"].cpu(), state["answers"].cpu()
         self._blocks, self._seen, self._worse = state["blocks"].cpu(), state["seen"], state["worse"]
+        self._part, self._parts = ([x.cpu() for x in state[name]] for name in ("part", "parts"))
 
 
 def information(a: Tensor, b: Tensor, classes: int) -> tuple[float, float, float]:
@@ -195,6 +233,39 @@ def information(a: Tensor, b: Tensor, classes: int) -> tuple[float, float, float
     """
     both, one, other = (_entropy_of(each) for each in (a * classes + b, a, b))
     return one + other - both, one, other
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Sum of the entropies of the probabilities, then of each class's probabilities (classes + 1,).
+
+    Example:
+        >>> probabilities(torch.tensor([[0.0, 0.0], [9.0, -9.0]])).round(decimals=3)
+        tensor([0.6930, 1.5000, 0.5000], dtype=torch.float64)
+    """
+    p = logits.detach().double().softmax(1)
+    return torch.cat([torch.special.entr(p).sum()[None], p.sum(0)])
+
+
+def theil(sums: Tensor) -> float:
+    """Theil's coefficient: the share of the answers' entropy that the inputs explain, from 0 to 1.
+
+    Args:
+        sums: of `probabilities`, of one batch or of several added up.
+
+    Example:
+        >>> round(theil(probabilities(torch.tensor([[9.0, 0.0], [0.0, 9.0]]))), 3)
+        0.998
+        >>> round(theil(probabilities(torch.zeros(2, 2))), 3)  # even, and explained by no input
+        0.0
+    """
+    left, shares = sums[0] / sums[1:].sum(), sums[1:] / sums[1:].sum()
+    entropy = float(torch.special.entr(shares).sum())
+    return 1 - float(left) / entropy if entropy > 1e-9 else 0.0
+
+
+def _samples(parts: list[Tensor]) -> float:
+    """Samples that went into sums of probabilities; rounded, since probabilities are."""
+    return round(float(sum(part[0, 1:].sum() for part in parts)))
 
 
 def surprise(values: Tensor) -> Tensor:
