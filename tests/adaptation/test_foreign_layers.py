@@ -89,6 +89,17 @@ class ResponseNorm(nn.Module):
         return x + self.bias + self.weight * x * size / (size.mean(-1, keepdim=True) + self.eps)
 
 
+class Residual(ChannelsRMSNorm):
+    """Normalises, and adds that to its input where it is told to."""
+
+    def __init__(self, channels: int, *, adds: bool) -> None:
+        super().__init__(channels)
+        self.adds = adds
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (x if self.adds else 0)
+
+
 class PowerMean(nn.Module):
     """A pooling that learns its exponent, and adds an epsilon."""
 
@@ -119,6 +130,11 @@ def test_not_all_that_adds_an_epsilon_normalises():
     assert set(adapter.snapshot().tensors) == {"norm.weight", "norm.bias"}
     assert norm_kind(ChannelsRMSNorm(4)) == "layer"
     assert norm_kind(FrozenNorm(4)) == "batch"
+
+
+def test_layers_of_one_class_need_not_do_the_same():
+    for adds in (True, False, True):
+        assert norm_kind(Residual(4, adds=adds)) == (None if adds else "layer")
 
 
 def test_whole_numbers_may_be_added_to_the_variance():
