@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import testtime as tt
-from battery import adapter_of, each
+from battery import WHOLE, adapter_of, each
 from models import ChannelsRMSNorm, FrozenNorm, batches, tiny
 from testtime._core.errors import InputError, ScopeError
 from testtime.adaptation.layers import norm_kind
@@ -144,6 +144,39 @@ def test_whole_numbers_may_be_added_to_the_variance():
         for x in batches(2):
             assert torch.equal(one(x), two(x))
         assert torch.equal(one.export()(x), two.export()(x))
+
+
+class Filter(nn.Module):
+    """Weighs frequencies by complex numbers, which it holds as such or as pairs of real ones."""
+
+    def __init__(self, *, pairs: bool) -> None:
+        super().__init__()
+        weight = torch.randn(6, 8, 5, dtype=torch.complex64).conj()
+        self.weight = nn.Parameter(torch.view_as_real(weight.resolve_conj()) if pairs else weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.weight.is_complex() else torch.view_as_complex(self.weight)
+        return torch.fft.irfft2(torch.fft.rfft2(x) * weight, s=x.shape[-2:])
+
+
+def spectral(*, pairs: bool) -> nn.Module:
+    torch.manual_seed(0)
+    body = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), Filter(pairs=pairs), nn.ReLU()
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)).eval()
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_complex_weights_adapt_as_pairs_of_real_ones(name, tmp_path):
+    one, two = (adapter_of(name, spectral(pairs=pairs)) for pairs in (False, True))
+    *begin, last = batches(4)
+    for x in begin:
+        assert torch.equal(one(x), two(x))
+    assert torch.equal(one.export()(last), two.export()(last))
+    assert one.export().get_parameter("2.weight").is_complex()
+    one.save(tmp_path / "state")
+    again = adapter_of(name, spectral(pairs=False))
+    again.load(tmp_path / "state")
+    assert torch.equal(again(last), two(last))
 
 
 class Frames(nn.Module):

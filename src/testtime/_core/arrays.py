@@ -29,6 +29,28 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, in a last dimension more; other tensors as they are.
+
+    Example:
+        >>> as_real(torch.tensor([1 + 2j]))
+        tensor([[1., 2.]])
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def as_was(own: Tensor, value: Tensor) -> Tensor:
+    """A value in the type of the tensor that it is to replace: what `as_real` made, complex again.
+
+    Example:
+        >>> as_was(torch.tensor([1j]), torch.tensor([[1.0, 2.0]]))
+        tensor([1.+2.j])
+    """
+    if own.is_complex():
+        value = torch.complex(*value.unbind(-1))
+    return value.to(own.dtype)
+
+
 def in_type_of(given: Tensor, value: Tensor) -> Tensor:
     """A value in the type of what it was made of, but in float32 at least.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import BaseTorchFunctionMode
 
+from testtime._core.arrays import as_real, as_was
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer, bound, on_input
 from testtime.adaptation.lean import Lean, kept_as
@@ -125,10 +126,10 @@ class Loan:
         self.blocks: Any = None  # of a transformer, once somebody has looked for them
 
     def source(self, name: str) -> Tensor:
-        """The model's own tensor of that name, detached."""
+        """The model's own tensor of that name, detached; a complex one as pairs of real numbers."""
         holder, key = self.places[name][0]
         with self.lock:
-            return holder[key].detach()
+            return as_real(holder[key].detach())
 
     def source_moments(self, layer: NormLayer) -> Moments:
         """The statistics that a layer stored in training."""
@@ -239,8 +240,7 @@ class Loan:
                 parameter.requires_grad = False
             for name, tensor in tensors.items():
                 for holder, key in self.places[name]:
-                    own = holder[key]
-                    put(holder, key, tensor if tensor.dtype == own.dtype else tensor.to(own.dtype))
+                    put(holder, key, as_was(holder[key], tensor))
             if isinstance(statistics, BatchStatistics | RunningStatistics):
                 for module in self.tracked:
                     put(module.__dict__, "track_running_stats", False)
