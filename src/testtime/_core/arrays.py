@@ -5,6 +5,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from testtime._core.errors import InputError
+
+
+def check_tensors(**given: Any) -> None:
+    """Refuses what is no tensor, with the name under which it was given.
+
+    Example:
+        >>> check_tensors(logits=torch.zeros(1), labels=[0])
+        Traceback (most recent call last):
+        testtime._core.errors.InputError: labels is of type list; expected a tensor: torch.as_tensor(...).
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            said = "None" if value is None else f"of type {type(value).__name__}"
+            raise InputError(f"{name} is {said}; expected a tensor: torch.as_tensor(...).")
+
 
 def as_given(values: Any) -> Tensor:
     """A tensor as it is; numbers and arrays as one on the CPU, whatever torch's default device is.
