@@ -179,6 +179,31 @@ def test_complex_weights_adapt_as_pairs_of_real_ones(name, tmp_path):
     assert torch.equal(again(last), two(last))
 
 
+class Prepared(nn.Module):
+    """Scales its input where torch's record of what to differentiate is off."""
+
+    def __init__(self, off) -> None:
+        super().__init__()
+        self.inner, self.off = tiny(), off
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.off():
+            x = 2 * x - 1
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_parts_that_forbid_to_learn_are_told_of(name):
+    def learn(off) -> None:
+        adapter = adapter_of(name, Prepared(off).eval())
+        for x in batches(2):
+            adapter(x)
+
+    learn(torch.no_grad)
+    with pytest.raises(ScopeError, match=r"torch\.inference_mode\(\).*torch\.no_grad\(\)"):
+        learn(torch.inference_mode)
+
+
 class Frames(nn.Module):
     """Answers each frame of a clip, and averages."""
 

@@ -18,6 +18,7 @@ from testtime._core.arrays import as_real, as_was
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer, bound, on_input
 from testtime.adaptation.lean import Lean, kept_as
+from testtime.adaptation.modes import learnable
 from testtime.adaptation.moments import InGroups, moments, normalise, normalise_blended
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
@@ -181,7 +182,7 @@ class Loan:
             others = () if isinstance(statistics, SourceStatistics) else self.lent_statistics
             watched = self.traces.watched_once(self.named_modules, x, others)
             tapped = tap() if tap is not None else nullcontext()
-            with keeping, short, apart, tapped, watched, self._heard():
+            with keeping, short, apart, tapped, watched, self._heard(), learnable():
                 return self.model(x), fresh
 
     def _heard(self) -> Any:
