@@ -168,6 +168,7 @@ def spectral(*, pairs: bool) -> nn.Module:
 @pytest.mark.parametrize("name", WHOLE)
 def test_complex_weights_adapt_as_pairs_of_real_ones(name, tmp_path):
     one, two = (adapter_of(name, spectral(pairs=pairs)) for pairs in (False, True))
+    assert str(one.plan()) == str(two.plan())
     *begin, last = batches(4)
     for x in begin:
         assert torch.equal(one(x), two(x))
