@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from testtime._core.files import atomic
+from between import write_json
 from testtime.bench.machine import describe_machine
 from testtime.decode.api import generate
 from testtime.decode.labels import Question, answer_questions
@@ -123,8 +123,7 @@ def shown(auroc: float | None) -> str:
 
 def keep(settings: dict[str, Any], rows: dict[str, Any]) -> None:
     """Writes down what has been found so far."""
-    with atomic(NUMBERS) as part:
-        part.write_text(json.dumps({**settings, "topics": rows}, indent=1) + "\n")
+    write_json(NUMBERS, {**settings, "topics": rows})
 
 
 def judged(name: str, given: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,17 @@
-"""Tables of measured figures in pages of the docs."""
+"""What was measured, in files of numbers and in pages of the docs: written wholly or not at all."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from testtime._core.files import atomic
+
+
+def write_json(path: Path, numbers: Any) -> None:
+    """Writes a file of numbers."""
+    with atomic(path) as part:
+        part.write_text(json.dumps(numbers, indent=1) + "\n", "utf-8")
 
 
 def write_between(path: Path, name: str, lines: Sequence[str]) -> None:
@@ -15,4 +25,5 @@ def write_between(path: Path, name: str, lines: Sequence[str]) -> None:
     begin, end = (f"<!-- {name}: {what} -->" for what in ("begin", "end"))
     before, rest = path.read_text("utf-8").split(begin)
     after = rest.split(end)[1]
-    path.write_text("\n".join([before + begin, *lines, end + after]), "utf-8")
+    with atomic(path) as part:
+        part.write_text("\n".join([before + begin, *lines, end + after]), "utf-8")

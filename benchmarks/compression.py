@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from between import write_between
+from between import write_between, write_json
 from testtime.bench.machine import describe_machine
 from testtime.decode.compression import compress, decompress
 from testtime.decode.models import load_language_model
@@ -151,7 +151,7 @@ def main() -> None:
 def save(path: Path, held: dict[str, Any]) -> None:
     """Writes the numbers down, texts in their order."""
     texts = {name: held["texts"][name] for name in TEXTS if name in held["texts"]}
-    path.write_text(json.dumps({**held, "texts": texts}, indent=1) + "\n", "utf-8")
+    write_json(path, {**held, "texts": texts})
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import testtime as tt
+from between import write_json
 from compare import compare, join, page, show
 from settings import setting
 from testtime._core.devices import wait_for
@@ -341,7 +342,7 @@ def main() -> int:
         show(found["rows"])
     if chosen.out:
         held = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
-        chosen.out.write_text(json.dumps(join(held, found), indent=1) + "\n")
+        write_json(chosen.out, join(held, found))
     return 0
 
 

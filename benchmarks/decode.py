@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import testtime as tt
-from between import write_between
+from between import write_between, write_json
 from testtime.bench.machine import describe_machine
 from testtime.decode.decoding import Decoding
 from testtime.decode.models import end_tokens
@@ -140,7 +140,7 @@ def main() -> None:
             times[name] = time.process_time() - begun
         for name, value in times.items():
             held["seconds"][name].append(value)
-        asked.out.write_text(json.dumps(held, indent=1) + "\n", "utf-8")
+        write_json(asked.out, held)
         print(f"round {len(held['seconds'][PLAIN])} of {asked.rounds}", flush=True)
     for name, row in summary(held).items():
         print(f"{name:<22}{row['tokens per second']:8.2f}{row['time against plain']:8.3f}")

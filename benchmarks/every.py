@@ -26,7 +26,7 @@ import torchvision
 from torch import Tensor, nn
 
 import testtime as tt
-from between import write_between
+from between import write_between, write_json
 from compare import join
 from cost import Confident, machine, peak_megabytes, seconds, told
 from settings import setting
@@ -254,8 +254,7 @@ def main() -> None:
     for network in chosen.networks.split(","):
         rows = measure(network, chosen.methods.split(","), chosen.rounds)
         held = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
-        found = join(held, {"machine": machine(), "rows": rows})
-        chosen.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(chosen.out, join(held, {"machine": machine(), "rows": rows}))
 
 
 if __name__ == "__main__":

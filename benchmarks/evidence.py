@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import testtime as tt
+from between import write_json
 from testtime._core.seeds import generator
+from testtime.adaptation.layers import norm_layers
+from testtime.adaptation.loan import Loan
+from testtime.adaptation.look import look
 from testtime.adaptation.never_worse import errors, excess, information, surprise
 from testtime.measures.detection import auroc
 
@@ -66,14 +70,13 @@ def _watched(
     model: nn.Module, answer: Callable[..., Any], again: Callable[..., Any], x: Tensor
 ) -> Seen:
     seen: list[Tensor] = []
-    head = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
-    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
-    logits = answer(x).detach()
-    hook.remove()
+    loan = Loan(model, norm_layers(model))
+    with loan.recording(look(model, loan, x).feature_layer, seen):
+        logits = answer(x).detach()
     features = next(each for each in seen if len(each) == len(x))  # not of the adapter's first look
     return {
         "logits": logits,
-        "features": features,
+        "features": features.detach(),
         "moved": again(x.roll((1, -1), (2, 3))).detach(),
     }
 
@@ -249,7 +252,7 @@ def write(model: str, rows: Sequence[dict[str, Any]], failed: set[tuple[str, str
     }
     numbers = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
     numbers[model] = {name: separated(each) for name, each in sets.items()}
-    NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n")
+    write_json(NUMBERS, numbers)
 
 
 def table() -> str:

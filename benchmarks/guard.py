@@ -23,7 +23,7 @@ import torch
 
 import evidence
 import testtime as tt
-from testtime._core.files import atomic
+from between import write_json
 from testtime._core.seeds import generator
 from testtime.bench.machine import describe_machine
 from testtime.bench.models import load_model
@@ -285,7 +285,7 @@ def main() -> None:
     until = time.monotonic() + given.seconds
     found: list[dict[str, Any]] = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else []
     if given.alike:
-        ALIKE.write_text(json.dumps(alike(), indent=1) + "\n")
+        write_json(ALIKE, alike())
     elif given.evidence:
         searched(given.evidence, found)
     elif not given.page:
@@ -313,8 +313,7 @@ def run(
                 row = {"model": name, "method": method, "stream": stream, "machine": machine}
                 found.append(row)
             row |= cell(model, method, name, stream, only_guarded=old) | {"rule": RULE}
-            with atomic(NUMBERS) as part:
-                part.write_text(json.dumps(found, indent=1) + "\n")
+            write_json(NUMBERS, found)
             print(*row.values(), flush=True)
 
 

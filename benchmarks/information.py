@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from testtime._core.errors import InputError
+from testtime._core.files import atomic
 from testtime._core.seeds import generator
 from testtime.measures.information import bounds, laws
 from testtime.measures.information.estimate import normal_scores
@@ -100,7 +101,8 @@ def main() -> None:
                 continue
             value, error = round(found.value, 5), round(found.standard_error, 5)
             rows.append(row | {"value": value, "standard_error": error})
-        NUMBERS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+        with atomic(NUMBERS) as part:
+            part.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         if time.monotonic() > until:
             break
     FIGURE.parent.mkdir(exist_ok=True)

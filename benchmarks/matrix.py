@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from between import write_json
 from testtime._core.registry import entries
 from testtime.bench.metrics import OPEN_SET, summarise
 from testtime.bench.store import read_run
@@ -55,7 +56,7 @@ def main() -> None:
     if given.run is not None:
         planned = json.loads((given.run / "run.json").read_text()).values()
         records = numbers(read_run(given.run, partial=True), planned)
-        NUMBERS.write_text(json.dumps(records, indent=1) + "\n")
+        write_json(NUMBERS, records)
     if not NUMBERS.exists():
         sys.exit("no numbers yet: give the folder of a run")
     PAGE.write_text(page(json.loads(NUMBERS.read_text())))

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from between import write_json
 from testtime._core.seeds import generator
 from testtime.bench.machine import describe_machine
 from testtime.guard.betting import Starting
@@ -347,7 +348,7 @@ def main() -> None:
                 if time.monotonic() > until:
                     return
                 found[part][name] = measure(name)
-                NUMBERS.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+                write_json(NUMBERS, found)
                 print(part, name, found[part][name], file=sys.stderr)
     write(found)
 

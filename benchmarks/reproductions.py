@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from testtime._core.files import atomic
 from testtime._core.registry import Entry, entries
 from testtime.cli.reproduce import number
 from testtime.papers.catalogue import record
@@ -54,7 +55,8 @@ def main() -> None:
         print(
             f"{slug}: {known[slug]['seconds']:.0f} s, held: {known[slug]['held']}", file=sys.stderr
         )
-        NUMBERS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+        with atomic(NUMBERS) as part:
+            part.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     PAGE.write_text(page(known, checks))
 
 

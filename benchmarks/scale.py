@@ -22,6 +22,7 @@ import torchvision
 from torch import nn
 
 import testtime as tt
+from between import write_json
 from cost import machine, told
 from plots import lines
 from testtime.adaptation.layers import norm_layers
@@ -125,7 +126,7 @@ def main() -> None:
         found["ranks"].append({"ranks": world, **ranks(world, 10 * chosen.rounds)})
     print(json.dumps(found, indent=1))
     if chosen.out:
-        chosen.out.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(chosen.out, found)
     if chosen.plots:
         draw(found, chosen.plots)
 

@@ -7,13 +7,13 @@ verifier is the same model, asked whether the text so far is good.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from between import write_json
 from testtime.bench.machine import describe_machine
 from testtime.decode import prefixes
 from testtime.decode.labels import yes_verifier
@@ -79,7 +79,7 @@ def main() -> None:
             "machine": describe_machine(torch.device("cpu")),
             "threads": torch.get_num_threads(),
         }
-        args.json.write_text(json.dumps({**settings, **rows, "same": same}, indent=1) + "\n")
+        write_json(args.json, {**settings, **rows, "same": same})
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 import torch
 
+from between import write_json
 from testtime._core.files import atomic
 from testtime._core.seeds import derive, generator
 from testtime.bench.machine import describe_machine
@@ -111,7 +112,7 @@ def main() -> None:
         if tau is not None:
             share = fmean(h > tau for text in texts for h in text["entropies"])
             found["power"][name]["share scored"] = share
-    (ROOT / f"benchmarks/watermark-{short}.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_json(ROOT / f"benchmarks/watermark-{short}.json", found)
     (ROOT / f"docs/watermark-{short}.svg").write_text(plot(found))
 
 

@@ -138,6 +138,21 @@ def test_a_look_finds_models_that_mix(how, apart):
     assert (adapter.snapshot().teaching is not None) is apart
 
 
+def test_answers_that_are_not_finite_show_nothing():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny("group")
+
+        def forward(self, x):
+            size = x.flatten(1).sum(1, keepdim=True)
+            return self.net(x) * (size / size)
+
+    adapter, xs = tt.adapt(Scaled().eval(), recipe_of("eta", "group")), batches(3)
+    run(adapter, [torch.zeros_like(xs[0]), *xs], few=2)
+    assert adapter.snapshot().teaching is not None
+
+
 @pytest.mark.parametrize(
     ("kind", "recipe", "parts"),
     [

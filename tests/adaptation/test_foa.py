@@ -209,12 +209,12 @@ def of_timm(name: str, **options) -> nn.Module:
     return timm.create_model(name, img_size=32, depth=3, num_classes=5, **options)
 
 
-def of_transformers() -> nn.Module:
+def of_transformers(**options) -> nn.Module:
     import transformers as hf
 
     config = hf.ViTConfig(
         image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=3,
-        num_attention_heads=2, intermediate_size=32, num_labels=5,
+        num_attention_heads=2, intermediate_size=32, num_labels=5, **options,
     )  # fmt: skip
     return hf.ViTForImageClassification(config)
 
@@ -228,6 +228,7 @@ MODELS = {
         of_timm, "vit_tiny_patch16_224", global_pool="avg", fc_norm=False
     ),
     "transformers": of_transformers,
+    "transformers, hidden states": partial(of_transformers, output_hidden_states=True),
 }
 
 
@@ -253,3 +254,5 @@ def test_transformers_of_libraries(name):
         assert read_logits(answer).shape == (4, 5)
     assert not torch.equal(read_logits(answer), read_logits(plain))
     assert {event.outcome for event in adapter.events} == {Outcome.ADAPTED}
+    if "hidden states" in name:
+        assert all(each.shape == (4, 17 + SMALL["prompts"], 16) for each in answer.hidden_states)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import testtime as tt
-from battery import adapter_of, each
+from battery import WHOLE, adapter_of, each
 from models import ChannelsRMSNorm, FrozenNorm, batches, tiny
 from testtime._core.errors import InputError, ScopeError
 from testtime.adaptation.layers import norm_kind
@@ -89,6 +89,17 @@ class ResponseNorm(nn.Module):
         return x + self.bias + self.weight * x * size / (size.mean(-1, keepdim=True) + self.eps)
 
 
+class Residual(ChannelsRMSNorm):
+    """Normalises, and adds that to its input where it is told to."""
+
+    def __init__(self, channels: int, *, adds: bool) -> None:
+        super().__init__(channels)
+        self.adds = adds
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (x if self.adds else 0)
+
+
 class PowerMean(nn.Module):
     """A pooling that learns its exponent, and adds an epsilon."""
 
@@ -121,6 +132,11 @@ def test_not_all_that_adds_an_epsilon_normalises():
     assert norm_kind(FrozenNorm(4)) == "batch"
 
 
+def test_layers_of_one_class_need_not_do_the_same():
+    for adds in (True, False, True):
+        assert norm_kind(Residual(4, adds=adds)) == (None if adds else "layer")
+
+
 def test_whole_numbers_may_be_added_to_the_variance():
     model, other = with_eps(1), with_eps(1.0)
     for options in ({}, {"momentum": 0.1}, {"prior": 16}):
@@ -128,6 +144,65 @@ def test_whole_numbers_may_be_added_to_the_variance():
         for x in batches(2):
             assert torch.equal(one(x), two(x))
         assert torch.equal(one.export()(x), two.export()(x))
+
+
+class Filter(nn.Module):
+    """Weighs frequencies by complex numbers, which it holds as such or as pairs of real ones."""
+
+    def __init__(self, *, pairs: bool) -> None:
+        super().__init__()
+        weight = torch.randn(6, 8, 5, dtype=torch.complex64).conj()
+        self.weight = nn.Parameter(torch.view_as_real(weight.resolve_conj()) if pairs else weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.weight.is_complex() else torch.view_as_complex(self.weight)
+        return torch.fft.irfft2(torch.fft.rfft2(x) * weight, s=x.shape[-2:])
+
+
+def spectral(*, pairs: bool) -> nn.Module:
+    torch.manual_seed(0)
+    body = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), Filter(pairs=pairs), nn.ReLU()
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)).eval()
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_complex_weights_adapt_as_pairs_of_real_ones(name, tmp_path):
+    one, two = (adapter_of(name, spectral(pairs=pairs)) for pairs in (False, True))
+    assert str(one.plan()) == str(two.plan())
+    *begin, last = batches(4)
+    for x in begin:
+        assert torch.equal(one(x), two(x))
+    assert torch.equal(one.export()(last), two.export()(last))
+    assert one.export().get_parameter("2.weight").is_complex()
+    one.save(tmp_path / "state")
+    again = adapter_of(name, spectral(pairs=False))
+    again.load(tmp_path / "state")
+    assert torch.equal(again(last), two(last))
+
+
+class Prepared(nn.Module):
+    """Scales its input where torch's record of what to differentiate is off."""
+
+    def __init__(self, off) -> None:
+        super().__init__()
+        self.inner, self.off = tiny(), off
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.off():
+            x = 2 * x - 1
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_parts_that_forbid_to_learn_are_told_of(name):
+    def learn(off) -> None:
+        adapter = adapter_of(name, Prepared(off).eval())
+        for x in batches(2):
+            adapter(x)
+
+    learn(torch.no_grad)
+    with pytest.raises(ScopeError, match=r"torch\.inference_mode\(\).*torch\.no_grad\(\)"):
+        learn(torch.inference_mode)
 
 
 class Frames(nn.Module):

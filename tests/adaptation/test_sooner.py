@@ -103,6 +103,32 @@ def test_a_model_that_answers_by_chance_is_asked_once(twice):
     assert not twice
 
 
+class Scaled(nn.Module):
+    """Answers a sample of zeros with NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny("group")
+
+    def forward(self, x):
+        size = x.flatten(1).sum(1, keepdim=True)
+        return self.inner(x) * (size / size)
+
+
+@pytest.mark.parametrize("where", [slice(None), 3])
+def test_answers_of_nan_decide_nothing(where, twice):
+    first, *more = batches(4)
+    first[where] = 0
+    deferred = tt.adapt(Scaled(), "tent", deferred=True)
+    deferred(first)
+    deferred.flush()
+    assert not twice
+    for x in more:
+        deferred(x)
+        deferred.flush()
+    assert len(twice) == 3
+
+
 class Added(nn.Module):
     """Writes to what its convolutions gave."""
 

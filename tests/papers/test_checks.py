@@ -304,3 +304,18 @@ def test_training_learns_and_repeats():
 def test_the_claim_holds_on_one_seed(slug):
     found = CHECKS[slug].factory(seeds=(0,))
     assert found.held, found.numbers
+
+
+@pytest.mark.parametrize("slug", ["em-llm", "edt"])
+def test_defaults_of_torch_change_no_check(slug):
+    check = next(e for e in entries("check").values() if e.paper == slug).factory
+    expected = check(seeds=[0])
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        assert check(seeds=[0]) == expected
+        assert torch.zeros(1).dtype == torch.float64
+        assert torch.zeros(1).is_meta
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)

@@ -5,6 +5,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from testtime._core.errors import InputError
+
+
+def check_tensors(**given: Any) -> None:
+    """Refuses what is no tensor, with the name under which it was given.
+
+    Example:
+        >>> check_tensors(logits=torch.zeros(1), labels=[0])
+        Traceback (most recent call last):
+        testtime._core.errors.InputError: labels is of type list; expected a tensor: torch.as_tensor(...).
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            said = "None" if value is None else f"of type {type(value).__name__}"
+            raise InputError(f"{name} is {said}; expected a tensor: torch.as_tensor(...).")
+
 
 def as_given(values: Any) -> Tensor:
     """A tensor as it is; numbers and arrays as one on the CPU, whatever torch's default device is.
@@ -27,6 +43,28 @@ def at_least_single(tensor: Tensor) -> Tensor:
         torch.float64
     """
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, in a last dimension more; other tensors as they are.
+
+    Example:
+        >>> as_real(torch.tensor([1 + 2j]))
+        tensor([[1., 2.]])
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def as_was(own: Tensor, value: Tensor) -> Tensor:
+    """A value in the type of the tensor that it is to replace: what `as_real` made, complex again.
+
+    Example:
+        >>> as_was(torch.tensor([1j]), torch.tensor([[1.0, 2.0]]))
+        tensor([1.+2.j])
+    """
+    if own.is_complex():
+        value = torch.complex(*value.unbind(-1))
+    return value.to(own.dtype)
 
 
 def in_type_of(given: Tensor, value: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
     """
     total = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
-        held = tensor.detach().cpu().contiguous()
+        held = tensor.detach().cpu().resolve_conj().contiguous()
         total.update(f"{name}{tuple(held.shape)}{held.dtype}".encode())
         total.update(held.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

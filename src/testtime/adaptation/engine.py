@@ -351,7 +351,7 @@ class Engine:
             return False
         if self._apart is None:
             self._apart = answers_alone(self.loan, x, SourceStatistics())
-        return self._apart
+        return bool(self._apart)
 
     def _haste(self, evidence: Evidence) -> Sooner | None:
         """Which forward answers such a batch sooner; None where only one may.
@@ -369,8 +369,11 @@ class Engine:
             self._again = answers_again(self.loan, x, SourceStatistics())
         sooner = self._sooner.setdefault(x.shape, Sooner()) if self._again else None
         if sooner is not None and sooner.twice and not sooner.proven:
-            sooner.proven = answers_without_graph(evidence)
-            if not sooner.proven:
+            proven = answers_without_graph(evidence)
+            if proven is None:
+                return None
+            sooner.proven = proven
+            if not proven:
                 sooner = self._sooner[x.shape] = None
         return sooner
 

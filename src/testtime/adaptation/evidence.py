@@ -11,6 +11,7 @@ from torch import Tensor
 
 from testtime.adaptation.calls import Watching
 from testtime.adaptation.loan import features_of
+from testtime.adaptation.look import same
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.recipe import reads
 from testtime.adaptation.replay import Recorded, Replayed
@@ -236,11 +237,11 @@ class Evidence:
         return part(**{name: getattr(self, name) for name in reads(part)}, **more)
 
 
-def answers_without_graph(evidence: Evidence) -> bool:
+def answers_without_graph(evidence: Evidence) -> bool | None:
     """Whether the student answers a batch without a graph as it does with one, to the last bit.
 
     It need not: attention may take short cuts, and torch multiply otherwise, where nothing asks for
-    a gradient.
+    a gradient. None where an answer holds NaN, so that nothing can be told.
 
     Args:
         evidence: of the batch, whose student has not run.
@@ -253,4 +254,4 @@ def answers_without_graph(evidence: Evidence) -> bool:
         with torch.set_grad_enabled(graph):
             told.append(twin.logits.detach())
         engine.forwards -= len(x)  # no part of the step
-    return torch.equal(*told)
+    return same(*told)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from testtime._core.arrays import as_was
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer, bound, named_input, norm_layers
 from testtime.adaptation.loan import ALONE, places
@@ -73,7 +74,7 @@ def exported(model: nn.Module, recipe: Recipe, state: State) -> nn.Module:
         averages = state.teacher_averages if teaches else state.averages
         own = dict(copy.named_parameters()) | dict(copy.named_buffers())
         for name, value in tensors.items():
-            own[name].copy_(value)
+            own[name].copy_(as_was(own[name], value))
         held = places(copy)
         of_layer = getattr(recipe.procedure, "statistics_of", lambda *_: recipe.statistics)
         keeping = bound(copy)

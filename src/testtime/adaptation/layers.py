@@ -86,20 +86,19 @@ def norm_kind(module: nn.Module) -> Kind | None:
     return "batch" if {"running_mean", "running_var"} <= buffers.keys() else "layer"
 
 
-_at_rest: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()
+_at_rest: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 
 def rests_at_zero(module: nn.Module) -> bool:
-    """Whether a layer whose parameters are zero gives what it is given; a copy of it is tried.
+    """Whether a layer whose parameters are zero gives what it is given; a copy of it is tried, once.
 
     Example:
         >>> rests_at_zero(nn.LayerNorm(2)), rests_at_zero(nn.PReLU(2))
         (False, False)
     """
-    kind = type(module)
-    if kind not in _at_rest:
-        _at_rest[kind] = _try_at_rest(module)
-    return _at_rest[kind]
+    if module not in _at_rest:
+        _at_rest[module] = _try_at_rest(module)
+    return _at_rest[module]
 
 
 def _try_at_rest(module: nn.Module) -> bool:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import BaseTorchFunctionMode
 
+from testtime._core.arrays import as_real, as_was
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer, bound, on_input
 from testtime.adaptation.lean import Lean, kept_as
+from testtime.adaptation.modes import learnable
 from testtime.adaptation.moments import InGroups, moments, normalise, normalise_blended
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
@@ -125,10 +127,10 @@ class Loan:
         self.blocks: Any = None  # of a transformer, once somebody has looked for them
 
     def source(self, name: str) -> Tensor:
-        """The model's own tensor of that name, detached."""
+        """The model's own tensor of that name, detached; a complex one as pairs of real numbers."""
         holder, key = self.places[name][0]
         with self.lock:
-            return holder[key].detach()
+            return as_real(holder[key].detach())
 
     def source_moments(self, layer: NormLayer) -> Moments:
         """The statistics that a layer stored in training."""
@@ -180,7 +182,7 @@ class Loan:
             others = () if isinstance(statistics, SourceStatistics) else self.lent_statistics
             watched = self.traces.watched_once(self.named_modules, x, others)
             tapped = tap() if tap is not None else nullcontext()
-            with keeping, short, apart, tapped, watched, self._heard():
+            with keeping, short, apart, tapped, watched, self._heard(), learnable():
                 return self.model(x), fresh
 
     def _heard(self) -> Any:
@@ -239,8 +241,7 @@ class Loan:
                 parameter.requires_grad = False
             for name, tensor in tensors.items():
                 for holder, key in self.places[name]:
-                    own = holder[key]
-                    put(holder, key, tensor if tensor.dtype == own.dtype else tensor.to(own.dtype))
+                    put(holder, key, as_was(holder[key], tensor))
             if isinstance(statistics, BatchStatistics | RunningStatistics):
                 for module in self.tracked:
                     put(module.__dict__, "track_running_stats", False)

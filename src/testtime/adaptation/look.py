@@ -157,11 +157,12 @@ def no_checkpoints(model: nn.Module) -> ScopeError:
     )
 
 
-def answers_alone(loan: Loan, x: Tensor, statistics: Statistics) -> bool:
+def answers_alone(loan: Loan, x: Tensor, statistics: Statistics) -> bool | None:
     """Whether the answer for a sample does not hang on the others of its batch, as a look shows.
 
     Of two samples, the one's logits must have no gradient at all with respect to the other's input,
-    and be what they are when it comes alone, but for rounding.
+    and be what they are when it comes alone, but for rounding. None where they are not finite, which
+    shows nothing.
 
     Args:
         loan: of the model.
@@ -171,6 +172,8 @@ def answers_alone(loan: Loan, x: Tensor, statistics: Statistics) -> bool:
     pair = torch.cat([x[:1], x[-1:]]).detach().requires_grad_()
     with torch.enable_grad():
         together = read_logits(loan.run(pair, {}, statistics, ranks=Ranks())[0])[0]
+        if not together.isfinite().all():
+            return None
         if not together.requires_grad:
             return False
         (slope,) = torch.autograd.grad(together.sum(), pair, allow_unused=True)
@@ -180,8 +183,8 @@ def answers_alone(loan: Loan, x: Tensor, statistics: Statistics) -> bool:
     return slope is not None and bool(apart) and not slope[1].any()
 
 
-def answers_again(loan: Loan, x: Tensor, statistics: Statistics) -> bool:
-    """Whether the model answers the same, bit for bit, when it is asked once more.
+def answers_again(loan: Loan, x: Tensor, statistics: Statistics) -> bool | None:
+    """Whether the model answers the same, bit for bit, when it is asked once more; or `same`'s None.
 
     Args: as of `answers_alone`.
     """
@@ -190,7 +193,17 @@ def answers_again(loan: Loan, x: Tensor, statistics: Statistics) -> bool:
         first, second = (
             read_logits(loan.run(pair, {}, statistics, ranks=Ranks())[0]) for _ in range(2)
         )
-    return torch.equal(first, second)
+    return same(first, second)
+
+
+def same(one: Tensor, other: Tensor) -> bool | None:
+    """Whether two answers are the same to the last bit; None where NaN, which equals nothing, hides it.
+
+    Example:
+        >>> same(torch.ones(1), torch.ones(1)), same(torch.tensor([torch.nan]), torch.ones(1))
+        (True, None)
+    """
+    return None if one.isnan().any() or other.isnan().any() else torch.equal(one, other)
 
 
 def named_layer(model: nn.Module, name: str | None) -> nn.Module | None:

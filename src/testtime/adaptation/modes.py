@@ -5,6 +5,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
+from testtime._core.errors import ScopeError
+
 
 @contextmanager
 def computing() -> Iterator[None]:
@@ -21,6 +23,22 @@ def computing() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
+
+
+@contextmanager
+def learnable() -> Iterator[None]:
+    """While it lasts, torch's complaint of a part of a model that forbids to learn is the library's."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "nference tensor" not in str(error):
+            raise
+        raise ScopeError(
+            "a part of the model runs under torch.inference_mode(), and something that learns takes "
+            "what it gives, which torch keeps for no backward. Put torch.no_grad() in its place or "
+            "clone what it gives outside of it, it answers the same; or take a method that learns "
+            "nothing: bn-adapt, lame."
+        ) from error
 
 
 def autocasting(device: torch.device) -> Callable[[], ExitStack]:

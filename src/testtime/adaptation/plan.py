@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from testtime._core.arrays import as_real
 from testtime.adaptation.budget import Spending
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.recipe import Recipe, describe
@@ -58,7 +59,7 @@ def planned(model: nn.Module, recipe: Recipe, state: State, spending: Spending |
     for layer in norm_layers(model):
         kinds[layer.kind] = kinds.get(layer.kind, 0) + 1
     values = sum(tensor.numel() for tensor in state.tensors.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(as_real(parameter.detach()).numel() for parameter in model.parameters())
     forwards, backwards = recipe.passes or (None, None)
     held = dict(vars(state))
     if recipe.optimizer is not None:  # what it holds from its first step on

@@ -24,7 +24,8 @@ class State:
     """Where one stream stands. Steps make a new state; no tensor of an old one is written to.
 
     Attributes:
-        tensors: what adapts, in float32 where the model is in half precision.
+        tensors: what adapts, in float32 where the model is in half precision; complex numbers
+            as pairs of real ones, as torch's optimizers take them.
         beside: what learns beside the model.
         optimizer: state of the optimizer.
         averages: moving averages of normalisation statistics, with `RunningStatistics`.

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Int, Real
 from torch import Tensor
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError, OptionError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import generator
@@ -84,7 +85,8 @@ def difficulty_levels(
     Reference: Snell, Lee, Xu, Kumar, Scaling LLM Test-Time Compute Optimally can be More Effective
     than Scaling Model Parameters, ICLR 2025.
     """
-    return torch.bucketize(easiness.double(), _edges(easiness, bins))
+    edges = _edges(easiness, bins)
+    return torch.bucketize(easiness.double(), edges)
 
 
 def fit_policy(
@@ -197,6 +199,7 @@ def inference_of_small(*, times: float, pretraining: float, inference: float) ->
 
 def _edges(easiness: Tensor, bins: int) -> Tensor:
     whole(1, bins=bins)
+    check_tensors(easiness=easiness)
     if easiness.ndim != 1 or len(easiness) == 0 or bool(easiness.isnan().any()):
         raise InputError(
             f"easiness has the shape {tuple(easiness.shape)}"
@@ -230,6 +233,7 @@ def _folds(level: Tensor, seed: int) -> Tensor:
 
 
 def _check(easiness: Tensor, correct: Tensor, strategies: Sequence[str]) -> None:
+    check_tensors(easiness=easiness, correct=correct)
     if correct.shape != (len(strategies), *easiness.shape) or not len(strategies):
         raise InputError(
             f"correct has the shape {tuple(correct.shape)}; expected (strategies, questions), here "

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Real
 from torch import Tensor
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError
 
 DOUBTS = ("wait", "alternatively")
@@ -62,6 +63,7 @@ def length_study(
 
     Reference: Zeng et al., ACL 2025; they take five samples of a question.
     """
+    check_tensors(lengths=lengths, right=right)
     if lengths.ndim != 2 or lengths.shape != right.shape or right.dtype != torch.bool:
         raise InputError(
             f"lengths have the shape {tuple(lengths.shape)} and right is {right.dtype} of the shape "
@@ -100,6 +102,7 @@ def doubts(
 
     Reference: Zeng et al., ACL 2025.
     """
+    check_tensors(lengths=lengths)
     shape = (len(texts), len(texts[0]) if texts else 0)
     if (
         tuple(lengths.shape) != shape

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import whole
 
@@ -49,6 +50,7 @@ def sparse_attention_mask(
     """
     whole(0, local=local, top_k=top_k, sinks=sinks)
     whole(1, kv_heads=kv_heads, block=block)
+    check_tensors(scores=scores)
     if scores.ndim < 2 or scores.shape[-2] % kv_heads:
         raise InputError(
             f"scores have the shape {tuple(scores.shape)}; expected (*batch, heads, keys) with "

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError, OptionError
 from testtime._core.options import whole
 from testtime.measures.detection import auroc, average_precision
@@ -62,6 +63,7 @@ def answer_entropy(
     Reference: Sychev et al., When an LLM is apprehensive about its answers -- and when its
     uncertainty is justified, 2025.
     """
+    check_tensors(logits=logits, answer=answer)
     if logits.ndim != 3 or answer.shape != logits.shape[:2] or answer.dtype != torch.bool:
         raise InputError(
             f"logits have the shape {tuple(logits.shape)} and answer is {answer.dtype} of the shape "
@@ -220,6 +222,7 @@ def error_prediction(
     Reference: Sychev et al., 2025.
     """
     whole(1, least=least)
+    check_tensors(score=score, wrong=wrong)
     if score.ndim != 1 or score.shape != wrong.shape or wrong.dtype != torch.bool:
         raise InputError(
             f"score has the shape {tuple(score.shape)} and wrong is {wrong.dtype} of the shape "

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from testtime._core.arrays import at_least_single
+from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator
@@ -120,6 +120,7 @@ def consistency_features(
         >>> consistency_features(logits, torch.zeros(2, 1, 3), top=2)
         tensor([[0.3333, 0.3333, 0.3333, 0.3333]])
     """
+    check_tensors(logits=logits, views=views)
     if views.dim() != 3 or views.shape[1:] != logits.shape or len(views) == 0:
         raise InputError(
             f"views have the shape {tuple(views.shape)}; expected (views, {', '.join(map(str, logits.shape))})."
@@ -229,8 +230,9 @@ class CorrectnessCalibrator:
         Raises:
             InputError: shapes that do not fit, or NaN.
         """
+        temperature = self.temperature(logits, views)[:, None]
         single = at_least_single(logits)
-        return single / self.temperature(logits, views)[:, None].to(single.dtype)
+        return single / temperature.to(single.dtype)
 
 
 def _temperature(network: nn.Module, features: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError
 
 RIDGE = 1e-5
@@ -53,6 +54,7 @@ class Gaussian:
         Raises:
             InputError: fewer samples, or numbers that are not finite or not floating point.
         """
+        check_tensors(x=x)
         small = x.dim() < 2 or x.shape[-2] < 2 or x.numel() == 0
         if small or not x.is_floating_point() or not bool(x.isfinite().all()):
             raise InputError(

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from testtime._core.arrays import at_least_single
+from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator
@@ -194,6 +194,7 @@ class MisclassificationNetwork:
         Raises:
             InputError: the logits are not (n, classes) with the classes of the tuning data, or NaN.
         """
+        check_tensors(logits=logits)
         first = next(self.network.parameters())
         if logits.dim() != 2 or logits.shape[1] != first.shape[1]:
             raise InputError(
@@ -213,6 +214,7 @@ def _network(classes: int) -> nn.Module:
 
 def _probs(logits: Tensor, temperature: float) -> Tensor:
     in_range(1e-6, temperature=temperature)
+    check_tensors(logits=logits)
     if logits.dim() != 2 or not logits.is_floating_point():
         raise InputError(
             f"logits have the shape {tuple(logits.shape)} and type {logits.dtype}; expected "
@@ -232,6 +234,7 @@ def check_classified(logits: Tensor, labels: Tensor) -> None:
         Traceback (most recent call last):
         testtime._core.errors.InputError: labels lie between 0 and 3; expected 0 to 2.
     """
+    check_tensors(logits=logits, labels=labels)
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or len(logits) == 0:
         raise InputError(
             f"logits have the shape {tuple(logits.shape)} and labels {tuple(labels.shape)}; "
@@ -241,7 +244,7 @@ def check_classified(logits: Tensor, labels: Tensor) -> None:
         raise InputError(f"logits have {logits.shape[1]} class; expected at least two.")
     if logits.is_complex() or not bool(logits.isfinite().all()):
         raise InputError("logits are complex, or hold NaN or infinite values; leave these out.")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise InputError(f"labels are {labels.dtype}; expected whole numbers, such as int64.")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= logits.shape[1]:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError, OptionError, ScopeError
 from testtime._core.options import whole
 from testtime._core.seeds import derive
@@ -154,6 +155,7 @@ def uncertainty_cell(
 
 def _checked(logits: Tensor) -> Tensor:
     """In double precision, if there are members, classes, and no NaN."""
+    check_tensors(logits=logits)
     if logits.dim() < 2 or logits.numel() == 0:
         raise InputError(
             f"logits have the shape {tuple(logits.shape)}; expected (members, *batch, classes)."

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from testtime._core.arrays import at_least_single
+from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator
@@ -56,6 +56,7 @@ def best_score(probability: Tensor, *, cost: float, alpha: float) -> Tensor:
         >>> best_score(torch.tensor([0.7, 0.75, 0.8]), cost=0.25, alpha=2.0).sign()
         tensor([-1.,  0.,  1.])
     """
+    check_tensors(probability=probability)
     real = probability.is_floating_point()
     if not real or not bool(((probability >= 0) & (probability <= 1)).all()):
         raise InputError(
@@ -88,6 +89,7 @@ def rejection_loss(
         >>> rejection_loss(torch.zeros(2), good, cost=0.25, alpha=2.0)
         tensor(1.7931)
     """
+    check_tensors(scores=scores, good=good)
     if scores.shape != good.shape or good.dtype != torch.bool:
         raise InputError(
             f"scores have the shape {tuple(scores.shape)} and good {tuple(good.shape)} of "
@@ -116,6 +118,7 @@ def rejection_cost(accepted: Bool[Tensor, " n"], good: Bool[Tensor, " n"], *, co
         0.5
     """
     in_range(0, 1, cost=cost)
+    check_tensors(accepted=accepted, good=good)
     both_bool = accepted.dtype == good.dtype == torch.bool
     if not both_bool or accepted.shape != good.shape or not accepted.numel():
         raise InputError(
@@ -201,6 +204,7 @@ class Rejector:
         Raises:
             InputError: the network does not answer one number for each sample.
         """
+        check_tensors(inputs=inputs)
         with borrowed(self.network):
             return _scores(self.network, inputs)
 
@@ -250,6 +254,7 @@ def _scores(network: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _check(inputs: Tensor, good: Tensor, *, own: bool) -> None:
+    check_tensors(inputs=inputs, good=good)
     if good.dim() != 1 or good.dtype != torch.bool or len(good) != len(inputs) or len(good) == 0:
         raise InputError(
             f"inputs have the shape {tuple(inputs.shape)} and good {tuple(good.shape)} of "

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range
 from testtime.adaptation.outputs import read_logits
@@ -176,6 +177,7 @@ class RelativeUncertainty:
         Raises:
             InputError: the logits are not (n, classes) with the classes of the tuning data, or NaN.
         """
+        check_tensors(logits=logits)
         if logits.dim() != 2 or logits.shape[1] != len(self.distances):
             raise InputError(
                 f"logits have the shape {tuple(logits.shape)}; expected (n, {len(self.distances)})."

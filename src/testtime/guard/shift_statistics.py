@@ -11,6 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError
 from testtime.guard.densities import DeepDensity, Gaussian
 
@@ -157,6 +158,7 @@ def ks_distance(a: Tensor, b: Tensor) -> Tensor:
         >>> ks_distance(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 2.0]))
         tensor(0.5000)
     """
+    check_tensors(a=a, b=b)
     for each in (a, b):
         if not each.dim() or not each.numel() or each.shape[1:] != b.shape[1:] or each.is_complex():
             raise InputError(

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from testtime._core.arrays import as_given, at_least_single
+from testtime._core.arrays import as_given, at_least_single, check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range
 
@@ -45,6 +45,7 @@ def log_partition(energies: Energies, log_noise: Energies) -> Scalar:
         Optimization, ICML 2023.
     """
     _check("energies", energies)
+    check_tensors(log_noise=log_noise)
     if energies.shape != log_noise.shape:
         raise InputError(
             f"energies are of shape {tuple(energies.shape)}, log_noise of {tuple(log_noise.shape)}; "
@@ -148,6 +149,7 @@ def compositional_likelihood(energies: Energies, log_g: Scalar, log_u: Scalar) -
     Reference: Jiang et al., ICML 2023.
     """
     _check("energies", energies)
+    check_tensors(log_g=log_g)
     if log_g.dim():
         raise InputError(f"log_g is of shape {tuple(log_g.shape)}; expected one number, ().")
     tracked = _number("log_u", log_u)
@@ -181,11 +183,14 @@ def noise_contrastive(
 
     Reference: Gutmann, Hyvärinen, Noise-Contrastive Estimation, AISTATS 2010.
     """
+    if not isinstance(log_z, Tensor | float | int):
+        check_tensors(log_z=log_z)
     if isinstance(log_z, Tensor) and log_z.numel() != 1:
         raise InputError(f"log_z is of shape {tuple(log_z.shape)}; expected one number, ().")
     scores: list[Tensor] = []
     for name, (energies, log_noise) in (("data", data), ("noise", noise)):
         _check(name, energies)
+        check_tensors(**{f"ln q of {name}": log_noise})
         if energies.shape != log_noise.shape:
             raise InputError(
                 f"{name}: {tuple(energies.shape)} energies, {tuple(log_noise.shape)} ln q"
@@ -201,6 +206,7 @@ def noise_contrastive(
 
 
 def _check(name: str, energies: Tensor) -> None:
+    check_tensors(**{name: energies})
     if energies.dim() != 1 or not len(energies) or not energies.is_floating_point():
         raise InputError(
             f"{name} is of shape {tuple(energies.shape)} and type {energies.dtype}; expected one "
@@ -212,7 +218,11 @@ def _check(name: str, energies: Tensor) -> None:
 
 def _number(name: str, value: Tensor) -> Tensor:
     """One finite number, without its graph."""
-    value = as_given(value).detach()
+    try:
+        value = as_given(value).detach()
+    except Exception:  # whatever else it is
+        check_tensors(**{name: value})
+        raise
     if value.dim() or not value.is_floating_point() or not bool(value.isfinite()):
         raise InputError(
             f"{name} is {value.tolist() if value.numel() < 4 else tuple(value.shape)}; expected the "  # pyright: ignore[reportUnknownMemberType]

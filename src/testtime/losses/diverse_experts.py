@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from testtime._core.arrays import at_least_single
+from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range
 
@@ -48,6 +48,9 @@ def diverse_experts_loss(
     """
     in_range(0, tau=tau)
     experts = list(logits.unbind(1) if isinstance(logits, Tensor) and logits.dim() == 3 else logits)
+    check_tensors(
+        labels=labels, prior=prior, **{f"logits[{i}]": each for i, each in enumerate(experts)}
+    )
     shapes = [tuple(each.shape) for each in experts]
     if len(experts) != 3 or len(set(shapes)) > 1 or experts[0].dim() != 2:
         raise InputError(
@@ -77,5 +80,6 @@ def reversed_prior(prior: Float[Tensor, " classes"]) -> Float[Tensor, " classes"
         >>> reversed_prior(torch.tensor([0.6, 0.3, 0.1]))
         tensor([0.1000, 0.3000, 0.6000])
     """
+    check_tensors(prior=prior)
     values, order = prior.sort()
     return torch.empty_like(prior).scatter(0, order, values.flip(0))

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from testtime._core.arrays import in_type_of
+from testtime._core.arrays import check_tensors, in_type_of
 from testtime._core.errors import InputError, OptionError
 
 SLACK = 1e-5
@@ -245,6 +245,7 @@ def _parts(probs: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _check(confidence: Tensor, hit: Tensor, bins: int) -> None:
     _check_bins(bins)
+    check_tensors(confidence=confidence, hit=hit)
     if confidence.ndim != 1 or confidence.shape != hit.shape or len(hit) == 0:
         raise InputError(
             f"confidence has the shape {tuple(confidence.shape)} and hit {tuple(hit.shape)}; "
@@ -283,6 +284,7 @@ def _check_probs(probs: Tensor, labels: Tensor) -> None:
 
 
 def _check_labels(scores: Tensor, labels: Tensor, name: str) -> None:
+    check_tensors(**{name: scores, "labels": labels})
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or scores.numel() == 0:
         raise InputError(
             f"{name} have the shape {tuple(scores.shape)} and labels {tuple(labels.shape)}; "

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from testtime._core.arrays import at_least_single
+from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError, OptionError
 from testtime._core.options import in_range
 
@@ -208,6 +208,7 @@ def _centred(far: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(**samples: Tensor) -> None:
+    check_tensors(**samples)
     lengths = {name: len(v) if v.ndim == 2 else None for name, v in samples.items()}
     if None in lengths.values() or len(set(lengths.values())) != 1 or 0 in lengths.values():
         shapes = ", ".join(f"{name} {tuple(v.shape)}" for name, v in samples.items())

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range
 
@@ -49,6 +50,7 @@ def entropy_bits(law: Float[Tensor, "*shape"]) -> float:
         >>> entropy_bits(torch.tensor([0.5, 0.25, 0.25]))
         1.5
     """
+    check_tensors(law=law)
     law = check_law(law.flatten(), "law")
     return -float(torch.xlogy(law, law).sum()) / math.log(2) + 0.0
 
@@ -60,6 +62,7 @@ def mutual_information_bits(joint: Float[Tensor, "rows columns"]) -> float:
         >>> mutual_information_bits(torch.eye(2) / 2)
         1.0
     """
+    check_tensors(joint=joint)
     if joint.dim() != 2:
         raise InputError(
             f"joint has the shape {tuple(joint.shape)}; expected (rows, columns), a law of pairs."
@@ -347,6 +350,7 @@ def check_law(law: Tensor, name: str) -> Float[Tensor, "symbols"]:
         InputError: another shape than (n,), entries below 0 or not finite, or a sum other than 1
             within 1e-6.
     """
+    check_tensors(**{name: law})
     if law.is_complex():
         raise InputError(f"{name} is {law.dtype}; expected probabilities (n,), real numbers.")
     law = law.detach()

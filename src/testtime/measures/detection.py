@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
-from testtime._core.arrays import in_type_of
+from testtime._core.arrays import check_tensors, in_type_of
 from testtime._core.errors import InputError
 
 
@@ -137,6 +137,7 @@ def _thresholds(scores: Tensor, positive: Tensor) -> _Thresholds:
 
 
 def _check(scores: Tensor, positive: Tensor, *, negatives: bool) -> None:
+    check_tensors(scores=scores, positive=positive)
     if scores.ndim != 1 or scores.shape != positive.shape:
         raise InputError(
             f"scores have the shape {tuple(scores.shape)} and positive {tuple(positive.shape)}; "

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError, OptionError
 from testtime.measures.log_space import alpha_divergence_of_log_probs, log_probs
 
@@ -100,6 +101,7 @@ def alpha_divergence(
 
 
 def _check_shapes(p_logits: Tensor, q_logits: Tensor) -> None:
+    check_tensors(p_logits=p_logits, q_logits=q_logits)
     if p_logits.shape != q_logits.shape:
         raise InputError(
             f"the logits have the shapes {tuple(p_logits.shape)} and {tuple(q_logits.shape)}; a "

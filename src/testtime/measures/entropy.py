@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError, OptionError
 from testtime.measures.log_space import (
     LOWEST,
@@ -84,6 +85,7 @@ def cross_entropy(
         >>> cross_entropy(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
         tensor(0.6931)
     """
+    check_tensors(target_probs=target_probs, logits=logits)
     if target_probs.shape != logits.shape:
         raise InputError(
             f"target_probs have the shape {tuple(target_probs.shape)} and logits "

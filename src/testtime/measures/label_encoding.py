@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from testtime._core.arrays import at_least_single
+from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError, OptionError
 from testtime._core.options import in_range
 from testtime.measures.log_space import check_classes
@@ -119,7 +119,9 @@ def semi_supervised_risk(
     """
     in_range(0, trade_off=trade_off, strong_share=strong_share)
     check_samples(labelled, "labelled")
-    fits = labels.shape == labelled.shape[:1] and not labels.is_floating_point()
+    check_tensors(labels=labels)
+    whole_numbers = not (labels.is_floating_point() or labels.is_complex())
+    fits = labels.shape == labelled.shape[:1] and whole_numbers
     if not fits or not bool(((labels >= 0) & (labels < labelled.shape[1])).all()):
         raise InputError(
             f"labels are {labels.dtype} of the shape {tuple(labels.shape)}; expected whole numbers "

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError, OptionError, WorkFailed
 from testtime._core.options import in_range
 
@@ -55,6 +56,7 @@ def lipschitz_divergence(distances: Float[Tensor, "m n"], *, alpha: float = 2.0)
     in_range(1, alpha=alpha)
     if alpha < 1 + NEAREST:
         raise OptionError(f"alpha is {alpha!r}; expected a number above 1, {1 + NEAREST} at least")
+    check_tensors(distances=distances)
     if (
         distances.dim() != 2
         or not distances.numel()

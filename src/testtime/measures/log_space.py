@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import threshold
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError
 
 LOWEST = -1e20
@@ -37,6 +38,7 @@ def log_probs(logits: Float[Tensor, "*batch classes"]) -> Float[Tensor, "*batch 
 
 def check_classes(values: Tensor, name: str) -> None:
     """An `InputError` for complex numbers, or without a last dimension of at least one class."""
+    check_tensors(**{name: values})
     if values.is_complex():
         raise InputError(f"{name} are {values.dtype}; expected real numbers.")
     if values.ndim == 0 or values.shape[-1] == 0:
@@ -58,6 +60,7 @@ def log_mean_prob(
         >>> log_mean_prob(log_probs(torch.tensor([[0.0, -math.inf], [0.0, 0.0]]))).exp()
         tensor([0.7500, 0.2500])
     """
+    check_tensors(log_p=log_p)
     if log_p.ndim < 2 or len(log_p) == 0:
         raise InputError(
             f"logits have the shape {tuple(log_p.shape)}; expected (samples, *batch, classes) "

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError, OptionError, unknown
 from testtime._core.options import in_range, whole
 
@@ -43,6 +44,7 @@ def transition_counts(
                 [1, 1]])
     """
     whole(1, states=states)
+    check_tensors(path=path)
     if path.is_floating_point() or path.is_complex() or not path.dim() or path.shape[-1] < 2:
         raise InputError(
             f"the path is of shape {tuple(path.shape)} and type {path.dtype}; expected whole numbers "
@@ -83,6 +85,7 @@ def transition_matrix(
 
     Reference: Hao, Orlitsky, Pichapati, On Learning Markov Chains, NeurIPS 2018.
     """
+    check_tensors(counts=counts)
     square = counts.dim() > 1 and counts.shape[-1] == counts.shape[-2] > 0
     if not square or counts.is_floating_point() or counts.is_complex() or bool((counts < 0).any()):
         raise InputError(
@@ -211,6 +214,7 @@ def check_rows(matrix: Tensor, name: str) -> Tensor:
         InputError: another shape, complex numbers, an entry below 0 or not finite, or a row that does
             not sum to 1 within 1e-6.
     """
+    check_tensors(**{name: matrix})
     if matrix.is_complex():
         raise InputError(f"{name} is {matrix.dtype}; expected real numbers.")
     matrix = matrix.double()

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from testtime._core.arrays import magnitude
+from testtime._core.arrays import check_tensors, magnitude
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import generator
@@ -167,6 +167,7 @@ def penalised(
 
     Reference: Gulrajani et al., Improved Training of Wasserstein GANs, NeurIPS 2017.
     """
+    check_tensors(real=real, fake=fake)
     if real.shape != fake.shape or real.device != fake.device:
         raise InputError(
             f"a batch of real samples has the shape {tuple(real.shape)} on {real.device}, one of the "
@@ -297,6 +298,7 @@ def inception_score(logits: Float[Tensor, "samples classes"]) -> float:
 
     Reference: Salimans et al., Improved Techniques for Training GANs, NeurIPS 2016.
     """
+    check_tensors(logits=logits)
     if logits.ndim != 2 or not logits.numel() or not logits.is_floating_point():
         raise InputError(
             f"logits are {logits.dtype} of the shape {tuple(logits.shape)}; expected (n, classes) in "
@@ -352,6 +354,7 @@ def _further(held: Tensor | Draw, batch_size: int, draws: int) -> Iterator[Tenso
 
 def _samples(samples: Tensor, name: str, *, least: int = 1) -> Tensor:
     """Real numbers in float32, (n,) as (n, 1), apart from the caller's graph and mode."""
+    check_tensors(**{name: samples})
     if samples.ndim == 0 or samples.numel() == 0 or samples.is_complex():
         raise InputError(
             f"{name} has the shape {tuple(samples.shape)} and the type {samples.dtype}; expected "

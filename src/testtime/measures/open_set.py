@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor
 
-from testtime._core.arrays import in_type_of
+from testtime._core.arrays import check_tensors, in_type_of
 from testtime._core.errors import InputError
 from testtime.measures.detection import auroc
 
@@ -91,6 +91,7 @@ def h_score(
 
 
 def _check(scores: Tensor, hit: Tensor, unknown: Tensor) -> None:
+    check_tensors(scores=scores, hit=hit, unknown=unknown)
     if scores.ndim != 1 or not scores.shape == hit.shape == unknown.shape:
         raise InputError(
             f"scores have the shape {tuple(scores.shape)}, hit {tuple(hit.shape)} and unknown "

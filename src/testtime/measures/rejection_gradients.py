@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from testtime._core.arrays import at_least_single
+from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import whole
 
@@ -72,6 +72,7 @@ def surrogate(values: Tensor, draw: Draw) -> Tensor:
     Reference: Naesseth et al., Reparameterization Gradients through Acceptance-Rejection Sampling
         Algorithms, AISTATS 2017.
     """
+    check_tensors(values=values)
     if values.shape != draw.log_ratio.shape:
         raise InputError(
             f"values have the shape {tuple(values.shape)}; expected {tuple(draw.log_ratio.shape)}, "
@@ -119,6 +120,7 @@ def beta(first: Tensor, second: Tensor, *, generator: torch.Generator, raised: i
         >>> bool(((draw.sample > 0) & (draw.sample < 1)).all())
         True
     """
+    check_tensors(first=first, second=second)
     if first.shape != second.shape:
         raise InputError(
             f"first is of shape {tuple(first.shape)}, second of {tuple(second.shape)}; expected one "
@@ -144,6 +146,7 @@ def dirichlet(concentration: Tensor, *, generator: torch.Generator, raised: int 
         >>> dirichlet(tiny, generator=torch.Generator().manual_seed(0)).sample.sum(-1)
         tensor([1., 1.])
     """
+    check_tensors(concentration=concentration)
     if not concentration.dim() or not concentration.shape[-1]:
         raise InputError(
             f"concentration is of shape {tuple(concentration.shape)}; expected (..., k)"
@@ -161,6 +164,7 @@ def student(freedom: Tensor, *, generator: torch.Generator, raised: int = 1) -> 
         >>> student(torch.full((3,), 5.0), generator=torch.Generator().manual_seed(0)).sample.shape
         torch.Size([3])
     """
+    check_tensors(freedom=freedom)
     log_sample, log_ratio = _log_gamma(freedom / 2, "freedom / 2", generator, raised)
     kind = log_ratio.dtype
     noise = _drawn(torch.randn, freedom, kind, generator)
@@ -265,12 +269,14 @@ def noise_of_gamma(sample: Tensor, shape: Tensor) -> Tensor:
         tensor(0.)
     """
     _check_shape(shape, "shape", least=1.0)
+    check_tensors(sample=sample)
     if sample.is_complex() or not bool(((sample >= 0) & sample.isfinite()).all()):
         raise InputError("sample holds numbers below 0 or not finite; no gamma has those")
     return (9 * shape - 3).sqrt() * ((sample / (shape - 1 / 3)).pow(1 / 3) - 1)
 
 
 def _check_shape(shape: Tensor, name: str, *, least: float) -> None:
+    check_tensors(**{name: shape})
     if shape.is_complex():
         raise InputError(f"{name} is {shape.dtype}; expected real numbers.")
     values = at_least_single(shape.detach())

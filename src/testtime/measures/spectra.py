@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from testtime._core.arrays import at_least_single, magnitude
+from testtime._core.arrays import at_least_single, check_tensors, magnitude
 from testtime._core.errors import InputError
 from testtime._core.options import whole
 
@@ -119,6 +119,7 @@ def normalised_rows(features: Float[Tensor, "rows features"]) -> Float[Tensor, "
         tensor([[ 1.,  0.],
                 [-1.,  0.]])
     """
+    check_tensors(features=features)
     if features.ndim != 2 or len(features) < 2 or features.shape[1] == 0:
         raise InputError(
             f"features have the shape {tuple(features.shape)}; expected (rows, features) with at "

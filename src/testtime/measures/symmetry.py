@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from testtime._core.arrays import magnitude
+from testtime._core.arrays import check_tensors, magnitude
 from testtime._core.errors import InputError, MissingExtra, OptionError
 from testtime._core.options import in_range, whole
 from testtime.measures.lipschitz import lipschitz_divergence
@@ -238,6 +238,7 @@ def invariant_mmd(
 
 def _checked(x: Tensor, y: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All three in float64, once they fit."""
+    check_tensors(x=x, y=y, group=group)
     for name, samples in (("x", x), ("y", y)):
         good = samples.dim() == 2 and samples.is_floating_point() and samples.numel() > 0
         if not good or not bool(samples.isfinite().all()) or samples.shape[1] != x.shape[-1]:

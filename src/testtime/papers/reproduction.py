@@ -1,7 +1,10 @@
 """What a small check of a paper finds: the claim, the numbers of each seed, held or not."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+
+import torch
 
 from testtime._core.errors import OptionError
 
@@ -63,13 +66,34 @@ def reproduce(
     done, total = 0, None
     for seed in seeds:
         found: dict[str, float] = {}
-        for name, value in measure(seed):
-            found[name] = value
-            done += 1
-            if on_progress is not None:
-                on_progress(done, total)
+        with usual_defaults():
+            for name, value in measure(seed):
+                found[name] = value
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, total)
         total = len(seeds) * len(found)
         found["claim held"] = float(holds(found))
         for name, value in found.items():
             numbers.setdefault(name, []).append(value)
     return Reproduction(slug, claim, all(numbers["claim held"]), numbers, list(seeds))
+
+
+@contextmanager
+def usual_defaults() -> Iterator[None]:
+    """While it lasts, torch makes tensors of float32 on the CPU, as the thresholds of claims expect.
+
+    Example:
+        >>> torch.set_default_dtype(torch.float64)
+        >>> with usual_defaults():
+        ...     torch.zeros(1).dtype
+        torch.float32
+        >>> torch.set_default_dtype(torch.float32)
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if device.type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)

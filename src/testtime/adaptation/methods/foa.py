@@ -185,6 +185,9 @@ def foa(*, prompts: int = 3, population: int = 27, lam: float = 0.4, chunk: int 
         chunk: samples in one forward at most: candidates are evaluated together as long as they
             fit, and one at a time in larger batches. Bounds the memory, changes no answer.
 
+    Hidden states and attentions that a model returns beside its logits are those of the run with the
+    prompts: `prompts` tokens more, after the class token.
+
     The code takes the search from another library, which also learns from the worst candidates; this
     one learns from the better half. `predict` answers with the best prompts so far.
 

@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range
 
@@ -81,6 +82,7 @@ def tuba(scores: Scores, log_baseline: Float[Tensor, "batch"]) -> Float[Tensor, 
 
     Reference: Poole et al., On Variational Bounds of Mutual Information, ICML 2019.
     """
+    check_tensors(log_baseline=log_baseline)
     fits = log_baseline.shape == _check(scores).shape[:1] and log_baseline.is_floating_point()
     if not fits:
         raise InputError(
@@ -178,6 +180,7 @@ def _log_mean_exp_apart(scores: Tensor) -> Tensor:
 
 
 def _check(scores: Tensor) -> Tensor:
+    check_tensors(scores=scores)
     if scores.ndim != 2 or scores.shape[0] != scores.shape[1] or len(scores) < 2:
         raise InputError(
             f"scores have the shape {tuple(scores.shape)}; expected (B, B) with B at least 2: "
