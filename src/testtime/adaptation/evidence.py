@@ -86,7 +86,7 @@ class Evidence:
         multiplies by such weights otherwise.
         """
         engine = self.engine
-        asks = torch.is_grad_enabled() and not engine.lean
+        asks = torch.is_grad_enabled() and not engine.only_norms
         others = engine.followed[len(engine.names) :] if asks else ()
         return {n: t.requires_grad_() for n, t in engine.source_tensors(others).items()}
 

@@ -28,7 +28,7 @@ def learn(evidence: Evidence) -> Learned:
         weights, selection = _select(evidence, state.selection)
     kept = replace(state, selection=selection)
     taught = some = evidence, weights
-    if weights is not None and engine.may_part(evidence.inputs):
+    if weights is not None and engine.may_leave_out(evidence.inputs):
         of_samples = weights.view(len(evidence.inputs), -1)  # dense logits have many of each
         chosen = (of_samples != 0).any(1).nonzero().flatten()  # places: a mask is counted anew
         share = len(chosen) / len(of_samples)  # by each who reads with it, and a device waited for

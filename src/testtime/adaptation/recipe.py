@@ -193,7 +193,7 @@ class Recipe:
         return any(name in reads(part) for _, part in self._callables())
 
     @property
-    def parts_by_sample(self) -> bool:
+    def loss_by_sample(self) -> bool:
         """Whether the loss is a mean over samples that a selection chose, each by itself."""
         if self.objective is None or not self.selections or self.batch_objectives:
             return False
