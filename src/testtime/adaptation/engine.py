@@ -162,12 +162,12 @@ class Engine:
         x: Tensor,
         tensors: dict[str, Tensor],
         *,
-        averages: Averages | None,
-        learn: bool,
+        averages: Averages | None = None,
+        learn: bool = True,
         tap: Callable[[], Any] | None = None,
         groups: int = 1,
     ) -> tuple[Any, Averages | None]:
-        """One forward of the model with other tensors in its places."""
+        """One forward of the model with other tensors in its places; arguments as of `Loan.run`."""
         self.forwards += len(x)
         return self.loan.run(
             x, tensors, self.recipe.statistics,
@@ -192,8 +192,7 @@ class Engine:
         with torch.no_grad():
             if hasattr(self.recipe.procedure, "predict"):
                 return self.recipe.procedure.predict(self, x, state)
-            answering = isinstance(self.recipe.statistics, RunningStatistics)
-            return self.answer(Evidence(self, state, state.tensors, x, learn=not answering))
+            return self.answer(Evidence(self, state, state.tensors, x, learn=False))
 
     # --- steps --------------------------------------------------------------------------------
 

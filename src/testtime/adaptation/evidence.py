@@ -126,7 +126,7 @@ class Evidence:
     def source(self) -> Tensor:
         """The source model's logits, under the same kind of statistics."""
         with torch.no_grad():
-            output, _ = self.engine.run(self.inputs, {}, averages=None, learn=True)
+            output, _ = self.engine.run(self.inputs, {})
         return rows(read_logits(output))
 
     @property

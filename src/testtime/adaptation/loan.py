@@ -155,7 +155,8 @@ class Loan:
             x: the batch.
             tensors: name -> tensor to use in place of the model's own.
             statistics: what layers with stored statistics normalise with.
-            averages: moving averages so far, for `RunningStatistics`.
+            averages: moving averages so far, for `RunningStatistics`; without any, layers use those of
+                the batch.
             learn: whether moving averages are updated by this batch, or only used.
             ranks: over whom batch statistics are taken.
             tap: context in which the model is run, e.g. one that records features.

@@ -184,9 +184,7 @@ class VariationalTeacher:
             copies = joined_copies(engine, x, self.augment, self.count)
             for joined, count in ((x, 1), *copies):
                 for own, posterior in zip(seen, (teacher, source), strict=True):
-                    output, _ = engine.run(
-                        joined, posterior.means, averages=None, learn=True, groups=count
-                    )
+                    output, _ = engine.run(joined, posterior.means, groups=count)
                     outputs = outputs or [output]
                     own.extend(at_least_single(rows(read_logits(output))).split(len(x)))
             views = [torch.stack(own) for own in seen]
@@ -214,7 +212,7 @@ class VariationalTeacher:
         mixed = (share * x + (1 - share) * x[order]).to(x.dtype)
         reference = share * answer + (1 - share) * answer[order]
         drawn = draw(student, generator)
-        output, _ = engine.run(mixed, drawn, averages=None, learn=True)
+        output, _ = engine.run(mixed, drawn)
         assert engine.recipe.objective is not None
         values = engine.recipe.objective(rows(read_logits(output)), reference)
         priors = trust[0] * kl_gaussians(student, teacher) + trust[1] * kl_gaussians(

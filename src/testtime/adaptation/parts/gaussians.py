@@ -123,7 +123,7 @@ class WarmUp:
                 {name: torch.full_like(rho, PRIOR_RHO) for name, rho in ours.rhos.items()},
             )
             drawn = draw(ours, engine.generator)
-            output, _ = engine.run(batch.inputs, drawn, averages=None, learn=True)
+            output, _ = engine.run(batch.inputs, drawn)
             loss = F.cross_entropy(at_least_single(rows(read_logits(output))), batch.labels)
             loss = loss + self.weight * kl_gaussians(ours, prior)
         grads = engine.gradient(loss, leaves, samples=len(batch.inputs))
