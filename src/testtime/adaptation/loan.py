@@ -27,11 +27,10 @@ from testtime.adaptation.parts.statistics import (
 )
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.robust import as_torch, infer_as_written
-from testtime.adaptation.traces import traces_of
+from testtime.adaptation.traces import ABSENT, traces_of
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _making = threading.Lock()
-ABSENT = object()
 MANY = 1 << 19
 """Values of a batch from which on the memory of a backward is worth some of its time."""
 Places = dict[str, list[tuple[dict[str, Any], str]]]
