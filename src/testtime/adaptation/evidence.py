@@ -36,8 +36,8 @@ class Evidence:
 
     Attributes:
         differentiated: samples that a backward goes through, changed copies included.
-        recorded: what its forward kept for one of some of its samples.
-        replayed: what its forward takes from another.
+        recorded: outputs of layers that the student's forward keeps, for a second one.
+        replayed: such outputs, which this forward takes instead of computing them.
     """
 
     def __init__(
