@@ -80,14 +80,15 @@ def exported(model: nn.Module, recipe: Recipe, state: State) -> nn.Module:
         keeping = bound(copy)
         for layer in norm_layers(copy):
             statistics = of_layer(layer, *held, tensors)
-            _settle(layer, statistics, averages, keeping=layer.module in keeping)
+            _give_statistics(layer, statistics, averages, keeping=layer.module in keeping)
         traces_of(model).forget(copy)
         return copy
 
 
-def _settle(
+def _give_statistics(
     layer: NormLayer, statistics: Statistics, averages: dict[str, Tensor] | None, *, keeping: bool
 ) -> None:
+    """Makes a layer of the copy normalise with the statistics that it has in the loan."""
     module: Any = layer.module
     own = hasattr(module, "track_running_stats") and not keeping
     if not layer.has_statistics:
