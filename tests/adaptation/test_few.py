@@ -132,7 +132,7 @@ class Mixing(nn.Module):
 def test_a_look_finds_models_that_mix(how, apart):
     model = Mixing(how).eval()
     loan = Loan(model, norm_layers(model))
-    assert answers_alone(loan, batches(1)[0], SourceStatistics()) is apart
+    assert answers_alone(loan, batches(1)[0]) is apart
     adapter = tt.adapt(model, recipe_of("eta", "group"))
     run(adapter, batches(3), few=2)
     assert (adapter.snapshot().teaching is not None) is apart

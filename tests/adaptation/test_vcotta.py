@@ -10,7 +10,7 @@ from models import batches, tiny
 from reference.vcotta import Vcotta
 from testtime._core.errors import InputError, NeedsSource, ScopeError
 from testtime.adaptation.methods.vcotta import certainty, confident_views, vcotta
-from testtime.adaptation.parts.gaussians import Posterior, kl_gaussians
+from testtime.adaptation.parts.gaussians import Gaussians, kl_gaussians
 from testtime.adaptation.parts.objective import symmetric_cross_entropy
 
 NOISE = "conv2.bias"  # normalisation removes it: its gradient is rounding noise
@@ -65,7 +65,7 @@ def test_vcotta(margin, temperature, weight):
 def test_kl_is_that_of_torch_and_zero_for_the_same():
     random = torch.Generator().manual_seed(0)
     q, p = (
-        Posterior(*({"w": 2 * torch.randn(7, 3, generator=random)} for _ in range(2)))
+        Gaussians(*({"w": 2 * torch.randn(7, 3, generator=random)} for _ in range(2)))
         for _ in range(2)
     )
     assert float(kl_gaussians(q, q)) == 0
@@ -100,9 +100,9 @@ def test_the_divergence_holds_the_student_at_its_priors():
         for x in batches(10):
             adapter(x)
         state, source = adapter.snapshot(), dict(tiny().named_parameters())
-        own = Posterior(state.tensors, state.memory["rhos"])
+        own = Gaussians(state.tensors, state.memory["rhos"])
         rhos = {name: torch.full_like(rho, -4.0) for name, rho in own.rhos.items()}
-        return float(kl_gaussians(own, Posterior(source, rhos)).detach())
+        return float(kl_gaussians(own, Gaussians(source, rhos)).detach())
 
     assert drift(1e-2) < 0.7 * drift(0.0)
 

@@ -86,7 +86,7 @@ class Adapter:
         self._events: deque[Event] = deque(maxlen=1000)
         self._counts = Counts()
         self._deferred, self._every, self._behind = deferred, every, Behind()
-        self._gate, self._watch = check_gate(gate), check_guard(guard)
+        self._gate, self._guard = check_gate(gate), check_guard(guard)
         self._ration = None if budget is None else Ration(budget)
         self._on_event, self._seed, self._source = on_event, seed, source
         alone = getattr(recipe.procedure, "alone", False)  # no batch teaches another
@@ -162,8 +162,8 @@ class Adapter:
             state, calm = judge(self._gate, self._engine, x, state)
             if calm is not None:
                 return self._engine.settled(calm, x, state)
-        if self._watch is not None:
-            return (yield from guarded(self._watch, self._engine, x, state, self._learning))
+        if self._guard is not None:
+            return (yield from guarded(self._guard, self._engine, x, state, self._learning))
         return (yield from self._learning(x, state))
 
     def _learning(self, x: Tensor, state: State) -> Steps:
@@ -205,7 +205,7 @@ class Adapter:
         with self._settled():
             x = self._admit(x)
             engine, state = self._engine, self._state
-            asked = engine.predict if self._watch is None else partial(foretold, engine)
+            asked = engine.predict if self._guard is None else partial(foretold, engine)
             output, _ = self._taking(x, lambda: asked(x, state))
             return detached(output)
 
@@ -288,7 +288,7 @@ class Adapter:
         for batches of one that is `predict`'s.
         """
         with self._settled(), self._engine.loan.lock:
-            if self._watch is not None and not vouched(self._state):
+            if self._guard is not None and not vouched(self._state):
                 return copied(self.model)
             return exported(self.model, self.recipe, self._state)
 
@@ -304,7 +304,7 @@ class Adapter:
                 self._admit(x)
             spending = self._ration and self._ration.told(self._state.account)
             plan = planned(self.model, self.recipe, self._state, spending)
-            if self._watch is not None and plan.forwards is not None:
+            if self._guard is not None and plan.forwards is not None:
                 plan = replace(plan, forwards=plan.forwards + 1)
             return replace(plan, ordered=self._seen is not None)
 
@@ -395,5 +395,5 @@ class Adapter:
     def _resumed(self, state: State, what: str) -> State:
         return resumed(
             state, self._engine, what,
-            seen=self._seen is not None, gate=self._gate, guard=self._watch,
+            seen=self._seen is not None, gate=self._gate, guard=self._guard,
         )  # fmt: skip

@@ -20,8 +20,7 @@ from testtime._core.options import in_range
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.loan import Loan
-from testtime.adaptation.parts.statistics import SourceStatistics
-from testtime.adaptation.ranks import Ranks
+from testtime.adaptation.look import source_output
 from testtime.adaptation.state import State
 from testtime.adaptation.steps import Steps, begun, ended
 
@@ -84,7 +83,7 @@ def executed(loan: Loan, x: Tensor, norms: Sequence[NormLayer]) -> dict[str, flo
     hooks = [layer.module.register_forward_pre_hook(see(layer.name)) for layer in norms]
     hooks += [module.register_forward_hook(count) for module in loan.modules]
     try:
-        loan.run(x[:2], {}, SourceStatistics(), ranks=Ranks())
+        source_output(loan, x[:2])
     finally:
         for hook in hooks:
             hook.remove()
@@ -158,14 +157,14 @@ class Ration:
 
     def count(self, x: Tensor, norms: Sequence[NormLayer]) -> None:
         """Counts what runs before each layer, in order of execution; on a batch of the stream."""
-        if self.engine.lean:
+        if self.engine.only_norms:
             self.before = executed(self.engine.loan, x, norms)
 
     def engage(self, engine: Engine, norms: Sequence[NormLayer]) -> None:
         """Takes the engine, and leaves out tensors that its budget does not reach."""
         self.engine, names = engine, engine.names
         self.counted: float | None = None
-        if engine.lean:
+        if engine.only_norms:
             engine.names, self.counted = later(names, norms, self.before, self.budget)
         self.layers, self.of = (
             sum(bool(set(layer.tensors) & set(own)) for layer in norms)

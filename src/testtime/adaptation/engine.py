@@ -43,7 +43,8 @@ SOME = 0.15
 
 
 class Engine:
-    """Runs a recipe on a model. It holds no state of a stream but the random generator.
+    """Runs a recipe on a model. Of a stream it holds the random generator alone, set to its state
+    before each step; what else it holds is of the model, or counts passes.
 
     Args:
         model: the caller's model; borrowed.
@@ -55,7 +56,11 @@ class Engine:
         feature_layer: the layer whose input are the features, once the model was seen to run.
 
     Attributes:
-        hasty: whether somebody waits for the next answer alone, with time behind it.
+        names: of the tensors that adapt; a budget leaves some out.
+        only_norms: whether these are scales and shifts of normalisation layers alone.
+        hasty: whether the next update is deferred, and nobody waits for one before it: its answer
+            may then come from a forward without a graph, and one with a graph run behind it.
+        forwards, backwards: samples that went through the model so far.
     """
 
     def __init__(
@@ -80,14 +85,14 @@ class Engine:
         whole = model.named_parameters() if getattr(recipe.teacher, "whole", False) else ()
         self._whole = [name for name, parameter in whole if parameter.is_floating_point()]
         scales_and_shifts = {name for layer in norms for name in layer.tensors}
-        self.lean = scales_and_shifts.issuperset(self.names)
+        self.only_norms = scales_and_shifts.issuperset(self.names)
         self.norms_mix = any(
             layer.kind == "batch"
             and not (layer.has_statistics and isinstance(recipe.statistics, SourceStatistics))
             for layer in norms
         )
-        self._apart: bool | None = None
-        self._again: bool | None = None
+        self._answers_alone: bool | None = None
+        self._answers_again: bool | None = None
         self.hasty = False
         self._sooner: dict[torch.Size, Sooner | None] = {}
         self.feature_layer = feature_layer
@@ -115,15 +120,16 @@ class Engine:
             tensors, averages = self.source_tensors(self.names), self._source_averages()
             teacher = self.source_tensors(self.followed)
         beside = {}
+        # nothing is known yet to engines that are to find it out, in fit_source
         if recipe.start is not None and self.known:
             tensors, teacher = recipe.start(self.known)
         if recipe.beside is not None and self.known:
             beside = recipe.beside.init(self.seed, self.device, self.known)
-        learning = [*tensors.values(), *beside.values()]
+        learns = [*tensors.values(), *beside.values()]
         return State(
             tensors=tensors,
             beside=beside,
-            optimizer=recipe.optimizer.init(learning) if recipe.optimizer else {},
+            optimizer=recipe.optimizer.init(learns) if recipe.optimizer else {},
             averages=averages,
             teacher=teacher if recipe.teacher else None,
             teacher_averages=averages if recipe.teacher else None,
@@ -156,17 +162,17 @@ class Engine:
         x: Tensor,
         tensors: dict[str, Tensor],
         *,
-        averages: Averages | None,
-        learn: bool,
+        averages: Averages | None = None,
+        learn: bool = True,
         tap: Callable[[], Any] | None = None,
         groups: int = 1,
     ) -> tuple[Any, Averages | None]:
-        """One forward of the model with other tensors in its places."""
+        """One forward of the model with other tensors in its places; arguments as of `Loan.run`."""
         self.forwards += len(x)
         return self.loan.run(
             x, tensors, self.recipe.statistics,
             averages=averages, learn=learn, ranks=self.ranks, tap=tap,
-            lean=self.lean and torch.is_grad_enabled(), activations=self.recipe.activations,
+            lean=self.only_norms and torch.is_grad_enabled(), activations=self.recipe.activations,
             groups=groups,
         )  # fmt: skip
 
@@ -186,8 +192,7 @@ class Engine:
         with torch.no_grad():
             if hasattr(self.recipe.procedure, "predict"):
                 return self.recipe.procedure.predict(self, x, state)
-            answering = isinstance(self.recipe.statistics, RunningStatistics)
-            return self.answer(Evidence(self, state, state.tensors, x, learn=not answering))
+            return self.answer(Evidence(self, state, state.tensors, x, learn=False))
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -266,8 +271,8 @@ class Engine:
         for _ in range(self.recipe.steps - 1):
             done = ended(self._one_step(x, done.state))
         if self.recipe.answer_after:
-            generator = replace(done.state, generator=self.generator.get_state())
-            output, logits = self.predict(x, generator)
+            state = replace(done.state, generator=self.generator.get_state())
+            output, logits = self.predict(x, state)
             done.measured["entropy"] = entropy(logits).mean()
             return done._replace(output=output, logits=logits)
         return done
@@ -297,7 +302,7 @@ class Engine:
         True where a second forward must make the graph of all.
         """
         x, teaching = evidence.inputs, evidence.state.teaching
-        few = teaching is not None and teaching < FEW and self.may_part(x)
+        few = teaching is not None and teaching < FEW and self.may_leave_out(x)
         sooner = self._haste(evidence) if hasty and not few else None
         twice = sooner is not None and sooner.twice
         if twice:
@@ -319,9 +324,7 @@ class Engine:
         alone = self.ranks.alone and len(x) > 1 and fits > 1
         if not alone or not self.loan.takes_groups(self.recipe.statistics):
             return 1
-        if self._apart is None:  # with source statistics: what remains to mix are other layers
-            self._apart = answers_alone(self.loan, x, SourceStatistics())
-        return fits if self._apart else 1
+        return fits if self._apart(x) else 1
 
     def _look_first(self, evidence: Evidence) -> None:
         """Asks source model and teacher before the student's graph takes its memory.
@@ -332,26 +335,26 @@ class Engine:
         with torch.no_grad():
             if recipe.asks_for("source"):
                 _ = evidence.source
-            if (
-                recipe.asks_for("teacher")
-                and not recipe.augment
-                and not recipe.asks_for("generator")
-            ):
+            if recipe.asks_for("teacher") and not (recipe.augment or recipe.asks_for("generator")):
                 _ = evidence.teacher
 
-    def may_part(self, x: Tensor) -> bool:
+    def may_leave_out(self, x: Tensor) -> bool:
         """Whether samples that may not teach can be left out of the backward, and it is worth it.
 
         That is so where no layer mixes samples, by structure and as a look at two samples shows, and
         where the loss is a mean over those that teach.
         """
-        parts = self.recipe.parts_by_sample
-        fits = parts and not self.norms_mix and self.ranks.alone and self.loan.own_functions
+        by_sample = self.recipe.loss_by_sample
+        fits = by_sample and not self.norms_mix and self.ranks.alone and self.loan.own_functions
         if not fits or x.numel() < WORTH * DEAR.get(x.device.type, 1):
             return False
-        if self._apart is None:
-            self._apart = answers_alone(self.loan, x, SourceStatistics())
-        return bool(self._apart)
+        return self._apart(x)
+
+    def _apart(self, x: Tensor) -> bool:
+        """Whether layers other than batch normalisation leave samples apart; looked at once."""
+        if self._answers_alone is None:
+            self._answers_alone = answers_alone(self.loan, x)
+        return bool(self._answers_alone)
 
     def _haste(self, evidence: Evidence) -> Sooner | None:
         """Which forward answers such a batch sooner; None where only one may.
@@ -365,9 +368,9 @@ class Engine:
             return None
         if not self.loan.own_functions or not self.ranks.alone:
             return None
-        if self._again is None:
-            self._again = answers_again(self.loan, x, SourceStatistics())
-        sooner = self._sooner.setdefault(x.shape, Sooner()) if self._again else None
+        if self._answers_again is None:
+            self._answers_again = answers_again(self.loan, x)
+        sooner = self._sooner.setdefault(x.shape, Sooner()) if self._answers_again else None
         if sooner is not None and sooner.twice and not sooner.proven:
             proven = answers_without_graph(evidence)
             if proven is None:

@@ -13,9 +13,8 @@ class Counts(NamedTuple):
 
     `forwards` and `backwards` count samples that went through the model, so that
     `forwards / samples` is the number of forward passes for each sample. `skipped` are batches that
-    could teach nothing, `spared` those that were not asked to,
-    `distrusted` those that the source model answered because a guard did not trust what was learnt, or
-    did not know yet.
+    could teach nothing, `spared` those that were not asked to, `distrusted` those that the source
+    model answered because a guard did not trust what was learnt, or did not know yet.
     """
 
     steps: int = 0

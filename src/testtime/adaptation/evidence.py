@@ -37,8 +37,8 @@ class Evidence:
 
     Attributes:
         differentiated: samples that a backward goes through, changed copies included.
-        recorded: what its forward kept for one of some of its samples.
-        replayed: what its forward takes from another.
+        recorded: outputs of layers that the student's forward keeps, for a second one.
+        replayed: such outputs, which this forward takes instead of computing them.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Evidence:
         multiplies by such weights otherwise.
         """
         engine = self.engine
-        asks = torch.is_grad_enabled() and not engine.lean
+        asks = torch.is_grad_enabled() and not engine.only_norms
         others = engine.followed[len(engine.names) :] if asks else ()
         return {n: t.requires_grad_() for n, t in engine.source_tensors(others).items()}
 
@@ -127,7 +127,7 @@ class Evidence:
     def source(self) -> Tensor:
         """The source model's logits, under the same kind of statistics."""
         with torch.no_grad():
-            output, _ = self.engine.run(self.inputs, {}, averages=None, learn=True)
+            output, _ = self.engine.run(self.inputs, {})
         return rows(read_logits(output))
 
     @property

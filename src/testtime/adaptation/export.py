@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from testtime._core.arrays import as_was
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer, bound, named_input, norm_layers
-from testtime.adaptation.loan import ALONE, places
+from testtime.adaptation.loan import places
 from testtime.adaptation.moments import moments, wide
 from testtime.adaptation.parts.prediction import from_teacher
 from testtime.adaptation.parts.statistics import (
@@ -23,6 +23,7 @@ from testtime.adaptation.parts.statistics import (
     RunningStatistics,
     Statistics,
 )
+from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
 from testtime.adaptation.traces import inside, traces_of
@@ -80,14 +81,15 @@ def exported(model: nn.Module, recipe: Recipe, state: State) -> nn.Module:
         keeping = bound(copy)
         for layer in norm_layers(copy):
             statistics = of_layer(layer, *held, tensors)
-            _settle(layer, statistics, averages, keeping=layer.module in keeping)
+            _give_statistics(layer, statistics, averages, keeping=layer.module in keeping)
         traces_of(model).forget(copy)
         return copy
 
 
-def _settle(
+def _give_statistics(
     layer: NormLayer, statistics: Statistics, averages: dict[str, Tensor] | None, *, keeping: bool
 ) -> None:
+    """Makes a layer of the copy normalise with the statistics that it has in the loan."""
     module: Any = layer.module
     own = hasattr(module, "track_running_stats") and not keeping
     if not layer.has_statistics:
@@ -123,11 +125,11 @@ class Restated:
         module, name = self.module, named_input(args, kwargs)
         x = args[0] if name is None else kwargs[name]
         stored = Moments(module._buffers["running_mean"], module._buffers["running_var"])  # type: ignore[arg-type]
-        used, values = moments(x, ALONE)
+        used, values = moments(x, Ranks())
         if isinstance(self.statistics, MixedStatistics):
             used = self.statistics.blend(stored, used, samples=len(x), values=values)
         elif isinstance(self.statistics, AdaptiveMixture):
-            used = self.statistics.blend(x, stored, used, values=values, ranks=ALONE)
+            used = self.statistics.blend(x, stored, used, values=values, ranks=Ranks())
         scale = ((stored.var + self.eps) / (used.var + self.eps)).sqrt()
         centred = (x - wide(used.mean, x)) * wide(scale, x)
         restated = (centred + wide(stored.mean, x)).to(x.dtype)

@@ -27,16 +27,19 @@ def learn(evidence: Evidence) -> Learned:
     with torch.enable_grad():
         weights, selection = _select(evidence, state.selection)
     kept = replace(state, selection=selection)
-    taught = some = evidence, weights
-    if weights is not None and engine.may_part(evidence.inputs):
-        of_samples = weights.view(len(evidence.inputs), -1)  # dense logits have many of each
-        chosen = (of_samples != 0).any(1).nonzero().flatten()  # places: a mask is counted anew
-        share = len(chosen) / len(of_samples)  # by each who reads with it, and a device waited for
-        kept = replace(kept, teaching=_followed(state.teaching, share))
+    # the loss is of the whole batch where its forward has a graph, else of the few that teach, which
+    # then go through once more; the second gradient of a sharpness-aware step is always of the few
+    taught = few = evidence, weights
+    if weights is not None and engine.may_leave_out(evidence.inputs):
+        of_samples = weights.view(len(evidence.inputs), -1)  # dense logits: one for each pixel
+        # places and no mask: a mask's length is not known, so that each use waits for the device
+        chosen = (of_samples != 0).any(1).nonzero().flatten()
+        share = len(chosen) / len(of_samples)
+        kept = replace(kept, teaching=_moving_share(state.teaching, share))
         if share:
-            some = evidence.only(chosen), of_samples[chosen].flatten()
+            few = evidence.only(chosen), of_samples[chosen].flatten()
         if not evidence.logits.requires_grad:
-            taught = some
+            taught = few
     with torch.enable_grad():
         loss, used = _loss(*taught)
     measured: dict[str, Any] = {"used": used, "loss": None if loss is None else loss.detach()}
@@ -48,11 +51,11 @@ def learn(evidence: Evidence) -> Learned:
             worst = optimizer.worst(list(evidence.learning.values()), grads)
         there = dict(zip(evidence.learning, worst, strict=True))
         beside = {name: there.pop(name) for name in state.beside}
-        few, weights = some
-        evidence = Evidence(engine, replace(state, beside=beside), leaves(there), few.inputs)
+        teaching, weights = few
+        evidence = Evidence(engine, replace(state, beside=beside), leaves(there), teaching.inputs)
         with torch.enable_grad():
             again, _ = _select(evidence, state.selection)
-            both = again if weights is None else (weights * (again != 0))
+            both = again if weights is None else (weights * (again != 0))  # who may here and there
             loss, measured["used"] = _loss(evidence, both)
         if loss is None:
             return kept, Outcome.NOTHING_RELIABLE, measured
@@ -62,7 +65,7 @@ def learn(evidence: Evidence) -> Learned:
     value = number(loss, grads)
     if value is None:
         return state, Outcome.NON_FINITE, measured
-    return _settled(moved, evidence, value, grads, measured)
+    return _restored(moved, evidence, value, grads, measured)
 
 
 def _select(evidence: Evidence, state: Any) -> tuple[Tensor | None, Any]:
@@ -131,7 +134,7 @@ def _moved(state: State, evidence: Evidence, grads: list[Tensor]) -> State:
     )
 
 
-def _settled(
+def _restored(
     state: State, evidence: Evidence, loss: float, grads: list[Tensor], measured: dict[str, Any]
 ) -> Learned:
     """The moved state after restoration and recovery, where there are such."""
@@ -170,7 +173,8 @@ def _common_generator(evidence: Evidence) -> torch.Generator:
     return generator(engine.seed, "ranks", evidence.state.steps, device=engine.device)
 
 
-def _followed(average: float | None, share: float) -> float:
+def _moving_share(average: float | None, share: float) -> float:
+    """The moving average of the share of samples that teach."""
     return share if average is None else 0.75 * average + 0.25 * share
 
 

@@ -5,13 +5,11 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import BaseTorchFunctionMode
 
 from testtime._core.arrays import as_real, as_was
@@ -19,25 +17,22 @@ from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer, bound, on_input
 from testtime.adaptation.lean import Lean, kept_as
 from testtime.adaptation.modes import learnable
-from testtime.adaptation.moments import InGroups, moments, normalise, normalise_blended
+from testtime.adaptation.moments import InGroups
+from testtime.adaptation.normaliser import Normaliser
 from testtime.adaptation.parts.statistics import (
-    AdaptiveMixture,
     Averages,
     BatchStatistics,
-    MixedStatistics,
     Moments,
     RunningStatistics,
     SourceStatistics,
     Statistics,
 )
 from testtime.adaptation.ranks import Ranks
-from testtime.adaptation.robust import as_torch, infer_as_written, normalise_as_written
-from testtime.adaptation.traces import traces_of
+from testtime.adaptation.robust import as_torch, infer_as_written
+from testtime.adaptation.traces import ABSENT, traces_of
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _making = threading.Lock()
-ALONE = Ranks()
-ABSENT = object()
 MANY = 1 << 19
 """Values of a batch from which on the memory of a backward is worth some of its time."""
 Places = dict[str, list[tuple[dict[str, Any], str]]]
@@ -157,7 +152,8 @@ class Loan:
             x: the batch.
             tensors: name -> tensor to use in place of the model's own.
             statistics: what layers with stored statistics normalise with.
-            averages: moving averages so far, for `RunningStatistics`.
+            averages: moving averages so far, for `RunningStatistics`; without any, layers use those of
+                the batch.
             learn: whether moving averages are updated by this batch, or only used.
             ranks: over whom batch statistics are taken.
             tap: context in which the model is run, e.g. one that records features.
@@ -169,7 +165,7 @@ class Loan:
         """
         fresh = averages
         if averages and learn:
-            # a file brings the count to the device, where each layer would wait for it
+            # each layer reads the count, and a loaded state may have it on a device that one waits for
             fresh = {**averages, "seen": averages["seen"].cpu() + 1}
         x = x.clone() if self.traces.batch else x
         lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x)
@@ -301,99 +297,3 @@ def places(model: nn.Module) -> tuple[Places, dict[str, str]]:
                     name = canonical[full] = names.setdefault(id(tensor), full)
                     found.setdefault(name, []).append((holder, key))  # type: ignore[arg-type]
     return found, canonical
-
-
-@dataclass(frozen=True)
-class Normaliser:
-    """A pre-hook: measures the batch and makes its layer normalise with the chosen moments.
-
-    Where a gradient must flow through the moments, and for batch statistics, the hook normalises
-    itself and leaves only scale and shift to the layer; else it hands the moments over as running
-    statistics.
-    """
-
-    name: str
-    eps: float
-    source: Moments
-    statistics: Statistics
-    averages: Averages | None = None
-    fresh: Averages | None = None
-    samples: int | None = None
-    ranks: Ranks = ALONE
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0]
-        used = self.choose(x)
-        buffers = module._buffers
-        learnt_through = torch.is_grad_enabled() and used.mean.requires_grad
-        # batch statistics take one path with and without a gradient: methods that compare two
-        # forwards (OSTTA) must not see rounding in place of a difference
-        if not learnt_through and not isinstance(self.statistics, BatchStatistics):
-            for key, value in (("running_mean", used.mean), ("running_var", used.var)):
-                buffers[key] = value.detach().to(self.source.mean.dtype)
-            return args
-        buffers["running_mean"] = torch.zeros_like(self.source.mean)
-        buffers["running_var"] = torch.ones_like(self.source.var) - self.eps
-        return (normalise(x, used, self.eps), *args[1:])
-
-    def may_stand_in(self, module: nn.Module) -> bool:
-        """Whether it can be the layer's whole forward: torch's own, with moments to blend or move."""
-        blends = isinstance(self.statistics, MixedStatistics | RunningStatistics)
-        return blends and self.ranks.alone and as_torch(module)
-
-    def in_place_of(self, module: Any) -> Callable[[Tensor], Tensor]:
-        """The layer's forward, which passes over its input once where a gradient flows through."""
-
-        def forward(input: Tensor) -> Tensor:  # noqa: A002  (as torch calls it)
-            x = input
-            module._check_input_dim(x)
-            weight, bias = module.weight, module.bias
-            values = float(x.numel() // x.shape[1])
-            full = x.dtype in (torch.float32, torch.float64)
-            alike = full and module.weight is not None and module.bias is not None
-            alike = alike and x.dtype == weight.dtype == bias.dtype
-            if alike and values > 1 and (moving := self.moving(x.dtype)):
-                mean, var, share = moving
-                return F.batch_norm(x, mean, var, weight, bias, True, share, self.eps)
-            as_written = alike and x.is_cpu and getattr(self.statistics, "robust", False)
-            if not (as_written or (alike and torch.is_grad_enabled() and x.requires_grad)):
-                return type(module).forward(module, *self(module, (x,)))
-            blend = partial(self.blend, x, values=values)
-            function = normalise_as_written if as_written else normalise_blended
-            return function(x, weight, bias, blend, self.eps)
-
-        return forward
-
-    def moving(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
-        """New averages, not yet moved, and their step, where torch's own kernel can move them."""
-        statistics, old, fresh = self.statistics, self.averages, self.fresh
-        if not isinstance(statistics, RunningStatistics) or not statistics.as_in_training:
-            return None
-        if not old or not fresh or not self.eps or old[f"{self.name}.mean"].dtype != dtype:
-            return None
-        mean, var = (old[f"{self.name}.{moment}"].clone() for moment in ("mean", "var"))
-        fresh |= {f"{self.name}.mean": mean, f"{self.name}.var": var}
-        return mean, var, statistics.share(int(old["seen"]))
-
-    def choose(self, x: Tensor) -> Moments:
-        """The moments to normalise with; moving averages are written to `fresh`."""
-        batch, values = moments(x, self.ranks)
-        return self.blend(x, batch, values=values)
-
-    def blend(self, x: Tensor, batch: Moments, *, values: float) -> Moments:
-        """The same, made of the batch's own moments, of `values` values a channel."""
-        statistics, averages = self.statistics, self.averages
-        if isinstance(statistics, MixedStatistics):
-            samples = len(x) if self.samples is None else self.samples
-            if not self.ranks.alone:
-                samples = int(self.ranks.sum(x.new_tensor(float(samples))))
-            return statistics.blend(self.source, batch, samples=samples, values=values)
-        if isinstance(statistics, AdaptiveMixture):
-            return statistics.blend(x, self.source, batch, values=values, ranks=self.ranks)
-        if isinstance(statistics, RunningStatistics) and averages and self.fresh is not None:
-            old = Moments(averages[f"{self.name}.mean"], averages[f"{self.name}.var"])
-            new = statistics.update(old, batch, seen=int(averages["seen"]), values=values)
-            self.fresh[f"{self.name}.mean"] = new.mean.detach()
-            self.fresh[f"{self.name}.var"] = new.var.detach()
-            return new if statistics.robust else batch
-        return batch

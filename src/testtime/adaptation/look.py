@@ -11,7 +11,7 @@ from testtime._core.errors import InputError, ScopeError, unknown
 from testtime.adaptation.layers import norm_kind, on_input
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.outputs import read_logits
-from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
+from testtime.adaptation.parts.statistics import SourceStatistics
 from testtime.adaptation.ranks import Ranks
 
 
@@ -91,6 +91,11 @@ def look(
     return Look(output, list(dict.fromkeys(order)), chosen)
 
 
+def source_output(loan: Loan, x: Tensor) -> Any:
+    """What the source model returns for a batch, whatever other ranks do."""
+    return loan.run(x, {}, SourceStatistics(), ranks=Ranks())[0]
+
+
 def _head(ran: list[tuple[nn.Module, torch.Size]], *, classes: int) -> nn.Module | None:
     """The layer that gives the logits, of layers and the shapes of what they gave."""
     linear = [(module, shape) for module, shape in ran if isinstance(module, nn.Linear)]
@@ -108,11 +113,11 @@ def _first_run(model: nn.Module, loan: Loan, x: Tensor) -> Any:
     with loan.lock, loan.traces.watched(loan.named_modules, x):
         try:
             with loan.traces.emptied(model) as taken:
-                return loan.run(x, {}, SourceStatistics(), ranks=Ranks())[0]
+                return source_output(loan, x)
         except Exception:
             if not taken:
                 raise
-        return loan.run(x, {}, SourceStatistics(), ranks=Ranks())[0]  # it cannot do without
+        return source_output(loan, x)  # it cannot do without
 
 
 def check_backward(loan: Loan, x: Tensor, *, read: Callable[[Any], Tensor] = read_logits) -> None:
@@ -132,7 +137,7 @@ def check_backward(loan: Loan, x: Tensor, *, read: Callable[[Any], Tensor] = rea
     try:
         with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(refused):
             pair = x[:2].detach().clone().requires_grad_() * 1  # so that it may be written to
-            logits = read(loan.run(pair, {}, SourceStatistics(), ranks=Ranks())[0])
+            logits = read(source_output(loan, pair))
     except Exception as error:
         if refused in str(error):
             raise no_checkpoints(loan.model) from None
@@ -157,8 +162,8 @@ def no_checkpoints(model: nn.Module) -> ScopeError:
     )
 
 
-def answers_alone(loan: Loan, x: Tensor, statistics: Statistics) -> bool | None:
-    """Whether the answer for a sample does not hang on the others of its batch, as a look shows.
+def answers_alone(loan: Loan, x: Tensor) -> bool | None:
+    """Whether the source model answers a sample as if it came without its batch, as a look shows.
 
     Of two samples, the one's logits must have no gradient at all with respect to the other's input,
     and be what they are when it comes alone, but for rounding. None where they are not finite, which
@@ -167,32 +172,31 @@ def answers_alone(loan: Loan, x: Tensor, statistics: Statistics) -> bool | None:
     Args:
         loan: of the model.
         x: a batch.
-        statistics: what layers with stored statistics normalise with.
     """
     pair = torch.cat([x[:1], x[-1:]]).detach().requires_grad_()
     with torch.enable_grad():
-        together = read_logits(loan.run(pair, {}, statistics, ranks=Ranks())[0])[0]
+        together = read_logits(source_output(loan, pair))[0]
         if not together.isfinite().all():
             return None
         if not together.requires_grad:
             return False
         (slope,) = torch.autograd.grad(together.sum(), pair, allow_unused=True)
     with torch.no_grad():
-        alone = read_logits(loan.run(x[:1], {}, statistics, ranks=Ranks())[0])[0]
+        alone = read_logits(source_output(loan, x[:1]))[0]
     apart = (alone - together).abs().max() <= 0.01 * alone.abs().max()
     return slope is not None and bool(apart) and not slope[1].any()
 
 
-def answers_again(loan: Loan, x: Tensor, statistics: Statistics) -> bool | None:
-    """Whether the model answers the same, bit for bit, when it is asked once more; or `same`'s None.
+def answers_again(loan: Loan, x: Tensor) -> bool | None:
+    """Whether the source model answers the same, bit for bit, when asked once more; or `same`'s None.
 
-    Args: as of `answers_alone`.
+    Args:
+        loan: of the model.
+        x: a batch.
     """
     pair = torch.cat([x[:1], x[-1:]])
     with torch.no_grad():
-        first, second = (
-            read_logits(loan.run(pair, {}, statistics, ranks=Ranks())[0]) for _ in range(2)
-        )
+        first, second = (read_logits(source_output(loan, pair)) for _ in range(2))
     return same(first, second)
 
 

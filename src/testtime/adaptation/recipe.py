@@ -24,9 +24,13 @@ EVIDENCE = (
 )  # fmt: skip
 """What a part may ask to see, by naming it in its signature."""
 CALLED = ("objective", "penalty", "prediction")
+"""Parts that are single callables; selections and batch objectives may be several."""
 LOSS = ("objective", "batch_objective", "penalty", "selection")
+"""Parts that the loss is made of."""
 OF_A_SAMPLE = frozenset({"logits", "entropies", "classes"})
+"""Evidence that for one sample does not hang on the others."""
 OF_TENSORS = frozenset({"tensors", "source_tensors", "known"})
+"""Evidence that does not hang on the batch at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +68,32 @@ class Recipe:
         optimizer: how a step is taken.
         steps: steps on each batch.
         answer_after: whether the answer comes from a forward after the last step.
-        procedure: a loop of the method's own, in place of the engine's. It has `step(engine, x,
-            state) -> Step`, a generator that gives its output first where that is known before the
-            rest is done; and `predict(engine, x, state) -> (output, logits)` where its answer is
-            not that of the recipe's prediction; and `read(output) -> logits` where the model answers
-            with something else than logits. What it keeps is `state.memory`. One whose loss is not
-            the engine's names what of this recipe it minimises, as `minimises`.
+        procedure: a loop of the method's own, in place of the engine's; see below.
         episodic: whether every batch begins at the source.
         reset_every: batches after which the source is restored.
         activations: type in which what the backward needs of a forward is kept, such as
             `torch.bfloat16` for half the memory; None: as it was computed. Answers of a forward are
             the same; gradients are off by what the shorter type rounds, for bfloat16 some tenths of
             a percent. A state may go on under another type.
+
+    A procedure is a frozen dataclass with `step(engine, x, state) -> Step`, or a generator that gives
+    its output first, where that is known before the rest is done, and ends with the step. What it
+    keeps is `state.memory`. It may also have:
+
+    - `predict(engine, x, state) -> (output, logits)`: its answer, when that is not the prediction's.
+    - `read(output) -> logits`: when the model answers with something else than logits.
+    - `minimises`: names of the losses of this recipe that it minimises, when its loop does not leave
+      that to the engine.
+    - `passes`: (forward, backward) passes that a step costs for each sample.
+    - `alone`: whether no batch teaches another, so that ranks have nothing to agree on.
+    - `held(memory)`: the samples that it remembers, which those of a batch must fit.
+    - `bought(old, new)`: the memory to go back to when a guard restores an old state, with what stays
+      true of the new one.
+    - `statistics_of(layer, places, canonical, adapting)`: what a layer of an exported copy uses.
+
+    Any part may say what it `needs` to be known of the source data, and that it is not `dense`: not for
+    logits of pixels. Views, an objective and a procedure may say that inputs must be images in [0, 1],
+    as `pixels`.
 
     Example:
         >>> from dataclasses import replace
@@ -193,7 +211,7 @@ class Recipe:
         return any(name in reads(part) for _, part in self._callables())
 
     @property
-    def parts_by_sample(self) -> bool:
+    def loss_by_sample(self) -> bool:
         """Whether the loss is a mean over samples that a selection chose, each by itself."""
         if self.objective is None or not self.selections or self.batch_objectives:
             return False

@@ -66,6 +66,7 @@ def _backward(ctx: Any, grad: Tensor, ours: bool) -> tuple[Tensor | None, ...]:
     made = grad
     if below and not (ours and apart):
         made = torch.empty_like(x if 0 in grad.stride() else grad)  # laid out as its products are
+    # of each channel, by image: what the gradients of weight, root, mean and bias add up, and x
     sums = x.new_zeros(5, len(x) if apart else 1, x.shape[1])
     if apart:
         others = [1]
@@ -74,27 +75,27 @@ def _backward(ctx: Any, grad: Tensor, ours: bool) -> tuple[Tensor | None, ...]:
         whole = (wide(value, x) for value in (mean, root, weight))
         pieces = iter([(x, grad, made, *whole, *sums[:, 0])])
     unit = product = None
-    for values, slope, into, m, r, w, *told in pieces:
+    for values, slope, into, m, r, w, for_weight, for_root, for_mean, for_bias, of_x in pieces:
         if apart:
             unit, product = (_room(room, values) for room in (unit, product))
         unit = torch.sub(values, m, out=unit).div_(r)
-        torch.sum(slope, others, out=told[3])
+        torch.sum(slope, others, out=for_bias)
         product = torch.mul(slope, unit, out=product)
-        torch.sum(product, others, out=told[0])
+        torch.sum(product, others, out=for_weight)
         if below:
-            torch.sum(values, others, out=told[4])
+            torch.sum(values, others, out=of_x)
             torch.mul(slope, w, out=product)
-            torch.sum(torch.div(product, r, out=into), others, out=told[2])
-            torch.sum(product.mul_(unit.div_(r)), others, out=told[1])
+            torch.sum(torch.div(product, r, out=into), others, out=for_mean)
+            torch.sum(product.mul_(unit.div_(r)), others, out=for_root)
     total = torch.zeros_like(sums[:, 0])
     for image in sums.unbind(1):
         total += image
-    to_weight, to_root, to_mean, to_bias, in_all = total
+    to_weight, to_root, to_mean, to_bias, sum_of_x = total  # root and mean: but for their sign
     if not below:
         return None, to_weight, to_bias, None, None
     to_used = -to_mean, -to_root
     to_mean, to_var = torch.autograd.grad(ctx.used, ctx.batch, to_used, retain_graph=True)
-    channels = (in_all / count, 2 / count * to_var, to_mean / count)
+    channels = (sum_of_x / count, 2 / count * to_var, to_mean / count)
     for values, into, centre, slope, shift in _parts((x, made), channels, rooms=1):
         unit = _room(unit, values)
         into.add_(torch.sub(values, centre, out=unit).mul_(slope).add_(shift))

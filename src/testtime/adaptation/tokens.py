@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import norm_kind
 from testtime.adaptation.loan import Loan
-from testtime.adaptation.parts.statistics import SourceStatistics
-from testtime.adaptation.ranks import Ranks
+from testtime.adaptation.look import source_output
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def _seen_to_run(loan: Loan, x: Tensor) -> Blocks:
             hooks.append(module.register_forward_pre_hook(note("norm"), with_kwargs=True))
     try:
         with torch.no_grad():
-            loan.run(torch.cat([x[:1], x[:1] + 1]), {}, SourceStatistics(), ranks=Ranks())
+            source_output(loan, torch.cat([x[:1], x[:1] + 1]))
     finally:
         for hook in hooks:
             hook.remove()

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 TORCHS = frozenset(vars(nn.Module()))
 """Attributes that every module has: registered tensors, hooks, modes."""
+ABSENT = object()
+"""Stands for what a dictionary did not hold, where None may be held."""
 _known: "weakref.WeakKeyDictionary[nn.Module, Traces]" = weakref.WeakKeyDictionary()
 
 
@@ -64,7 +66,7 @@ class Traces:
     def watched_once(
         self, modules: dict[str, nn.Module], x: Tensor, lent: Collection[str]
     ) -> Iterator[None]:
-        """The same for the first forward of a kind, where none that watches is under way."""
+        """As `watched`, for the first forward of a kind of batch; later ones are not looked at."""
         with nullcontext() if _kind(x) in self.kinds else self.watched(modules, x, lent):
             yield
 
@@ -79,7 +81,7 @@ class Traces:
             x: the batch.
             lent: modules whose buffers are others' now.
         """
-        self.kinds.add(_kind(x))
+        self.kinds.add(_kind(x))  # at once: a run of the loan within need not look as well
         attributes = {
             name: {
                 key: (value, copy.copy(value) if isinstance(value, dict | list) else value)
@@ -115,14 +117,14 @@ class Traces:
             for key, value in list(module.__dict__.items()):
                 if key in TORCHS:
                     continue
-                old, held = attributes[name].get(key, (attributes, None))
+                old, held = attributes[name].get(key, (ABSENT, None))
                 now, before = inside(value), inside(held)
                 same = len(now) == len(before) and all(map(operator.is_, now, before))
                 if value is old and same:
                     continue
                 if any(isinstance(each, Tensor) for each in (*now, *before)):
                     self.own.add((name, key))
-                    _put_back(module.__dict__, key, old, held, absent=old is attributes)
+                    _put_back(module.__dict__, key, old, held)
         for name, key, buffer, version, values in buffers:
             holder = modules[name]._buffers
             if holder.get(key) is not buffer or buffer._version != version:
@@ -165,11 +167,13 @@ class Traces:
         for name, key in self.own:
             if name in modules:
                 holder: dict[str, Any] = modules[name].__dict__
-                value = holder.get(key, kept)
+                value = holder.get(key, ABSENT)
                 kept.append((holder, key, value))
+                if value is ABSENT:
+                    continue
                 if (name, key) in self.caches:
                     holder[key] = type(value)()
-                elif isinstance(value, dict | list) and value is not kept:
+                elif isinstance(value, dict | list):
                     holder[key] = copy.copy(value)
         for name, key in self.buffers:
             buffer = modules[name]._buffers.get(key) if name in modules else None
@@ -180,7 +184,7 @@ class Traces:
             yield
         finally:
             for holder, key, value in kept:
-                if value is kept:  # there was none
+                if value is ABSENT:
                     holder.pop(key, None)
                 else:
                     holder[key] = value
@@ -196,16 +200,17 @@ def _kind(x: Tensor) -> Any:
     return x.shape[1:], x.dtype, torch.is_grad_enabled()
 
 
-def _put_back(holder: dict[str, Any], key: str, value: Any, inside: Any, *, absent: bool) -> None:
-    if absent:
+def _put_back(holder: dict[str, Any], key: str, value: Any, held: Any) -> None:
+    """An attribute as it was, and what it held if it is a list or dictionary."""
+    if value is ABSENT:
         del holder[key]
         return
     holder[key] = value
     if isinstance(value, list):
-        value[:] = inside
+        value[:] = held
     elif isinstance(value, dict):
         value.clear()
-        value.update(inside)
+        value.update(held)
 
 
 def inside(value: Any) -> list[Any]:

@@ -239,9 +239,7 @@ class EachItsOwn:
             name: (torch.zeros_like if name.endswith("bias") else torch.ones_like)(t[0].detach())
             for name, t in own.items()
         }
-        output, _ = engine.run(
-            x, neutral, averages=None, learn=False, tap=lambda: _given(engine, own)
-        )
+        output, _ = engine.run(x, neutral, tap=lambda: _given(engine, own))
         return output
 
 

@@ -114,7 +114,7 @@ class PromptSearch:
         """The answer with the best prompts so far, without a search; the source's at first."""
         blocks, memory = find_blocks(engine.loan, x), state.memory
         if memory is None:
-            output, _ = engine.run(x, {}, averages=None, learn=False)
+            output, _ = engine.run(x, {})
         else:
             shift = self._shift(engine, memory, blocks)
             ((output, _, _),) = self._evaluate(engine, x, blocks, memory["best"][None], shift)
@@ -133,7 +133,7 @@ class PromptSearch:
         prompts = candidates.view(count, self.prompts, blocks.width)
         watched = blocks.watched(tokens, prompts=prompts.repeat_interleave(len(x), 0), shift=shift)
         inputs = x.repeat(count, *[1] * (x.dim() - 1))
-        output, _ = engine.run(inputs, {}, averages=None, learn=False, tap=lambda: watched)
+        output, _ = engine.run(inputs, {}, tap=lambda: watched)
         moments = engine.known["cls_moments"]
         own = at_least_single(torch.cat(tokens, 1)).unflatten(0, (count, len(x)))
         seen = engine.ranks.gather(own.transpose(0, 1)).unbind(1)

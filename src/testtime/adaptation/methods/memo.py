@@ -81,7 +81,7 @@ class EachImage:
 
     def _look(self, engine: Engine, image: Tensor, state: State) -> Any:
         with torch.no_grad():
-            output, _ = engine.run(image, state.tensors, averages=None, learn=True)
+            output, _ = engine.run(image, state.tensors)
         return output
 
 

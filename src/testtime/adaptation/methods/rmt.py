@@ -78,7 +78,7 @@ class WarmedUp:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in student.items()}
 
         def run(tensors: Known) -> Tensor:
-            output, _ = engine.run(batch.inputs, tensors, averages=None, learn=True)
+            output, _ = engine.run(batch.inputs, tensors)
             return rows(read_logits(output))
 
         answer = run(teacher)

@@ -153,7 +153,7 @@ class WeighExperts:
 
     def _look(self, engine: Engine, x: Tensor, state: State) -> Tensor:
         with torch.no_grad():
-            output, _ = engine.run(x, state.tensors, averages=None, learn=False)
+            output, _ = engine.run(x, state.tensors)
         return read_experts(output)
 
 

@@ -308,10 +308,7 @@ class AdversarialTeacher:
         leaves: dict[str, Tensor],
     ) -> Tensor:
         recipe, ranks = engine.recipe, engine.ranks
-        plain, strained = (
-            rows(read_logits(engine.run(each, leaves, averages=None, learn=True)[0]))
-            for each in (shown, hard)
-        )
+        plain, strained = (rows(read_logits(engine.run(each, leaves)[0])) for each in (shown, hard))
         log_labels = labels.clamp(min=torch.finfo(labels.dtype).tiny).log()
         distilled = cross_entropy(labels, strained) - entropy_of_probs(labels)
         terms = [part(plain, ranks) for part in recipe.batch_objectives]

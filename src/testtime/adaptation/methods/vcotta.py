@@ -28,7 +28,7 @@ from testtime.adaptation.engine import Engine
 from testtime.adaptation.learning import finite
 from testtime.adaptation.outputs import read_logits, rows, with_logits
 from testtime.adaptation.parts.gaussians import (
-    Posterior,
+    Gaussians,
     WarmUp,
     draw,
     flat,
@@ -154,28 +154,28 @@ class VariationalTeacher:
         output, answer, _ = self._opinions(engine, x, teacher, source)
         return output, answer
 
-    def _source(self, engine: Engine) -> Posterior:
+    def _source(self, engine: Engine) -> Gaussians:
         if self.warm_up is None:
             return pretrained(engine)
         known = engine.known[self.warm_up.name]
-        return Posterior(
+        return Gaussians(
             {name: known[f"mean/{name}"] for name in engine.names},
             {name: known[f"rho/{name}"] for name in gaussian_names(engine)},
         )
 
     def _posteriors(
-        self, engine: Engine, state: State, source: Posterior
-    ) -> tuple[Posterior, Posterior, dict[str, Any]]:
+        self, engine: Engine, state: State, source: Gaussians
+    ) -> tuple[Gaussians, Gaussians, dict[str, Any]]:
         """Student, teacher, and the optimizer's state for rhos; the source when a stream begins."""
         if state.memory is None:
             assert engine.recipe.optimizer is not None
             return source, source, engine.recipe.optimizer.init(list(source.rhos.values()))
         memory = state.memory
-        student = Posterior(state.tensors, memory["rhos"])
-        return student, Posterior(state.teacher or {}, memory["teacher"]), memory["optimizer"]
+        student = Gaussians(state.tensors, memory["rhos"])
+        return student, Gaussians(state.teacher or {}, memory["teacher"]), memory["optimizer"]
 
     def _opinions(
-        self, engine: Engine, x: Tensor, teacher: Posterior, source: Posterior
+        self, engine: Engine, x: Tensor, teacher: Gaussians, source: Gaussians
     ) -> tuple[Any, Tensor, Tensor]:
         """The answer, as the model gives it and as logits, and the trust in teacher and source."""
         outputs: list[Any] = []
@@ -184,9 +184,7 @@ class VariationalTeacher:
             copies = joined_copies(engine, x, self.augment, self.count)
             for joined, count in ((x, 1), *copies):
                 for own, posterior in zip(seen, (teacher, source), strict=True):
-                    output, _ = engine.run(
-                        joined, posterior.means, averages=None, learn=True, groups=count
-                    )
+                    output, _ = engine.run(joined, posterior.means, groups=count)
                     outputs = outputs or [output]
                     own.extend(at_least_single(rows(read_logits(output))).split(len(x)))
             views = [torch.stack(own) for own in seen]
@@ -204,9 +202,9 @@ class VariationalTeacher:
         x: Tensor,
         answer: Tensor,
         trust: Tensor,
-        student: Posterior,
-        teacher: Posterior,
-        source: Posterior,
+        student: Gaussians,
+        teacher: Gaussians,
+        source: Gaussians,
     ) -> Tensor:
         generator = engine.generator
         share = torch.rand((), generator=generator, device=x.device, dtype=torch.float32)
@@ -214,7 +212,7 @@ class VariationalTeacher:
         mixed = (share * x + (1 - share) * x[order]).to(x.dtype)
         reference = share * answer + (1 - share) * answer[order]
         drawn = draw(student, generator)
-        output, _ = engine.run(mixed, drawn, averages=None, learn=True)
+        output, _ = engine.run(mixed, drawn)
         assert engine.recipe.objective is not None
         values = engine.recipe.objective(rows(read_logits(output)), reference)
         priors = trust[0] * kl_gaussians(student, teacher) + trust[1] * kl_gaussians(

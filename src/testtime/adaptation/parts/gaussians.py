@@ -26,20 +26,20 @@ PRIOR_RHO = 0.1
 Tensors = dict[str, Tensor]
 
 
-class Posterior(NamedTuple):
+class Gaussians(NamedTuple):
     """Mean-field Gaussians over a model's weights: means, and rho where a tensor has one."""
 
     means: Tensors
     rhos: Tensors
 
 
-def kl_gaussians(ours: Posterior, prior: Posterior) -> Tensor:
+def kl_gaussians(ours: Gaussians, prior: Gaussians) -> Tensor:
     """KL(q || p), summed over all Gaussians, in nats.
 
         ln(s_p / s_q) - 1/2 + ( s_q^2 + (mu_q - mu_p)^2 ) / ( 2 s_p^2 ),    s = softplus(rho)
 
     Example:
-        >>> ours = Posterior({"w": torch.zeros(2)}, {"w": torch.zeros(2)})
+        >>> ours = Gaussians({"w": torch.zeros(2)}, {"w": torch.zeros(2)})
         >>> kl_gaussians(ours, ours)
         tensor(0.)
     """
@@ -51,7 +51,7 @@ def kl_gaussians(ours: Posterior, prior: Posterior) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def draw(ours: Posterior, generator: torch.Generator) -> Tensors:
+def draw(ours: Gaussians, generator: torch.Generator) -> Tensors:
     """The means with a sample of every Gaussian in its place; gradients flow to mu and rho."""
     drawn = dict(ours.means)
     for name, rho in ours.rhos.items():
@@ -83,11 +83,11 @@ def gaussian_names(engine: "Engine") -> list[str]:
     return names
 
 
-def pretrained(engine: "Engine") -> Posterior:
+def pretrained(engine: "Engine") -> Gaussians:
     """Gaussians around the model's own weights, every rho at -4."""
     means = engine.source_tensors(engine.names)
     rhos = {name: torch.full_like(means[name], RHO) for name in gaussian_names(engine)}
-    return Posterior(means, rhos)
+    return Gaussians(means, rhos)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +118,12 @@ class WarmUp:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in total.items()}
         with torch.enable_grad():
             ours = unflat(leaves)
-            prior = Posterior(
+            prior = Gaussians(
                 {name: torch.zeros_like(rho) for name, rho in ours.rhos.items()},
                 {name: torch.full_like(rho, PRIOR_RHO) for name, rho in ours.rhos.items()},
             )
             drawn = draw(ours, engine.generator)
-            output, _ = engine.run(batch.inputs, drawn, averages=None, learn=True)
+            output, _ = engine.run(batch.inputs, drawn)
             loss = F.cross_entropy(at_least_single(rows(read_logits(output))), batch.labels)
             loss = loss + self.weight * kl_gaussians(ours, prior)
         grads = engine.gradient(loss, leaves, samples=len(batch.inputs))
@@ -135,16 +135,16 @@ class WarmUp:
         return {name: value for name, value in total.items() if name != "optimizer"}
 
 
-def flat(posterior: Posterior) -> dict[str, Any]:
+def flat(posterior: Gaussians) -> dict[str, Any]:
     """All tensors in one dictionary: mean/NAME and rho/NAME."""
     joined: dict[str, Any] = {f"mean/{name}": mean for name, mean in posterior.means.items()}
     return joined | {f"rho/{name}": rho for name, rho in posterior.rhos.items()}
 
 
-def unflat(joined: Mapping[str, Tensor]) -> Posterior:
+def unflat(joined: Mapping[str, Tensor]) -> Gaussians:
     """The Gaussians that `flat` joined."""
     kinds = [
         {name.partition("/")[2]: t for name, t in joined.items() if name.startswith(kind)}
         for kind in ("mean/", "rho/")
     ]
-    return Posterior(*kinds)
+    return Gaussians(*kinds)

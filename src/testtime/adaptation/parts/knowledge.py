@@ -262,7 +262,7 @@ class ClsMoments:
 
         engine, tokens = batch.engine, list["Tensor"]()
         blocks = find_blocks(engine.loan, batch.inputs)
-        engine.run(batch.inputs, {}, averages=None, learn=False, tap=lambda: blocks.watched(tokens))
+        engine.run(batch.inputs, {}, tap=lambda: blocks.watched(tokens))
         seen = torch.cat(tokens, 1).double()
         count, mean = torch.full_like(seen[0, :1], len(seen)), seen.mean(0)
         scatter = (seen - mean).square().sum(0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from testtime._core.arrays import places_of
+from testtime.adaptation.parts.pixels import warp
 
 
 class Operation(NamedTuple):
@@ -58,9 +59,8 @@ def _wide(size: Tensor) -> Tensor:
 
 
 def _warp(x: Tensor, rows: list[Tensor]) -> Tensor:
-    """Resamples each image by its own affine matrix, in units of half the image, reflecting."""
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    """Resamples each image by its own affine matrix, given entry by entry, reflecting."""
+    return warp(x, torch.stack(rows, 1).view(-1, 2, 3), fill=None)
 
 
 def _shear_x(x: Tensor, size: Tensor) -> Tensor:

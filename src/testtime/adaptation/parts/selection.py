@@ -15,8 +15,6 @@ from testtime._core.arrays import at_least_single
 from testtime._core.options import in_range
 from testtime.adaptation.ranks import Ranks
 
-State = dict[str, Any]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Reliable:
@@ -54,13 +52,13 @@ class ReliableAndNew:
         if self.redundancy is not None:
             in_range(0, redundancy=self.redundancy)
 
-    def init(self) -> State:
+    def init(self) -> dict[str, Any]:
         """No mean prediction yet: the first batch is asked for low entropy only."""
         return {"mean": None}
 
     def __call__(
-        self, logits: Tensor, entropies: Tensor, classes: int, ranks: Ranks, state: State
-    ) -> tuple[Tensor, State]:
+        self, logits: Tensor, entropies: Tensor, classes: int, ranks: Ranks, state: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
         limit = self.margin * math.log(classes)
         probs = at_least_single(logits.detach()).softmax(-1)
         uncertainty = entropies.detach()

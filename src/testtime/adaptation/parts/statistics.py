@@ -58,10 +58,7 @@ class MixedStatistics:
     def blend(self, source: Moments, batch: Moments, *, samples: int, values: float) -> Moments:
         """Mixes the moments of `samples` samples, `values` values a channel, into the source's."""
         share = self.alpha if self.alpha is not None else samples / ((self.prior or 0.0) + samples)
-        var = batch.var * (values / max(values - 1, 1)) if self.unbiased else batch.var
-        return Moments(
-            (1 - share) * source.mean + share * batch.mean, (1 - share) * source.var + share * var
-        )
+        return _mixed(source, unbiased(batch, values) if self.unbiased else batch, share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +91,7 @@ class RunningStatistics:
 
     def update(self, old: Moments, batch: Moments, *, seen: int, values: float) -> Moments:
         """The average after one more batch; `seen` batches came before."""
-        share = self.share(seen)
-        var = batch.var * (values / max(values - 1, 1)) if self.unbiased else batch.var
-        return Moments(
-            (1 - share) * old.mean + share * batch.mean, (1 - share) * old.var + share * var
-        )
+        return _mixed(old, unbiased(batch, values) if self.unbiased else batch, self.share(seen))
 
     def repeat(self, averages: Averages, before: Averages, after: Averages) -> Averages:
         """The averages after a batch like the one that led from `before` to `after`.
@@ -163,6 +156,13 @@ class AdaptiveMixture:
 def unbiased(batch: Moments, values: float) -> Moments:
     """Moments of `values` values a channel, with the unbiased variance for the biased one."""
     return Moments(batch.mean, batch.var * (values / max(values - 1, 1)))
+
+
+def _mixed(old: Moments, new: Moments, share: float) -> Moments:
+    """(1 - share) old + share new."""
+    return Moments(
+        (1 - share) * old.mean + share * new.mean, (1 - share) * old.var + share * new.var
+    )
 
 
 def _gap(one: Moments, other: Moments) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 import testtime as tt
 from testtime._core.registry import register
 from testtime.adaptation.methods.vcotta import vcotta
-from testtime.adaptation.parts.gaussians import RHO, Posterior, kl_gaussians
+from testtime.adaptation.parts.gaussians import RHO, Gaussians, kl_gaussians
 from testtime.measures.calibration import brier_score
 from testtime.papers.digits import Images, digits, gentle_view, stream, trained
 from testtime.papers.reproduction import Progress, Reproduction, reproduce
@@ -69,8 +69,8 @@ def distance(adapter: tt.Adapter, model: nn.Module) -> float:
     assert state.memory is not None
     rhos = state.memory["rhos"]
     source = {name: torch.full_like(rho, RHO) for name, rho in rhos.items()}
-    prior = Posterior(dict(model.named_parameters()), source)
-    return float(kl_gaussians(Posterior(state.tensors, rhos), prior))
+    prior = Gaussians(dict(model.named_parameters()), source)
+    return float(kl_gaussians(Gaussians(state.tensors, rhos), prior))
 
 
 def holds(found: dict[str, float]) -> bool:
