@@ -17,7 +17,14 @@ from testtime._core.seeds import generator
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.look import look
-from testtime.adaptation.never_worse import errors, excess, information, surprise
+from testtime.adaptation.never_worse import (
+    errors,
+    excess,
+    information,
+    probabilities,
+    surprise,
+    theil,
+)
 from testtime.measures.detection import auroc
 
 NUMBERS = Path(__file__).with_name("evidence.json")
@@ -137,6 +144,8 @@ def signals(
         "more even": errors(each.mean(), each),
         "source less even": -certain,
         "tells more": tells(p) - tells(q),
+        "explained more": theil(probabilities(ours["logits"]))
+        - theil(probabilities(theirs["logits"])),
         "its shares fit the source's probabilities": float((q @ shares).log().mean()),
         "followed in adapted features": follows(ours["features"], a, s, classes),
         "followed in source features": follows(theirs["features"], a, s, classes),

@@ -18,6 +18,7 @@ from testtime.adaptation.parts.views import (
     cotta_view,
     moco_view,
     roid_view,
+    small_augmix_view,
     weak_view,
 )
 
@@ -61,7 +62,9 @@ def gaps(name: str) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("view", [cotta_view, roid_view, augmix_view, weak_view, moco_view])
+@pytest.mark.parametrize(
+    "view", [cotta_view, roid_view, augmix_view, small_augmix_view, weak_view, moco_view]
+)
 def test_views_are_the_same_under_autocast(view):
     x = batches(1)[0]
     expected = view(x, torch.Generator().manual_seed(0))

@@ -213,6 +213,7 @@ def augmix_view(x: Tensor, generator: torch.Generator) -> Tensor:
     return _augmix(crop, generator).to(x.dtype)
 
 
+@in_full
 def small_augmix_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """The same for small images, as MEMO draws copies for CIFAR-10.
 
