@@ -300,6 +300,27 @@ def test_a_model_that_checkpoints_is_refused_where_there_is_a_backward(reentrant
     assert tt.adapt(model, "bn-adapt")(images()[0]).isfinite().all()
 
 
+class NoBackward(TinyNet):
+    """A forward that somebody wrote for inference alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x).sigmoid()
+        x *= 2
+        return x
+
+
+@pytest.mark.parametrize("options", [{}, {"deferred": True}, {"guard": True}])
+def test_a_forward_for_inference_alone_is_refused_where_there_is_a_backward(options):
+    model = NoBackward("layer").eval()
+    (x,) = batches(1)
+    adapter = tt.adapt(model, "tent", **options)
+    with pytest.raises(ScopeError, match="written for inference alone"):
+        _ = adapter(x), adapter.flush()
+    assert adapter.counts.steps == 0
+    with torch.no_grad():
+        assert torch.equal(tt.adapt(model, "source")(x), model(x))
+
+
 def test_channels_last_comes_back_from_a_file_as_it_was(tmp_path):
     model = network().to(memory_format=torch.channels_last)
     one, two = (tt.adapt(model, "cotta", views=2) for _ in range(2))

@@ -137,3 +137,33 @@ def test_padding_by_name_and_autocast_are_computed():
     with torch.autocast("cpu", torch.bfloat16), Recorded(6, dear=1, least=1) as recorded:
         model(torch.randn(6, 4, 8, 8).double())
     assert not recorded.kept
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("turn", [lambda y: y.transpose(1, 2), lambda y: y.mean(1, keepdim=True)])
+def test_gradients_of_linear_layers_are_torchs_whoever_wants_those_of_weights(wanted, turn):
+    torch.manual_seed(0)
+    layer = nn.Linear(300, 64).requires_grad_(False)
+    x = torch.randn(6, 2, 300, requires_grad=True)
+    slope = torch.randn(turn(layer(x)).shape)
+
+    def gradient(y):
+        layer.requires_grad_(wanted)  # as the caller left it, once the loan is over
+        (grad,) = torch.autograd.grad((turn(y) * slope).sum(), x)
+        layer.requires_grad_(False)
+        return grad
+
+    expected = gradient(layer(x))
+    with torch.no_grad(), Recorded(6, dear=1, least=1) as recorded:
+        layer(x)
+    with Replayed(recorded) as replayed:
+        assert torch.equal(gradient(layer(x)), expected)
+    assert replayed.taken == 1
+
+
+def test_linear_layers_of_what_lies_otherwise_are_computed():
+    """torch may multiply them sample by sample, and rounds otherwise then."""
+    layer = nn.Linear(8, 4).requires_grad_(False)
+    with Recorded(6, dear=1, least=1) as recorded:
+        layer(torch.randn(6, 8, 2).transpose(1, 2))
+    assert not recorded.kept

@@ -28,7 +28,7 @@ from testtime.adaptation.guarding import check_guard, distrusted, foretold, guar
 from testtime.adaptation.knowledge import SourceKnowledge
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import lock_of
-from testtime.adaptation.look import check_backward, look
+from testtime.adaptation.look import check_backward, check_statistics, look
 from testtime.adaptation.modes import autocasting, computing
 from testtime.adaptation.needs import (
     check_covered,
@@ -379,6 +379,7 @@ class Adapter:
         check_output(read(found.output), self.recipe, samples=len(x[:2]))
         if self.recipe.optimizer is not None:
             check_backward(self._engine.loan, x, read=read)
+        check_statistics(self._engine.loan, x, found.order, self.recipe.statistics)
         if self._ration is not None:
             self._ration.count(x, norm_layers(self.model, found.order))
         engine = self._build(found.order, found.feature_layer)
@@ -390,7 +391,7 @@ class Adapter:
         self._engine = engine
 
     def _taking(self, x: Tensor, run: Callable[[], Any]) -> Any:
-        return run() if self._seen == (x.shape[1:], x.dtype) else taking(self.model, x, run)
+        return taking(self.model, x, run, met=self._seen == (x.shape[1:], x.dtype))
 
     def _resumed(self, state: State, what: str) -> State:
         return resumed(

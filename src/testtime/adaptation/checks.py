@@ -182,13 +182,46 @@ def check_output(logits: Tensor, recipe: Recipe, *, samples: int) -> None:
         )
 
 
-def taking(model: nn.Module, x: Tensor, run: Callable[[], Any]) -> Any:
-    """Runs a model on a kind of batch that it has not met; what it says of it is an `InputError`."""
+NO_GRADIENT = "modified by an inplace operation", "derivative for", "backward or vjp"
+"""What torch says where it has no gradient through a forward."""
+ONE_VALUE = "more than 1 value per channel"
+"""What it says where batch normalisation is to take statistics of one value."""
+
+
+def taking(model: nn.Module, x: Tensor, run: Callable[[], Any], *, met: bool = False) -> Any:
+    """Runs a model on a batch; what it says of one of a kind that it has not met is an `InputError`.
+
+    Args:
+        model: that is run.
+        x: the batch.
+        run: runs it.
+        met: whether it answered a batch of this kind before.
+
+    Raises:
+        ScopeError: its forward cannot be differentiated.
+        InputError: it does not take the batch.
+    """
     try:
         return run()
     except (TesttimeError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
+        if any(text in str(error) for text in NO_GRADIENT):
+            raise ScopeError(
+                f"nothing can be learnt through {type(model).__name__}, whose forward is written for "
+                f"inference alone: {str(error).partition('. ')[0]}. Let it make new tensors (h = 2 * h "
+                "for h *= 2), of functions that have a gradient; or take a "
+                "method that learns nothing: bn-adapt, lame, source."
+            ) from error
+        if ONE_VALUE in str(error):
+            raise InputError(
+                f"a batch of shape {tuple(x.shape)} left a normalisation layer of "
+                f"{type(model).__name__} a single value for each channel, which has no statistics. "
+                "Send other or larger batches, or take statistics mixed with the source's: bn-adapt "
+                "with prior=16, rotta."
+            ) from error
+        if met:
+            raise
         said = f"{error}" if isinstance(error, RuntimeError | ValueError) else repr(error)
         expected = expected_rank(model)
         hint = f". {AROUND}" if isinstance(error, TypeError | KeyError) else ""

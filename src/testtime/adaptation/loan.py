@@ -262,7 +262,7 @@ class Loan:
                     normalise = Normaliser(
                         layer.name, layer.eps, source, statistics, averages, fresh, len(x), ranks
                     )
-                    if self.own_functions and normalise.may_stand_in(layer.module):
+                    if self.own_functions and as_torch(layer.module):
                         put(layer.module.__dict__, "forward", normalise.in_place_of(layer.module))
                     else:
                         hooks.append(on_input(layer.module, normalise))

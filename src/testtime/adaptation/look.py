@@ -1,6 +1,6 @@
 """A first look at a model while it runs: what runs in which order, and where its features are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from testtime._core.errors import InputError, ScopeError, unknown
 from testtime.adaptation.layers import norm_kind, on_input
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.outputs import read_logits
-from testtime.adaptation.parts.statistics import SourceStatistics
+from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
 from testtime.adaptation.ranks import Ranks
 
 
@@ -160,6 +160,43 @@ def no_checkpoints(model: nn.Module) -> ScopeError:
         "model.set_grad_checkpointing(False) of timm, model.gradient_checkpointing_disable() of "
         "transformers; or take a method without a backward: bn-adapt, lame."
     )
+
+
+def check_statistics(loan: Loan, x: Tensor, order: Collection[str], statistics: Statistics) -> None:
+    """Refuses a model that reads its layers' stored statistics itself, where others are to be used.
+
+    Layers that did not run when the model did are looked at: it must do without what they store.
+
+    Args:
+        loan: of the model.
+        x: a batch that it takes.
+        order: names of the layers that ran.
+        statistics: what layers are to normalise with.
+
+    Raises:
+        ScopeError: it cannot do without.
+    """
+    silent = [layer for layer in loan.norms if layer.name not in order]
+    if isinstance(statistics, SourceStatistics) or not silent:
+        return
+    holders = [layer.module._buffers for layer in silent]
+    kept = [dict(holder) for holder in holders]
+    with loan.lock, torch.no_grad():
+        try:
+            for holder in holders:
+                holder["running_mean"] = holder["running_var"] = None
+            loan.run(torch.cat([x[:1], x[-1:]]), {}, SourceStatistics(), ranks=Ranks())
+        except Exception as error:
+            names = ", ".join(layer.name for layer in silent[:3])
+            raise ScopeError(
+                f"{type(loan.model).__name__} reads the statistics that {names} stored itself, and "
+                "does not call the layer, so that no others can take their place. Call it: "
+                "layer(x); or leave statistics alone: tt.adapt(model, dataclasses.replace(recipe, "
+                "statistics=SourceStatistics())), lame, source."
+            ) from error
+        finally:
+            for holder, values in zip(holders, kept, strict=True):
+                holder.update(values)
 
 
 def answers_alone(loan: Loan, x: Tensor) -> bool | None:

@@ -20,7 +20,7 @@ from testtime.adaptation.parts.statistics import (
     Statistics,
 )
 from testtime.adaptation.ranks import Ranks
-from testtime.adaptation.robust import as_torch, normalise_as_written
+from testtime.adaptation.robust import normalise_as_written
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,19 @@ class Normaliser:
         buffers["running_var"] = torch.ones_like(self.source.var) - self.eps
         return (normalise(x, used, self.eps), *args[1:])
 
-    def may_stand_in(self, module: nn.Module) -> bool:
-        """Whether it can be the layer's whole forward: torch's own, with moments to blend or move."""
-        blends = isinstance(self.statistics, MixedStatistics | RunningStatistics)
-        return blends and self.ranks.alone and as_torch(module)
-
     def in_place_of(self, module: Any) -> Callable[[Tensor], Tensor]:
-        """The layer's forward, which passes over its input once where a gradient flows through."""
+        """The forward of torch's own layer, also for those who call it without the hooks.
+
+        It passes over its input once where a gradient flows through moments that blend or move.
+        """
 
         def forward(input: Tensor) -> Tensor:  # noqa: A002  (as torch calls it)
             x = input
             module._check_input_dim(x)
             weight, bias = module.weight, module.bias
             values = float(x.numel() // x.shape[1])
-            full = x.dtype in (torch.float32, torch.float64)
+            blends = isinstance(self.statistics, MixedStatistics | RunningStatistics)
+            full = x.dtype in (torch.float32, torch.float64) and blends and self.ranks.alone
             alike = full and module.weight is not None and module.bias is not None
             alike = alike and x.dtype == weight.dtype == bias.dtype
             if alike and values > 1 and (moving := self.moving(x.dtype)):
@@ -101,7 +100,7 @@ class Normaliser:
             return None
         if not old or not fresh or not self.eps or old[f"{self.name}.mean"].dtype != dtype:
             return None
-        mean, var = (old[f"{self.name}.{moment}"].clone() for moment in ("mean", "var"))
+        mean, var = (fresh[f"{self.name}.{moment}"].clone() for moment in ("mean", "var"))
         fresh |= {f"{self.name}.mean": mean, f"{self.name}.var": var}
         return mean, var, statistics.share(int(old["seen"]))
 
@@ -121,7 +120,8 @@ class Normaliser:
         if isinstance(statistics, AdaptiveMixture):
             return statistics.blend(x, self.source, batch, values=values, ranks=self.ranks)
         if isinstance(statistics, RunningStatistics) and averages and self.fresh is not None:
-            old = Moments(averages[f"{self.name}.mean"], averages[f"{self.name}.var"])
+            # a layer that runs again in this forward goes on from its last run
+            old = Moments(self.fresh[f"{self.name}.mean"], self.fresh[f"{self.name}.var"])
             new = statistics.update(old, batch, seen=int(averages["seen"]), values=values)
             self.fresh[f"{self.name}.mean"] = new.mean.detach()
             self.fresh[f"{self.name}.var"] = new.var.detach()

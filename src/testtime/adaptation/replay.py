@@ -158,7 +158,14 @@ def _call(
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
-    return input, weight, bias, lambda grad, _: torch.matmul(grad, weight)
+    if not input.is_contiguous():  # torch may multiply sample by sample, on the way back too
+        return input, weight, bias, None
+
+    def back(grad: Tensor, shape: Shape) -> Tensor:
+        # as one matrix; torch.matmul would ask whether the weight, no longer on loan, wants a gradient
+        return (grad.reshape(-1, len(weight)) @ weight).view(shape.sizes)
+
+    return input, weight, bias, back
 
 
 def _conv(

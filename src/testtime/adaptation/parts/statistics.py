@@ -65,6 +65,8 @@ class MixedStatistics:
 class RunningStatistics:
     """A moving average that starts at the source: (1 - a) old + a batch, one step a batch.
 
+    A layer that runs several times in a forward takes a step for each, as torch's does in training.
+
     Args:
         momentum: the step a; None is the cumulative mean, 1 / (batches seen + 1).
         unbiased: whether the batch's variance is the unbiased one (torch's running statistics).
@@ -96,7 +98,8 @@ class RunningStatistics:
     def repeat(self, averages: Averages, before: Averages, after: Averages) -> Averages:
         """The averages after a batch like the one that led from `before` to `after`.
 
-        Its moments are m = before + (after - before) / a, so that it need not be seen again.
+        Its moments are m = before + (after - before) / a, so that it need not be seen again. That
+        is exact for layers that run once in a forward.
 
         Example:
             >>> import torch
