@@ -111,21 +111,19 @@ until a trial on every fourth run of samples shows no harm any more. After 1,024
 source is restored.
 
 [`NeverWorse`][testtime.adaptation.never_worse.NeverWorse], which `True` stands for, reads logits alone. Its
-rule: answers that no longer tell what the source's tell are harm. Where labels come in no
-order, the adapted answers lead if those of the last 128 samples are more even, and the input explains more of
-them than of the source's: of what a model's answers leave open on the whole, the share that is settled once it
-sees an input (Theil's uncertainty coefficient, of its own probabilities of the last 256 samples). Of a stream of
+rule begins with how much the input explains of a model's answers: of what these leave open on the whole, the
+share that is settled once it sees an input (Theil's uncertainty coefficient, of its own probabilities of the last
+256 samples). An adapted model of which the input explains half, and 0.1 more than of the source, and whose answers
+are as even as 0.93 of what even draws are, is trusted: so it may mend a source that gives nearly all samples one
+answer. Else answers that no longer tell what the source's tell are harm. Where labels come in no
+order, the adapted answers lead if those of the last 128 samples are more even, and the input leaves less of them
+open, by three quarters of the share by which they are more even: of a stream of
 few classes, statistics of the batch spread the answers over all classes, and leave each of them open. Where
-labels come in an
-order, they lead if they follow it more closely, by how often neighbours are equal and by what each tells of
+labels come in an order, they lead if they follow it more closely, by how often neighbours are equal and by what each tells of
 the next: in the last 1,024 samples, and in the last 256 not a standard error less closely.
 Trust takes a lead of a standard error, and where labels come in no order it lasts as long as the lead does;
-two standard errors behind are harm, and so is an input that explains 0.05 less. Between the two, and as long as
-both models answer alike, it does not know.
-
-Where the source gives nearly all samples one answer, there is nothing to tell. Then the adapted model is trusted
-if the input explains half of its answers and 0.1 more than of the source's, and they are as even as 0.93 of what
-even draws are.
+two standard errors behind are harm, and so is, where labels come in no order, an input that explains 0.1 less.
+Between the two, and as long as both models answer alike, it does not know.
 
 Any object with `update(adapted_logits, source_logits)` is a guard, so
 [`Monitor(Collapse(classes=10))`][testtime.guard.collapse.Collapse] is one, whose alarm stays until

@@ -15,10 +15,10 @@ RUN = 48
 SHUFFLES = 4
 """Random orders that give what two sequences of answers share by chance."""
 TOLD, MORE, EVEN = 0.5, 0.1, 0.93
-"""What the inputs must explain of the adapted answers, how much more than of the source's, and how
-even they must be, where the source's tell nothing that could be kept."""
-LESS = 0.05
-"""How much less the inputs may explain of the adapted answers than of the source's."""
+"""What inputs explain of the answers of a model that knows what it sees, and how much more than of
+the source's; and how even its answers are, as a share of even draws."""
+CLAIMED = 0.75
+"""By this part of the share by which answers are more even, inputs must leave less of them open."""
 SURE = 2.0
 """Standard errors below nought from which a difference is no chance, and what was learnt goes."""
 
@@ -32,28 +32,30 @@ class NeverWorse:
             runs_x  = share of neighbours in time with equal x, less chance
             told_x  = I( x; its neighbour in time ) - chance      # x in random order in each block
             u_x     = I( x; input ) / H(x)   # of the probabilities of the last 2 `recent` samples
+            even_x  = H(x) / H of as many even draws                        # of these samples
             lead    = spread, or min( runs_a - runs_s, told_a - told_s ) where runs_s > `runs`,
                       each in units of its standard error
-        mended  if u_a >= 0.5, u_a - u_s >= 0.1 and H(a) >= 0.93 of the most, once `recent` are there
-        dropped if kept < `kept` and it is not mended
-                or lead < -2, or, where labels come in no order, u_a - u_s < -0.05
-        trusted if mended where kept < `kept`; else
-                where labels come in no order, if lead >= 1 and u_a > u_s; then as long as lead >= 0
-                where they come in one, if lead >= 1, and >= -1 of the last 2 `recent` samples alone
+        trusted if u_a >= 0.5, u_a - u_s >= 0.1 and even_a >= 0.93, once `recent` samples are there
+        else dropped if kept < `kept` or lead < -2
+        else, where labels come in an order,
+                trusted if lead >= 1, and >= -1 of the last 2 `recent` samples alone
+        else dropped if u_a - u_s < -0.1
+             trusted if lead >= 1 and 1 - u_a < ( 1 - u_s ) ( 1 - 0.75 ( 1 - even_s / even_a ) )
+                then as long as lead >= 0
         else nobody knows yet: the source answers, the adapter goes on learning
 
-    What each says. An adapted model is worth nothing once its answers have nothing to do with the
-    source's (`kept`): single samples on batch statistics, garbage, collapse. Where the source gives
-    nearly all samples one answer, there is nothing to keep; then the adapted model must be as even
-    and as sure as one that knows what it sees (`mended`). Where labels come in
-    an order, so do a good model's answers, and the better follows it more closely: its neighbours
-    are equal more often (`runs`), and each tells more of the next (`told`). Better answers show
-    both, and each can be had without them: equal neighbours by crowding into few classes, what
-    neighbours tell by errors that come in an order. Where labels do not, a model in a shift it was
-    not made for confuses classes and crowds its answers into few, so that more even ones are better
-    (`spread`), if the inputs explain more of them (Theil's uncertainty coefficient `u`): statistics of
-    a batch of few classes spread its answers over all, and leave each open. As long as the two models answer alike there is nothing to judge by, and the source
-    may as well answer.
+    What each says. Theil's uncertainty coefficient `u` is what the inputs explain of what a model's
+    answers leave open on the whole. Statistics of a batch of few classes spread its answers over all,
+    and leave each open; a model that knows what it sees is even and sure, and more so than a source
+    that gives nearly all samples one answer. An adapted model is worth nothing once its answers have
+    nothing to do with the source's (`kept`): single samples on batch statistics, garbage, collapse.
+    Where labels come in an order, so do a good model's answers, and the better follows it more
+    closely: its neighbours are equal more often (`runs`), and each tells more of the next (`told`).
+    Better answers show both, and each can be had without them: equal neighbours by crowding into few
+    classes, what neighbours tell by errors that come in an order. Where labels do not, a model in a
+    shift it was not made for confuses classes and crowds its answers into few, so that more even ones
+    are better (`spread`), if the inputs leave the less of them open. As long as the two models answer alike
+    there is nothing to judge by, and the source may as well answer.
 
     This is heuristic. It holds back gains that narrow the answers rightly, as on long-tailed streams;
     and it trusts answers that follow an order of labels more closely than the source's do, or are
@@ -71,9 +73,8 @@ class NeverWorse:
         OptionError: an option is out of its range.
 
     Example:
-        >>> guard, chance = NeverWorse(), torch.Generator().manual_seed(0)
-        >>> even, crowded = torch.randn(2, 256, 10, generator=chance)
-        >>> crowded = even + torch.eye(10)[0]
+        >>> guard, labels = NeverWorse(), torch.arange(256) * 7 % 11 % 10
+        >>> even, crowded = (5 * torch.eye(10)[answers] for answers in (labels, labels.clamp(max=5)))
         >>> guard.update(even, even)  # nobody knows
         >>> guard.update(even, crowded), guard.update(crowded, even)
         (False, True)
@@ -147,33 +148,25 @@ class NeverWorse:
             torch.randperm(len(ours), generator=random, device="cpu") for _ in range(SHUFFLES)
         ]
         chance = sum(information(ours[o], theirs, classes)[0] for o in orders) / SHUFFLES
-        told, more = self._explained()
+        u_a, u_s = (theil(part) for part in torch.stack(self._parts).sum(0))
+        evens = [_evenness(x[-2 * self.recent :], classes, self._seen) for x in (ours, theirs)]
+        even = len(ours) >= self.recent and evens[0] >= EVEN
+        if even and u_a >= TOLD and u_a - u_s >= MORE:
+            return False
         if known - chance <= 1e-6 or (shared - chance) / (known - chance) < self.kept:
-            return not (told >= TOLD and more >= MORE and self._even(classes) >= EVEN)
+            return True
         if self._runs(theirs) > self.runs:
             lead = self._lead(classes, self.memory)
             good = lead >= 1 and self._lead(classes, 2 * self.recent) >= -1
             return False if good else True if lead < -SURE else None
         gained = surprise(ours[-self.recent :]) - surprise(theirs[-self.recent :])
         lead = errors(gained.mean(), gained)
-        if lead < -SURE or more < -LESS:
+        if lead < -SURE or u_a - u_s < -MORE:
             return True
-        good = (lead >= 1 and more > 0) or (lead >= 0 and self._worse is False)
+        claim = max(0.0, 1 - evens[1] / max(evens[0], 1e-9))
+        good = 1 - u_a < (1 - u_s) * (1 - CLAIMED * claim)
+        good = (lead >= 1 and good) or (lead >= 0 and self._worse is False)
         return False if good else None
-
-    def _explained(self) -> tuple[float, float]:
-        """Theil's coefficient of the adapted model, and how much it is above the source's."""
-        ours, theirs = (theil(part) for part in torch.stack(self._parts).sum(0))
-        return ours, ours - theirs
-
-    def _even(self, classes: int) -> float:
-        """Entropy of the adapted answers lately, as a share of that of as many drawn evenly."""
-        ours = self._answers[0, -2 * self.recent :]
-        if len(ours) < self.recent:
-            return 0.0
-        random = generator(self._seen, "guard", "even")
-        even = torch.randint(classes, (SHUFFLES, len(ours)), generator=random, device="cpu")
-        return _entropy_of(ours) / max(sum(map(_entropy_of, even)) / SHUFFLES, 1e-9)
 
     def _runs(self, answers: Tensor) -> float:
         """How much more often neighbours are equal than by chance, on the mean of the blocks."""
@@ -299,6 +292,13 @@ def _neighbours(answers: Tensor, near: Tensor, classes: int) -> Tensor:
 def _entropy_of(values: Tensor) -> float:
     counts = values.unique(return_counts=True)[1].double()
     return math.log(len(values)) - float((counts * counts.log()).sum()) / len(values)
+
+
+def _evenness(answers: Tensor, classes: int, seed: int) -> float:
+    """Entropy of answers, as a share of that of as many drawn evenly."""
+    random = generator(seed, "guard", "even")
+    even = torch.randint(classes, (SHUFFLES, len(answers)), generator=random, device="cpu")
+    return _entropy_of(answers) / max(sum(map(_entropy_of, even)) / SHUFFLES, 1e-9)
 
 
 def excess(answers: Tensor) -> float:
