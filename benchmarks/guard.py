@@ -123,7 +123,8 @@ labels come in an order, they lead if they follow it more closely, by how often 
 the next: in the last 1,024 samples, and in the last 256 not a standard error less closely.
 Trust takes a lead of a standard error, and where labels come in no order it lasts as long as the lead does;
 two standard errors behind are harm, and so is, where labels come in no order, an input that explains 0.1 less.
-Between the two, and as long as both models answer alike, it does not know.
+Between the two, and as long as both models answer alike, it does not know; nor while the last batch alone, or 48
+samples of smaller ones, speaks against the adapted model by as much.
 
 Any object with `update(adapted_logits, source_logits)` is a guard, so
 [`Monitor(Collapse(classes=10))`][testtime.guard.collapse.Collapse] is one, whose alarm stays until

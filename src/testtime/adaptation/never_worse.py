@@ -42,6 +42,7 @@ class NeverWorse:
         else dropped if u_a - u_s < -0.1
              trusted if lead >= 1 and 1 - u_a < ( 1 - u_s ) ( 1 - 0.75 ( 1 - even_s / even_a ) )
                 then as long as lead >= 0
+        but where they come in none, not while u_a - u_s < -0.1 in the last block alone
         else nobody knows yet: the source answers, the adapter goes on learning
 
     What each says. Theil's uncertainty coefficient `u` is what the inputs explain of what a model's
@@ -149,10 +150,11 @@ class NeverWorse:
         ]
         chance = sum(information(ours[o], theirs, classes)[0] for o in orders) / SHUFFLES
         u_a, u_s = (theil(part) for part in torch.stack(self._parts).sum(0))
+        late = theil(self._parts[-1][0]) - theil(self._parts[-1][1])
         evens = [_evenness(x[-2 * self.recent :], classes, self._seen) for x in (ours, theirs)]
         even = len(ours) >= self.recent and evens[0] >= EVEN
         if even and u_a >= TOLD and u_a - u_s >= MORE:
-            return False
+            return False if late >= -MORE else None
         if known - chance <= 1e-6 or (shared - chance) / (known - chance) < self.kept:
             return True
         if self._runs(theirs) > self.runs:
@@ -166,7 +168,7 @@ class NeverWorse:
         claim = max(0.0, 1 - evens[1] / max(evens[0], 1e-9))
         good = 1 - u_a < (1 - u_s) * (1 - CLAIMED * claim)
         good = (lead >= 1 and good) or (lead >= 0 and self._worse is False)
-        return False if good else None
+        return False if good and late >= -MORE else None
 
     def _runs(self, answers: Tensor) -> float:
         """How much more often neighbours are equal than by chance, on the mean of the blocks."""
