@@ -141,7 +141,7 @@ def test_trust_that_was_earned_lasts_as_long_as_the_lead():
 def test_who_mends_a_source_of_one_answer_must_be_even_and_sure():
     same, labels = logits(torch.zeros(512, dtype=torch.long)), drawn(512)
     assert told(logits(labels), same)[1:] == [False] * 7
-    assert told(logits(labels), same)[0] is True  # too few to say so
+    assert told(logits(labels), same)[0] is None  # too few to say so
     assert all(told(logits(labels) / 3, same))  # even, and not sure
     assert all(told(logits(labels // 2), same))  # sure, and not even
     assert all(told(logits(labels), logits(blurred(labels, 0.9)) * 2))  # the source is not stuck

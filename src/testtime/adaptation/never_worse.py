@@ -14,11 +14,14 @@ RUN = 48
 """Samples in a row that are looked at before others are let go."""
 SHUFFLES = 4
 """Random orders that give what two sequences of answers share by chance."""
-TOLD, MORE, EVEN = 0.5, 0.1, 0.93
-"""What inputs explain of the answers of a model that knows what it sees, and how much more than of
-the source's; and how even its answers are, as a share of even draws."""
-CLAIMED = 0.75
-"""By this part of the share by which answers are more even, inputs must leave less of them open."""
+TOLD, MORE = 0.5, 0.1
+"""What inputs explain of the answers of a model that knows what it sees, and how much more or less
+than of another's is no chance."""
+EVEN, NEARLY = 0.93, 0.87
+"""How even its answers are, as a share of even draws, where nothing of the source's is kept; and where
+enough is."""
+CLAIMED, FREE = 0.75, 0.2
+"""How much more inputs must explain of answers that are more even, by a share beyond `FREE`."""
 SURE = 2.0
 """Standard errors below nought from which a difference is no chance, and what was learnt goes."""
 
@@ -35,15 +38,16 @@ class NeverWorse:
             even_x  = H(x) / H of as many even draws                        # of these samples
             lead    = spread, or min( runs_a - runs_s, told_a - told_s ) where runs_s > `runs`,
                       each in units of its standard error
-        trusted if u_a >= 0.5, u_a - u_s >= 0.1 and even_a >= 0.93, once `recent` samples are there
+        knows   if u_a >= 0.5, u_a - u_s >= 0.1 and spread >= 1, once `recent` samples are there
+        trusted if it knows and even_a >= 0.93
         else dropped if kept < `kept` or lead < -2
         else, where labels come in an order,
                 trusted if lead >= 1, and >= -1 of the last 2 `recent` samples alone
         else dropped if u_a - u_s < -0.1
-             trusted if lead >= 1 and 1 - u_a < ( 1 - u_s ) ( 1 - 0.75 ( 1 - even_s / even_a ) )
-                then as long as lead >= 0
-        but where they come in none, not while u_a - u_s < -0.1 in the last block alone
+             trusted if lead >= 1 and u_a - u_s > 0.75 ( 0.8 - even_s / even_a ), or if lead >= 1 and
+                it is as sure as the source, or if it knows and even_a >= 0.87; then while lead >= 0
         else nobody knows yet: the source answers, the adapter goes on learning
+        nor where the last block alone says otherwise, by u_a - u_s of 0.1 or more
 
     What each says. Theil's uncertainty coefficient `u` is what the inputs explain of what a model's
     answers leave open on the whole. Statistics of a batch of few classes spread its answers over all,
@@ -149,26 +153,33 @@ class NeverWorse:
             torch.randperm(len(ours), generator=random, device="cpu") for _ in range(SHUFFLES)
         ]
         chance = sum(information(ours[o], theirs, classes)[0] for o in orders) / SHUFFLES
-        u_a, u_s = (theil(part) for part in torch.stack(self._parts).sum(0))
-        late = theil(self._parts[-1][0]) - theil(self._parts[-1][1])
+        more, late = self._explained(), self._explained(1)
         evens = [_evenness(x[-2 * self.recent :], classes, self._seen) for x in (ours, theirs)]
-        even = len(ours) >= self.recent and evens[0] >= EVEN
-        if even and u_a >= TOLD and u_a - u_s >= MORE:
-            return False if late >= -MORE else None
+        gained = surprise(ours[-self.recent :]) - surprise(theirs[-self.recent :])
+        lead = errors(gained.mean(), gained)
+        knows = lead >= 1 and len(ours) >= self.recent and more[0] >= TOLD and more[1] >= MORE
+        drop = True if late[1] < MORE else None
+        if knows and evens[0] >= EVEN:
+            return False if late[1] >= -MORE else None
         if known - chance <= 1e-6 or (shared - chance) / (known - chance) < self.kept:
-            return True
+            return drop
         if self._runs(theirs) > self.runs:
             lead = self._lead(classes, self.memory)
             good = lead >= 1 and self._lead(classes, 2 * self.recent) >= -1
             return False if good else True if lead < -SURE else None
-        gained = surprise(ours[-self.recent :]) - surprise(theirs[-self.recent :])
-        lead = errors(gained.mean(), gained)
-        if lead < -SURE or u_a - u_s < -MORE:
-            return True
-        claim = max(0.0, 1 - evens[1] / max(evens[0], 1e-9))
-        good = 1 - u_a < (1 - u_s) * (1 - CLAIMED * claim)
-        good = (lead >= 1 and good) or (lead >= 0 and self._worse is False)
-        return False if good and late >= -MORE else None
+        if lead < -SURE or more[1] < -MORE:
+            return drop
+        claim = 1 - evens[1] / max(evens[0], 1e-9)
+        open_a, open_s = torch.stack(self._parts).sum(0)[:, 0].tolist()
+        good = open_a < 1.001 * open_s or more[1] > CLAIMED * (claim - FREE)
+        good = (lead >= 1 and good) or (knows and evens[0] >= NEARLY)
+        good = good or (lead >= 0 and self._worse is False)
+        return False if good and late[1] >= -MORE else None
+
+    def _explained(self, last: int = 0) -> tuple[float, float]:
+        """What inputs explain of the adapted answers, and how much more than of the source's."""
+        ours, theirs = (theil(part) for part in torch.stack(self._parts[-last:]).sum(0))
+        return ours, ours - theirs
 
     def _runs(self, answers: Tensor) -> float:
         """How much more often neighbours are equal than by chance, on the mean of the blocks."""
