@@ -47,7 +47,8 @@ class NeverWorse:
              trusted if lead >= 1 and u_a - u_s > 0.75 ( 0.8 - even_s / even_a ), or if lead >= 1 and
                 it is as sure as the source, or if it knows and even_a >= 0.87; then while lead >= 0
         else nobody knows yet: the source answers, the adapter goes on learning
-        nor where the last block alone says otherwise, by u_a - u_s of 0.1 or more
+        nor where the last block alone says otherwise, by u_a - u_s of 0.1 or more, and for the
+                adapted model by u_a >= 0.5 as well
 
     What each says. Theil's uncertainty coefficient `u` is what the inputs explain of what a model's
     answers leave open on the whole. Statistics of a batch of few classes spread its answers over all,
@@ -158,7 +159,7 @@ class NeverWorse:
         gained = surprise(ours[-self.recent :]) - surprise(theirs[-self.recent :])
         lead = errors(gained.mean(), gained)
         knows = lead >= 1 and len(ours) >= self.recent and more[0] >= TOLD and more[1] >= MORE
-        drop = True if late[1] < MORE else None
+        drop = None if late[0] >= TOLD and late[1] >= MORE else True
         if knows and evens[0] >= EVEN:
             return False if late[1] >= -MORE else None
         if known - chance <= 1e-6 or (shared - chance) / (known - chance) < self.kept:
