@@ -113,18 +113,23 @@ source is restored.
 [`NeverWorse`][testtime.adaptation.never_worse.NeverWorse], which `True` stands for, reads logits alone. Its
 rule begins with how much the input explains of a model's answers: of what these leave open on the whole, the
 share that is settled once it sees an input (Theil's uncertainty coefficient, of its own probabilities of the last
-256 samples). An adapted model of which the input explains half, and 0.1 more than of the source, and whose answers
-are as even as 0.93 of what even draws are, is trusted: so it may mend a source that gives nearly all samples one
-answer. Else answers that no longer tell what the source's tell are harm. Where labels come in no
-order, the adapted answers lead if those of the last 128 samples are more even, and the input leaves less of them
-open, by three quarters of the share by which they are more even: of a stream of
-few classes, statistics of the batch spread the answers over all classes, and leave each of them open. Where
-labels come in an order, they lead if they follow it more closely, by how often neighbours are equal and by what each tells of
-the next: in the last 1,024 samples, and in the last 256 not a standard error less closely.
+256 samples). Of a stream of few classes, statistics of the batch spread the answers over all classes, and leave
+each of them open; a model that knows what it sees is even and sure.
+
+- An adapted model is trusted whose answers are as even as 0.93 of what even draws are, where the input explains
+  half of them, 0.1 more than of the source's: so it may mend a source that gives nearly all samples one answer.
+- Else answers that no longer tell 0.3 of what the source's tell are harm.
+- Where labels come in an order, the adapted answers lead if they follow it more closely, by how often neighbours
+  are equal and by what each tells of the next: in the last 1,024 samples, and in the last 256 not a standard error
+  less closely.
+- Where labels come in no order, they lead if those of the last 128 samples are more even; and an input that
+  explains 0.1 less of them is harm. Trust begins where the input also leaves no more of them open than of the
+  source's, or explains more of them, by as much as they are more even (0.75 for each share beyond a fifth), or
+  half of them, 0.1 more than of the source's, if they are nearly even (0.87).
+
 Trust takes a lead of a standard error, and where labels come in no order it lasts as long as the lead does;
-two standard errors behind are harm, and so is, where labels come in no order, an input that explains 0.1 less.
-Between the two, and as long as both models answer alike, it does not know; nor while the last batch alone, or 48
-samples of smaller ones, speaks against the adapted model by as much.
+two standard errors behind are harm. Between the two, and as long as both models answer alike, it does not know;
+nor where the last batch alone, or 48 samples of smaller ones, says the contrary by 0.1.
 
 Any object with `update(adapted_logits, source_logits)` is a guard, so
 [`Monitor(Collapse(classes=10))`][testtime.guard.collapse.Collapse] is one, whose alarm stays until
@@ -158,8 +163,11 @@ small networks; other thresholds may suit others. Where it errs:
 - evidence takes samples. On a few hundred of them, small gains and those of single samples are lost: three
   points of ten times the step size of `tent` on two hundred samples of each of two corruptions, ten of `deyo` on
   360 single samples;
-- a source that is wrong and sure of few classes is trusted less than spread answers that are surer still: of two
-  classes in noise, and where one of few classes is the one that a source gives nearly all samples in that weather;
+- where few classes come, spread answers are trusted that are as sure as a source which is right more often: of two
+  classes in noise, or where one of them is what the source answers nearly always in that weather. Two or three
+  classes out of ten without such a shift are answered as the frozen model answers them;
+- a source that is surer than the adapted model is kept where half of the samples are of unknown classes: by what can
+  be seen, that is a stream of few classes;
 - gains that make answers rightly less even are lost, as of all methods with GroupNorm on long-tailed streams and
   of `tent` on the inverse ones: see below;
 - gains of a few points are lost where labels come in an order that the frozen model follows more closely, as
