@@ -163,7 +163,7 @@ def test_theil_s_coefficient_is_what_the_input_tells_over_what_is_open(n, classe
     p = x.double().softmax(1)
     told = (p * (p / p.mean(0)).log()).sum(1).mean()
     most = -(p.mean(0) * p.mean(0).log()).sum()
-    parts = torch.stack([probabilities(part) for part in x.split(7)]).sum(0)
+    parts = torch.stack([probabilities(part.double()) for part in x.split(7)]).sum(0)
     assert theil(parts) == pytest.approx(float(told / most), abs=1e-9)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import generator
@@ -122,13 +123,15 @@ class NeverWorse:
                 f"{source.dtype} {tuple(source.shape)}; expected floating point of the same shape "
                 "(n, classes), not empty."
             )
-        classes, numbers = source.shape[1], answered(adapted).long()
-        *pair, numbers = torch.stack([adapted.argmax(1), source.argmax(1), numbers]).cpu()
+        size, classes = source.shape
+        answers = torch.stack([adapted.argmax(1), source.argmax(1), answered(adapted).long()])
+        sums = torch.stack([probabilities(adapted), probabilities(source)])
+        told = torch.cat([answers.to(sums.dtype).flatten(), sums.flatten()]).cpu()  # one wait
+        *pair, numbers = told[: 3 * size].long().view(3, size)
         if not numbers.all():
             return True
-        pair = torch.stack(pair)
-        self._block = torch.cat([self._block, pair], 1)
-        self._part.append(torch.stack([probabilities(adapted), probabilities(source)]).cpu())
+        self._block = torch.cat([self._block, torch.stack(pair)], 1)
+        self._part.append(told[3 * size :].view(2, -1).double())
         if self._block.shape[1] < self.block:
             return self._worse
         block, self._block = self._block, self._block[:, :0]
@@ -247,9 +250,9 @@ def probabilities(logits: Tensor) -> Tensor:
 
     Example:
         >>> probabilities(torch.tensor([[0.0, 0.0], [9.0, -9.0]])).round(decimals=3)
-        tensor([0.6930, 1.5000, 0.5000], dtype=torch.float64)
+        tensor([0.6930, 1.5000, 0.5000])
     """
-    p = logits.detach().double().softmax(1)
+    p = at_least_single(logits.detach()).softmax(1)
     return torch.cat([torch.special.entr(p).sum()[None], p.sum(0)])
 
 
