@@ -125,6 +125,7 @@ def work(rank: int, folder: str) -> None:
     adapter(stream(1)[0])
     answers["waits"] = len(waits)
     torch.save(answers, f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -209,6 +210,7 @@ def watch(rank: int, folder: str) -> None:
         answers["error"] = str(error)
     answers["steps"] = adapter.snapshot().steps
     torch.save(answers, f"{folder}/{rank}.pt")
+    dist.barrier()  # a rank that leaves while another still listens may end in an abort of gloo's
     dist.destroy_process_group()
 
 
