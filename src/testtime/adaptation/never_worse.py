@@ -23,6 +23,8 @@ EVEN, NEARLY = 0.93, 0.87
 enough is."""
 CLAIMED, FREE = 0.75, 0.2
 """How much more inputs must explain of answers that are more even, by a share beyond `FREE`."""
+ROUNDING = 1.001
+"""Of two sums of entropies that are equal but for rounding, how much the one may be above the other."""
 SURE = 2.0
 """Standard errors below nought from which a difference is no chance, and what was learnt goes."""
 
@@ -61,8 +63,8 @@ class NeverWorse:
     Better answers show both, and each can be had without them: equal neighbours by crowding into few
     classes, what neighbours tell by errors that come in an order. Where labels do not, a model in a
     shift it was not made for confuses classes and crowds its answers into few, so that more even ones
-    are better (`spread`), if the inputs leave the less of them open. As long as the two models answer alike
-    there is nothing to judge by, and the source may as well answer.
+    are better (`spread`), if the inputs leave the less of them open. As long as the two models answer
+    alike there is nothing to judge by, and the source may as well answer.
 
     This is heuristic. It holds back gains that narrow the answers rightly, as on long-tailed streams;
     and it trusts answers that follow an order of labels more closely than the source's do, or are
@@ -131,12 +133,12 @@ class NeverWorse:
         if not numbers.all():
             return True
         self._block = torch.cat([self._block, torch.stack(pair)], 1)
-        self._part.append(told[3 * size :].view(2, -1).double())
+        part = told[3 * size :].view(2, -1).double()
+        self._part = part if self._part is None else self._part + part
         if self._block.shape[1] < self.block:
             return self._worse
         block, self._block = self._block, self._block[:, :0]
-        self._parts.append(torch.stack(self._part).sum(0))
-        self._part = []
+        self._parts, self._part = [*self._parts, self._part], None
         while len(self._parts) > 1 and _samples(self._parts[1:]) >= 2 * self.recent:
             del self._parts[0]
         most = max(self.memory, block.shape[1])
@@ -151,39 +153,48 @@ class NeverWorse:
         ours, theirs = self._answers
         if torch.equal(ours, theirs):
             return None
+        sums = torch.stack(self._parts).sum(0)
+        told, more = explained(sums)
+        told_late, more_late = explained(self._parts[-1])
+        # the last block alone can suspend either verdict
+        good = False if more_late >= -MORE else None
+        bad = None if told_late >= TOLD and more_late >= MORE else True
+
+        even = _of_even_draws(2 * self.recent, len(ours), classes, self._seen)
+        even_a, even_s = (_entropy_of(x) / even for x in self._answers[:, -2 * self.recent :])
+        gained = surprise(ours[-self.recent :]) - surprise(theirs[-self.recent :])
+        spread = errors(gained.mean(), gained)
+        knows = spread >= 1 and len(ours) >= self.recent and told >= TOLD and more >= MORE
+        if knows and even_a >= EVEN:
+            return good
+        if self._kept(classes) < self.kept:
+            return bad
+        if self._runs(theirs) > self.runs:
+            return self._follows(classes)
+        if spread < -SURE or more < -MORE:
+            return bad
+        wider = 1 - even_s / max(even_a, 1e-9)
+        as_sure = bool(sums[0, 0] < ROUNDING * sums[1, 0])
+        begins = spread >= 1 and (as_sure or more > CLAIMED * (wider - FREE))
+        lasts = spread >= 0 and self._worse is False
+        return good if begins or lasts or (knows and even_a >= NEARLY) else None
+
+    def _follows(self, classes: int) -> bool | None:
+        """What is said where labels come in an order: who follows it more closely?"""
+        lead = self._lead(classes, self.memory)
+        good = lead >= 1 and self._lead(classes, 2 * self.recent) >= -1
+        return False if good else True if lead < -SURE else None
+
+    def _kept(self, classes: int) -> float:
+        """Share of what the source's answers tell that the adapted ones tell too, less chance."""
+        ours, theirs = self._answers
         shared, _, known = information(ours, theirs, classes)
         random = generator(self._seen, "guard")
         orders = [
             torch.randperm(len(ours), generator=random, device="cpu") for _ in range(SHUFFLES)
         ]
         chance = sum(information(ours[o], theirs, classes)[0] for o in orders) / SHUFFLES
-        more, late = self._explained(), self._explained(1)
-        evens = [_evenness(x[-2 * self.recent :], classes, self._seen) for x in (ours, theirs)]
-        gained = surprise(ours[-self.recent :]) - surprise(theirs[-self.recent :])
-        lead = errors(gained.mean(), gained)
-        knows = lead >= 1 and len(ours) >= self.recent and more[0] >= TOLD and more[1] >= MORE
-        drop = None if late[0] >= TOLD and late[1] >= MORE else True
-        if knows and evens[0] >= EVEN:
-            return False if late[1] >= -MORE else None
-        if known - chance <= 1e-6 or (shared - chance) / (known - chance) < self.kept:
-            return drop
-        if self._runs(theirs) > self.runs:
-            lead = self._lead(classes, self.memory)
-            good = lead >= 1 and self._lead(classes, 2 * self.recent) >= -1
-            return False if good else True if lead < -SURE else None
-        if lead < -SURE or more[1] < -MORE:
-            return drop
-        claim = 1 - evens[1] / max(evens[0], 1e-9)
-        open_a, open_s = torch.stack(self._parts).sum(0)[:, 0].tolist()
-        good = open_a < 1.001 * open_s or more[1] > CLAIMED * (claim - FREE)
-        good = (lead >= 1 and good) or (knows and evens[0] >= NEARLY)
-        good = good or (lead >= 0 and self._worse is False)
-        return False if good and late[1] >= -MORE else None
-
-    def _explained(self, last: int = 0) -> tuple[float, float]:
-        """What inputs explain of the adapted answers, and how much more than of the source's."""
-        ours, theirs = (theil(part) for part in torch.stack(self._parts[-last:]).sum(0))
-        return ours, ours - theirs
+        return (shared - chance) / (known - chance) if known - chance > 1e-6 else -math.inf
 
     def _runs(self, answers: Tensor) -> float:
         """How much more often neighbours are equal than by chance, on the mean of the blocks."""
@@ -214,7 +225,7 @@ class NeverWorse:
         """Forgets the stream."""
         self._block = self._answers = torch.zeros(2, 0, dtype=torch.long, device="cpu")
         self._blocks = torch.zeros(0, dtype=torch.long, device="cpu")
-        self._part: list[Tensor] = []
+        self._part: Tensor | None = None
         self._parts: list[Tensor] = []
         self._seen, self._worse = 0, None
 
@@ -222,7 +233,7 @@ class NeverWorse:
         """The answers that are judged together, and what was said of them."""
         return {
             "block": self._block, "answers": self._answers, "blocks": self._blocks,
-            "part": list(self._part), "parts": list(self._parts), "seen": self._seen,
+            "part": self._part, "parts": list(self._parts), "seen": self._seen,
             "worse": self._worse,
         }  # fmt: skip
 
@@ -230,7 +241,8 @@ class NeverWorse:
         """Goes on where `state_dict` was taken."""
         self._block, self._answers = state["block"].cpu(), state["answers"].cpu()
         self._blocks, self._seen, self._worse = state["blocks"].cpu(), state["seen"], state["worse"]
-        self._part, self._parts = ([x.cpu() for x in state[name]] for name in ("part", "parts"))
+        self._part = None if state["part"] is None else state["part"].cpu()
+        self._parts = [part.cpu() for part in state["parts"]]
 
 
 def information(a: Tensor, b: Tensor, classes: int) -> tuple[float, float, float]:
@@ -273,6 +285,22 @@ def theil(sums: Tensor) -> float:
     return 1 - float(left) / entropy if entropy > 1e-9 else 0.0
 
 
+def explained(sums: Tensor) -> tuple[float, float]:
+    """What inputs explain of the first model's answers, and how much more than of the second's.
+
+    Args:
+        sums: of `probabilities`, of two models (2, classes + 1).
+
+    Example:
+        >>> sure, lost = torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.zeros(2, 2)
+        >>> told, more = explained(torch.stack([probabilities(sure), probabilities(lost)]))
+        >>> round(told, 3), round(more, 3)
+        (0.998, 0.998)
+    """
+    ours, theirs = map(theil, sums)
+    return ours, ours - theirs
+
+
 def _samples(parts: list[Tensor]) -> float:
     """Samples that went into sums of probabilities; rounded, since probabilities are."""
     return round(float(sum(part[0, 1:].sum() for part in parts)))
@@ -311,11 +339,12 @@ def _entropy_of(values: Tensor) -> float:
     return math.log(len(values)) - float((counts * counts.log()).sum()) / len(values)
 
 
-def _evenness(answers: Tensor, classes: int, seed: int) -> float:
-    """Entropy of answers, as a share of that of as many drawn evenly."""
+def _of_even_draws(most: int, count: int, classes: int, seed: int) -> float:
+    """Entropy of `count` answers drawn evenly, or of `most` of them."""
     random = generator(seed, "guard", "even")
-    even = torch.randint(classes, (SHUFFLES, len(answers)), generator=random, device="cpu")
-    return _entropy_of(answers) / max(sum(map(_entropy_of, even)) / SHUFFLES, 1e-9)
+    size = SHUFFLES, min(most, count)
+    even = torch.randint(classes, size, generator=random, device="cpu")
+    return max(sum(map(_entropy_of, even)) / SHUFFLES, 1e-9)
 
 
 def excess(answers: Tensor) -> float:
