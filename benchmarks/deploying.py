@@ -41,8 +41,13 @@ from testtime.streams.scenarios import Scenario
 from textbook import configured
 
 
-def make(name: str, batch: int) -> tuple[nn.Module, Tensor]:
+def make(name: str, batch: int, layout: torch.memory_format) -> tuple[nn.Module, Tensor]:
     """A model and a batch for it; random weights where none are embedded: time does not see them."""
+    model, x = _make(name, batch)
+    return model.to(memory_format=layout), x.contiguous(memory_format=layout)
+
+
+def _make(name: str, batch: int) -> tuple[nn.Module, Tensor]:
     if name.startswith("embedded:"):
         return load_model(name), stack(load_data("fashion-mnist:sample"), range(batch))[0]
     import timm  # noqa: PLC0415
@@ -55,9 +60,11 @@ def make(name: str, batch: int) -> tuple[nn.Module, Tensor]:
     return model.eval(), torch.rand(batch, 3, 224, 224)
 
 
-def latency(name: str, batch: int, rounds: int, device: torch.device) -> None:
+def latency(
+    name: str, batch: int, rounds: int, device: torch.device, layout: torch.memory_format
+) -> None:
     """Seconds until the answer is there, over those of plain inference."""
-    model, x = make(name, batch)
+    model, x = make(name, batch, layout)
     model = model.to(device)
     if device.type != "cpu":
         x = x.pin_memory()
@@ -158,11 +165,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--device", default="cpu", help="cpu or cuda; of latency")
+    parser.add_argument("--channels-last", action="store_true", help="model and batch; of latency")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.what == "latency":
-        latency(given.model, given.batch, given.rounds, torch.device(given.device))
+        layout = torch.channels_last if given.channels_last else torch.contiguous_format
+        latency(given.model, given.batch, given.rounds, torch.device(given.device), layout)
     else:
         gate(given.model, given.batch, given.samples)
 

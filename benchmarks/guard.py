@@ -42,7 +42,7 @@ DOUBTED = (*HELPED, *HARMED, "open-set", *CLASSES)
 DOUBTED_METHODS = ("bn-adapt", "tent", "tent 10x", "deyo")
 """Streams and methods whose windows are looked at for other evidence."""
 SIGNS = ("more even", "kept", "agree", "second choice", "surer", "tells more")
-RULE = 4
+RULE = 5
 """Of the guard; raised by one when what it decides changes, so that its errors are measured again."""
 
 
@@ -67,8 +67,8 @@ runs on all of the first 512 samples, of the stream and of each time that trust 
 quarter of those after. While it does not know, as before it has seen 48 samples, the source model answers
 and the adapter goes on learning. When it sees harm, the adapter goes back to a state of at least 512
 samples before, or to the source where there is none, answers as the source model does and learns nothing,
-until a trial on every fourth run of samples shows no harm any more. After 1,024 samples without trust the
-source is restored.
+until a trial, on every batch, shows no harm any more: two forwards, where a step of `tent` costs three. After
+1,024 samples without trust the source is restored.
 
 [`NeverWorse`][testtime.adaptation.never_worse.NeverWorse], which `True` stands for, reads logits alone. Its
 rule begins with how much the input explains of a model's answers: of what these leave open on the whole, the
@@ -128,8 +128,8 @@ small networks; other thresholds may suit others. Where it errs:
   always in that weather. Two or three classes out of ten without such a shift are answered within
   a point of the frozen model, where statistics of the batch make 15 points more errors at least
   (`tests/bench/test_guarded_streams.py`);
-- a source that is surer than the adapted model is kept where half of the samples are of unknown classes: by what can
-  be seen, that is a stream of few classes;
+- a source that is surer than the adapted model is kept, also where half of the samples are of unknown classes: by
+  what can be seen, that is a stream of few classes;
 - gains that make answers rightly less even are lost, as of all methods with GroupNorm on long-tailed streams and
   of `tent` on the inverse ones: see below;
 - gains are lost where labels come in an order that the frozen model follows more closely, as

@@ -99,7 +99,7 @@ def test_lost_trust_restores_a_state_of_before_and_then_the_source():
     assert not same_state(adapter, tt.adapt(tiny(), "tent"))
     assert set(outcomes(adapter, xs[: PATIENCE // 64 - 4])) == {Outcome.GUARDED}
     assert torch.equal(got["norm1.weight"], adapter.snapshot().tensors["norm1.weight"])
-    outcomes(adapter, xs[:12])  # a trial, and the source
+    outcomes(adapter, xs[:12])  # trials, and the source
     assert same_state(adapter, tt.adapt(tiny(), "tent"))
 
 
@@ -134,25 +134,23 @@ def test_labels_that_were_asked_for_outlive_a_loss_of_trust():
     assert len(asked) == len(set(asked)) == 15
 
 
-def test_most_batches_are_not_looked_at_once_a_stream_has_begun():
-    for word, much, more in ((False, 1.0, 1 / APART), (True, 1.0, 1 / APART)):
-        adapter = tt.adapt(tiny("group"), "tent", guard=Says(word))
-        outcomes(adapter, batches(BEGINNING // 64, size=64))
-        before = adapter.counts
-        outcomes(adapter, batches(4 * APART, size=64))
-        forwards = adapter.counts.forwards - before.forwards
-        assert forwards / (4 * APART * 64) == pytest.approx(much + more)
+@pytest.mark.parametrize(("word", "much"), [(False, 1 + 1 / APART), (True, 2), (None, 2)])
+def test_most_batches_are_not_looked_at_once_a_stream_has_begun_and_is_trusted(word, much):
+    adapter = tt.adapt(tiny("group"), "tent", guard=Says(word))
+    outcomes(adapter, batches(BEGINNING // 64, size=64))
+    before = adapter.counts
+    outcomes(adapter, batches(4 * APART, size=64))
+    forwards = adapter.counts.forwards - before.forwards
+    assert forwards / (4 * APART * 64) == pytest.approx(much)
 
 
 def test_all_batches_are_looked_at_again_once_trust_has_come_back():
     first = BEGINNING // 64
     adapter = tt.adapt(tiny("group"), "tent", guard=Says(*[False] * first, True, True, False))
     outcomes(adapter, batches(first, size=64))
-    seen = 0
-    while adapter.events[-1].outcome is not Outcome.TRUSTED:
+    while adapter.counts.distrusted < 2:
         outcomes(adapter, batches(1, size=64))
-        seen += 1
-        assert seen < 4 * APART
+    assert outcomes(adapter, batches(1, size=64)) == [Outcome.TRUSTED]
     before = adapter.counts.forwards
     outcomes(adapter, batches(first - 1, size=64))
     assert adapter.counts.forwards - before == 2 * 64 * (first - 1)

@@ -70,8 +70,8 @@ def adapt(
             it does not know, the source model answers, and what is learnt is kept. True is
             `NeverWorse()`; a monitor of two models' answers as `testtime.guard` has them will do.
             It costs a forward of the source model on all of the first 512 samples and while it does
-            not know, and on a quarter of those after; of what it does not trust, on a quarter a
-            forward of the adapted model.
+            not know, and on a quarter of those after; while it sees harm a forward of each model is
+            all that a batch costs.
         budget: what adapting may cost beyond plain inference, as a share of a forward: 0.5 is half
             a forward for each batch. Layers are left out by counting, then updates by the clock, so
             that runs repeat only as far as their times do; `plan().spending` tells what was chosen

@@ -4,7 +4,7 @@ answer as the adapted model does while the guard trusts it: so long the source m
 every fourth run of samples only
 while the guard does not know  learn all the same, and answer as the source model does
 when it distrusts  roll back to a state that was trusted, learn nothing, and answer as the source
-      model does, until a trial on every fourth run of samples is not lost any more
+      model does, until a trial, on every batch, is not lost any more
 after `PATIENCE` samples without trust, go back to the source
 """
 
@@ -27,7 +27,7 @@ from testtime.adaptation.steps import Step, Steps, begun, ended
 from testtime.measures.entropy import entropy
 
 APART = 4
-"""One run of so many is looked at, once a stream has begun."""
+"""One run of so many is looked at, once a stream has begun and as long as there is trust."""
 BEGINNING = 512
 """Samples of a stream that are all looked at."""
 MARK = 512
@@ -87,12 +87,7 @@ def guarded(
     }  # fmt: skip
     size, before = _sizes(engine, x, state)
     passes = seen["left"] > 0
-    if passes:
-        seen = {**seen, "left": seen["left"] - 1}
-        if seen["worse"]:
-            output, logits = engine.frozen(x)
-            seen = {**seen, "since": seen["since"] + size}
-            return _given_back(engine, x, state, seen, (output, logits), Outcome.GUARDED)
+    seen = {**seen, "left": max(seen["left"] - 1, 0)}
     # the answer that is on trial, and the source's; nothing is learnt while there is no trust
     steps = None if seen["worse"] else inner(x, state)
     output, done = (engine.predict(x, state)[0], None) if steps is None else begun(steps)
@@ -186,7 +181,7 @@ def _looked(seen: dict[str, Any], samples: float, size: float) -> dict[str, Any]
     if run < RUN:
         return {**seen, "run": run, "batches": batches}
     young = samples < BEGINNING or 0 < seen["trusted"] < BEGINNING
-    left = 0 if young or seen["worse"] is None else (APART - 1) * batches
+    left = 0 if young or seen["worse"] is not False else (APART - 1) * batches
     return {**seen, "run": 0, "batches": 0, "left": left}
 
 
