@@ -306,6 +306,12 @@ def where(device: str = "cpu") -> str:
     return f"{about['cpu']}, {about['threads']} threads of {about['cores']} cores, torch {about['torch']}"
 
 
+def keep(path: Path | None, found: dict[str, Any]) -> None:
+    """What was found joins a file, if one was named."""
+    if path:
+        write_json(path, join(json.loads(path.read_text()) if path.exists() else {}, found))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", default="embedded,resnet50,resnet50_gn,vit_s")
@@ -328,21 +334,20 @@ def main() -> int:
     if chosen.page:
         page(chosen.page, json.loads(chosen.out.read_text()))
         return 0
-    found: dict[str, Any] = {"rows": []}
     if chosen.overhead:
-        found["overhead_ms"] = {"machine": where(), **overhead()}
-        print("overhead of a call, ms:", found["overhead_ms"])
-    else:
-        for name in chosen.models.split(","):
-            size = chosen.batch or BATCH[name]
-            found["rows"] += measure(
-                name, size, chosen.methods.split(","), chosen.rounds, chosen.measure.split(","),
-                chosen.device,
-            )  # fmt: skip
-        show(found["rows"])
-    if chosen.out:
-        held = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
-        write_json(chosen.out, join(held, found))
+        told_of = {"machine": where(), **overhead()}
+        print("overhead of a call, ms:", told_of)
+        keep(chosen.out, {"rows": [], "overhead_ms": told_of})
+        return 0
+    rows: list[dict[str, Any]] = []
+    for name in chosen.models.split(","):
+        size = chosen.batch or BATCH[name]
+        rows += measure(
+            name, size, chosen.methods.split(","), chosen.rounds, chosen.measure.split(","),
+            chosen.device,
+        )  # fmt: skip
+        keep(chosen.out, {"rows": rows})
+    show(rows)
     return 0
 
 
