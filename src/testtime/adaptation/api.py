@@ -17,7 +17,7 @@ from testtime.adaptation.recipe import Recipe
 
 
 def methods() -> dict[str, Info]:
-    """All methods by name.
+    """All methods by name: what each does, its paper, its options, what it needs of source data.
 
     Example:
         >>> methods()["tent"].options["lr"]

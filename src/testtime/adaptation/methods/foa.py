@@ -33,6 +33,7 @@ from testtime.adaptation.tokens import Blocks, find_blocks
 from testtime.measures.entropy import entropy
 
 KEPT = 0.9
+"""Share of hist, the mean of past class tokens, that a batch leaves."""
 
 
 def discrepancy(tokens: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ class Posterior:
         g = d/dtheta mean CE(y, f_theta(x)) + 5e-4 theta,  d <- 0.9 d + g,  theta <- theta - lr d
 
     on a copy of the model, which normalises as in training and as the method will, with the
-    statistics of the batch; the weights after each pass but the first count. By label where the loader gives labels, else by the source
-    model's prediction.
+    statistics of the batch; the weights after each pass but the first count. By label where the
+    loader gives labels, else by the source model's prediction.
 
     Args:
         passes: over the source data, at least two.
@@ -199,9 +199,8 @@ def petal(
     Departures from the code: the views are made only when they are used; the further training
     normalises with the statistics of each batch, where the code leaves the model in eval mode
     (small networks run away so), and its rate is constant, where the code's rises to its value over
-    three epochs; the source, where
-    streams begin and weights return, is the model as given, in the code the posterior's mean (give
-    a model that was averaged so for that).
+    three epochs; the source, where streams begin and weights return, is the model as given, in the
+    code the posterior's mean (give a model that was averaged so for that).
 
     Example:
         >>> petal(passes=10).needs

@@ -187,9 +187,9 @@ def sade(
 
     The model returns the logits of two or more experts: a tuple or list of tensors (B, C), or one
     tensor (B, E, C). The answer is one tensor (B, C). The experts stay as they are; what each counts
-    is told in the events, as `measured["expert 1"]` and so on. With the
-    default `augment`, inputs are images in [0, 1], and normalisation belongs in the model. To learn
-    from a whole test set as in the paper, send it several times (5 in the code), then `predict`.
+    is told in the events, as `measured["expert 1"]` and so on. With the default `augment`, inputs
+    are images in [0, 1], and normalisation belongs in the model. To learn from a whole test set as
+    in the paper, send it several times (5 in the code), then `predict`.
 
     Use when: a model was trained on a long-tailed set with diverse experts
     (`testtime.losses.diverse_experts`), and how frequent classes are where it is used is unknown.

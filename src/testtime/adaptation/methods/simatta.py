@@ -44,7 +44,10 @@ from testtime.measures.entropy import entropy
 
 Oracle = Callable[[Tensor, Tensor], Any]
 """Takes places in the stream (n,) and inputs (n, ...), gives the n labels."""
-SURE, BATCH, WINDOW, PATIENCE, COLD, MOST, ROUNDING = 100, 16, 5, 5, 0.2, 2000, 1e-6
+SURE, BATCH, WINDOW, PATIENCE, COLD = 100, 16, 5, 5, 0.2
+"""Of the box: sure samples of a batch, draws of S and of T, steps of a mean, means, and a at most."""
+MOST, ROUNDING = 2000, 1e-6
+"""Steps on a batch where none are given; how much farther a sample may be and count as as near."""
 
 
 class Wanted(NamedTuple):

@@ -236,8 +236,9 @@ def vcotta(
     """Weights as Gaussians between two priors, the teacher's and the source's, by their certainty.
 
     Inputs are images in [0, 1], normalisation belongs in the model; an `augment` of your own may
-    take other inputs. `export` gives the teacher at its means. With `warm_up` the source's Gaussians are trained first, which needs
-    labelled source data: `source=tt.fit_source(model, loader, methods=vcotta(warm_up=5))`.
+    take other inputs. `export` gives the teacher at its means. With `warm_up` the source's Gaussians
+    are trained first, which needs labelled source data:
+    `source=tt.fit_source(model, loader, methods=vcotta(warm_up=5))`.
 
     Use when: domains come and go for a long time, calibration matters, and compute is at hand.
 
