@@ -27,6 +27,15 @@ from torch.nn import functional as F
 from testtime._core.devices import streams_of
 from testtime.adaptation.calls import Call, Watching
 
+PLANES = 24
+"""Bits in a number: as many as a float32 counts exactly."""
+CHUNK = PLANES * 11008
+"""Values that are packed or unpacked at once: what is made in between stays in a CPU's cache."""
+MANY = 16
+"""Such pieces that other devices work on at once."""
+LEAST = {"cpu": 1 << 17, "cuda": 1 << 22}
+"""Values of a tensor below which keeping less costs more time than the memory is worth."""
+
 
 class Shape(NamedTuple):
     """How a tensor is laid out, without its values."""
@@ -125,12 +134,8 @@ def unpack(bits: Tensor, shape: Shape) -> Tensor:
     flat = torch.empty(shape.sizes.numel(), dtype=torch.bool, device=shape.device)
     if not bits.is_floating_point():
         ones = torch.ones_like(flat, dtype=torch.int8)
-        return (
-            kernels_of(shape.device)
-            .masked(ones, bits, ones)
-            .bool()
-            .as_strided(shape.sizes, shape.strides)
-        )
+        found = kernels_of(shape.device).masked(ones, bits, ones)
+        return found.bool().as_strided(shape.sizes, shape.strides)
     room = Room.of(shape.device)
     for values, own, spread in room.pieces(flat, bits.int(), room.numbers):
         values[:] = room.spread(own, spread)[: len(values)] != 0
@@ -253,16 +258,6 @@ def held_by_nobody() -> tuple[int, ...] | None:
         torch.autograd.grad(_Asked.apply(x, shared).sum(), x)  # one number, expanded
     told = alone[0] and alone[0] not in (shared[0], shared[2])
     return alone[0] if told else None
-
-
-PLANES = 24
-"""Bits in a number: as many as a float32 counts exactly."""
-CHUNK = PLANES * 11008
-"""Values that are packed or unpacked at once: what is made in between stays in a CPU's cache."""
-MANY = 16
-"""Such pieces that other devices work on at once."""
-LEAST = {"cpu": 1 << 17, "cuda": 1 << 22}
-"""Values of a tensor below which keeping less costs more time than the memory is worth."""
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from testtime.adaptation.parts.statistics import Moments
 from testtime.adaptation.ranks import Ranks
 
 Blend = Callable[[Moments], Moments]
+"""Takes a batch's moments, and gives those to normalise with."""
 
 
 def unsaved(mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ zero but for rounding. So these are the formula's own operations, and those of a
 back, in their order; but done on parts that a CPU's cache holds, and of all in between x alone is kept.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from testtime.adaptation.lean import held_by_nobody, holders
-from testtime.adaptation.moments import wide
+from testtime.adaptation.moments import Blend, wide
 from testtime.adaptation.parts.statistics import Moments
 
 CACHED = 1 << 18
@@ -28,12 +28,7 @@ MANY = 1 << 26
 class _AsWritten(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        blend: Callable[[Moments], Moments],
-        eps: float,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, blend: Blend, eps: float
     ) -> Tensor:
         with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]  # modes look at each call
             batch = exact_moments(x)
@@ -103,7 +98,7 @@ def _backward(ctx: Any, grad: Tensor, ours: bool) -> tuple[Tensor | None, ...]:
 
 
 def normalise_as_written(
-    x: Tensor, weight: Tensor, bias: Tensor, blend: Callable[[Moments], Moments], eps: float
+    x: Tensor, weight: Tensor, bias: Tensor, blend: Blend, eps: float
 ) -> Tensor:
     """The formula above, for each channel; its gradient flows through the batch's moments too.
 

@@ -192,8 +192,8 @@ class Rejector:
             ours = copy.deepcopy(network) if network is not None else _network(inputs)
             ours = ours.requires_grad_(True).train()
             descend = adam(ours, lr=lr)
-            for part in islice(_parts(len(good), batch_size, chance), steps):
-                part = part.to(good.device)  # noqa: PLW2901
+            for drawn in islice(_parts(len(good), batch_size, chance), steps):
+                part = drawn.to(good.device)
                 scores = _scores(ours, inputs[part])
                 descend(rejection_loss(scores, good[part], cost=cost, alpha=alpha))
         return Rejector(network=ours.eval().requires_grad_(False), cost=cost)

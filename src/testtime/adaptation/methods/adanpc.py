@@ -243,10 +243,10 @@ def adanpc(
         whole(1, capacity=capacity)
     if confidence not in ("softmax", "score"):
         raise OptionError(f"confidence is {confidence!r}; expected 'softmax' or 'score'")
-    vote = NeighbourVote(
+    voting = NeighbourVote(
         k=k, tau=tau, beta=beta, confidence=confidence, capacity=capacity, gamma=gamma
     )
     optimizer = Adam(lr=lr)
     if not gamma:
-        return Recipe(procedure=vote)
-    return Recipe(procedure=vote, beside=Rescaling(), optimizer=optimizer)
+        return Recipe(procedure=voting)
+    return Recipe(procedure=voting, beside=Rescaling(), optimizer=optimizer)

@@ -240,9 +240,9 @@ class ActiveLearning:
         if len(held) == 2 and len(sure["labels"]) < self.cold_start:
             share = min(COLD, share)
         shares = [1 - share, share] if len(held) == 2 else [1.0]
-        recipe = engine.recipe.optimizer
-        assert recipe is not None
-        tensors, momentum = state.tensors, recipe.init(list(state.tensors.values()))
+        optimizer = engine.recipe.optimizer
+        assert optimizer is not None
+        tensors, momentum = state.tensors, optimizer.init(list(state.tensors.values()))
         window: list[float] = []
         lowest, worse, steps, total = math.inf, 0, 0, 0.0
         while worse <= PATIENCE and steps < (self.steps or MOST):
@@ -251,7 +251,7 @@ class ActiveLearning:
             if not torch.stack([loss.sum(), *torch._foreach_norm(grads)]).isfinite().all():
                 return state.tensors, Outcome.NON_FINITE, None, steps
             with torch.no_grad():
-                moved, momentum = recipe.step(momentum, list(tensors.values()), grads)
+                moved, momentum = optimizer.step(momentum, list(tensors.values()), grads)
             tensors = dict(zip(tensors, moved, strict=True))
             steps, total = steps + 1, total + float(loss @ loss.new_tensor(shares))
             window.append(float(loss[-1]))
