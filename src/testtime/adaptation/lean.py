@@ -227,7 +227,7 @@ def holders(grad: Tensor) -> tuple[int, ...]:
         return ()
     storage = grad.untyped_storage()
     inside: Any = torch._C
-    return sys.getrefcount(grad), grad._use_count(), inside._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+    return sys.getrefcount(grad), grad._use_count(), inside._storage_Use_Count(storage._cdata)
 
 
 class _Asked(torch.autograd.Function):
@@ -345,7 +345,7 @@ def _relu(func: Call, go_on: Call, x: Tensor, inplace: bool = False) -> Tensor:
     inplace = inplace or func in (torch.relu_, Tensor.relu_)
     if not _dense(x) or (inplace and x._is_view()):
         return go_on(x) if func is not F.relu else go_on(x, inplace)
-    return _BitReLU.apply(x, inplace)  # type: ignore[no-any-return]
+    return _BitReLU.apply(x, inplace)
 
 
 def _max_pool(func: Call, go_on: Call, x: Tensor, *more: Any, **named: Any) -> Tensor:

@@ -30,7 +30,7 @@ class _AsWritten(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, blend: Blend, eps: float
     ) -> Tensor:
-        with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]  # modes look at each call
+        with torch._C.DisableTorchFunction():  # modes look at each call
             batch = exact_moments(x)
             with torch.enable_grad():
                 ctx.batch = Moments(batch.mean.requires_grad_(), batch.var.requires_grad_())
@@ -41,9 +41,7 @@ class _AsWritten(torch.autograd.Function):
             return _normalised(x, mean, root, weight, bias)
 
     @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         ours = holders(grad) == held_by_nobody()
         return _backward(ctx, grad, ours)
@@ -115,7 +113,7 @@ def normalise_as_written(
         tensor([[0.],
                 [2.]])
     """
-    return _AsWritten.apply(x, weight, bias, blend, eps)  # type: ignore[no-untyped-call, no-any-return]
+    return _AsWritten.apply(x, weight, bias, blend, eps)
 
 
 def as_torch(module: nn.Module) -> bool:
@@ -140,9 +138,9 @@ def infer_as_written(module: Any, input: Tensor) -> Tensor:  # noqa: A002  (as t
     mean, var, weight, bias = module.running_mean, module.running_var, module.weight, module.bias
     plain = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled()
     if not plain or weight is None or bias is None:
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
+        return type(module).forward(module, x)
     if not x.dtype == weight.dtype == var.dtype:
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
+        return type(module).forward(module, x)
     module._check_input_dim(x)
     return _normalised(x, mean, (var + module.eps).sqrt(), weight, bias)
 

@@ -199,7 +199,7 @@ def _reference(
         variance = known[f"{layer.name}.var"]
         return layer, known[f"{layer.name}.mean"], variance, 1e-6 + 1e-3 * variance.mean()
     buffers = layer.module._buffers
-    mean, var = (at_least_single(buffers[f"running_{what}"]) for what in ("mean", "var"))  # type: ignore[arg-type]
+    mean, var = (at_least_single(buffers[f"running_{what}"]) for what in ("mean", "var"))  # pyright: ignore[reportArgumentType]
     energy = var + mean.square()
     # channels that are nearly constant in training: a deviation of the layer's own eps is none
     floor = torch.cat([1e-3 * var + layer.eps, 1e-3 * energy.square() + layer.eps])
