@@ -382,7 +382,7 @@ class Engine:
 
     def leaves(self, state: State) -> dict[str, Tensor]:
         """The adapted tensors as leaves of a new graph."""
-        return learning.leaves(state.tensors)
+        return learning.as_leaves(state.tensors)
 
     def learn(self, evidence: Evidence) -> learning.Learned:
         """One step on what the evidence shows: the state after it, and what became of it."""

@@ -28,7 +28,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.learning import finite
+from testtime.adaptation.learning import as_leaves, finite
 from testtime.adaptation.outputs import with_logits
 from testtime.adaptation.parts.knowledge import FeatureMemory
 from testtime.adaptation.parts.optimizer import Adam
@@ -136,7 +136,7 @@ class NeighbourVote:
         assert optimizer is not None
         for _ in range(self.gamma):
             with torch.enable_grad():
-                leaves = {n: t.detach().requires_grad_() for n, t in learnt.beside.items()}
+                leaves = as_leaves(learnt.beside)
                 features, scores = self._vote(seen, state, leaves)
                 loss = engine.ranks.mean(entropy(scores))
                 grads = engine.gradient(loss, leaves, samples=0)  # none through the network

@@ -24,7 +24,7 @@ from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.registry import register
-from testtime.adaptation.learning import gradients
+from testtime.adaptation.learning import as_leaves, gradients
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.knowledge import named, part_of
 from testtime.adaptation.parts.objective import symmetric_with_teacher, teacher_cross_entropy
@@ -80,7 +80,7 @@ class Posterior:
         now = part_of(total, "now") or engine.source_tensors(engine.names)
         directions = list(part_of(total, "direction").values()) or None
         labels = batch.labels_or_predictions
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in now.items()}
+        leaves = as_leaves(now)
         with torch.enable_grad():
             output, _ = engine.loan.run(
                 batch.inputs, leaves, engine.recipe.statistics, ranks=Ranks()

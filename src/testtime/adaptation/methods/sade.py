@@ -23,6 +23,7 @@ from testtime._core.options import in_range
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
+from testtime.adaptation.learning import finite
 from testtime.adaptation.parts.optimizer import SGD
 from testtime.adaptation.parts.views import Augment, moco_view, needs_pixels
 from testtime.adaptation.recipe import Recipe
@@ -134,7 +135,7 @@ class WeighExperts:
             loss, grad = _gradient(engine, copies, weights)
             told |= {"used": len(x), "loss": loss}
             outcome = Outcome.NON_FINITE
-            if bool(torch.stack([loss, grad.norm()]).isfinite().all()):
+            if finite(loss, [grad]):
                 (weights,), optimizer = self.optimizer.step(optimizer, [weights], [grad])
                 least = round(float(weights.softmax(0).min()), 2)
                 stopped, outcome = least < self.floor, Outcome.ADAPTED

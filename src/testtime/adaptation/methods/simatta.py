@@ -34,7 +34,7 @@ from testtime._core.registry import register
 from testtime.adaptation.checks import read_labels
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.learning import gradients
+from testtime.adaptation.learning import finite, gradients
 from testtime.adaptation.parts.optimizer import SGD
 from testtime.adaptation.parts.scope import all_parameters
 from testtime.adaptation.recipe import Recipe
@@ -248,7 +248,7 @@ class ActiveLearning:
         while worse <= PATIENCE and steps < (self.steps or MOST):
             losses, grads = self._gradient(engine, replace(state, tensors=tensors), held, shares)
             loss = torch.stack(losses).detach()
-            if not torch.stack([loss.sum(), *torch._foreach_norm(grads)]).isfinite().all():
+            if not finite(loss.sum(), grads):
                 return state.tensors, Outcome.NON_FINITE, None, steps
             with torch.no_grad():
                 moved, momentum = optimizer.step(momentum, list(tensors.values()), grads)

@@ -25,7 +25,7 @@ from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
-from testtime.adaptation.learning import finite
+from testtime.adaptation.learning import as_leaves, finite
 from testtime.adaptation.outputs import read_logits, rows, with_logits
 from testtime.adaptation.parts.gaussians import (
     Gaussians,
@@ -117,8 +117,7 @@ class VariationalTeacher:
         yield output
         told: dict[str, Any] = {"entropy": entropy(answer).mean(), "used": len(x)}
         told["trust"] = trust[0]
-        leaves = flat(student)
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
+        leaves = as_leaves(flat(student))
         with torch.enable_grad():
             loss = self._loss(engine, x, answer, trust, unflat(leaves), teacher, source)
         grads = engine.gradient(loss, leaves, samples=len(x))
