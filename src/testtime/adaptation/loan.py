@@ -14,7 +14,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 from testtime._core.arrays import as_real, as_was
 from testtime._core.errors import ScopeError
-from testtime.adaptation.layers import NormLayer, bound, on_input
+from testtime.adaptation.layers import NormLayer, bound, hooked, on_input
 from testtime.adaptation.lean import Lean, kept_as
 from testtime.adaptation.modes import learnable
 from testtime.adaptation.moments import InGroups
@@ -202,11 +202,8 @@ class Loan:
         """While it lasts, the input of `layer` is appended to `into` at each forward."""
         if layer is None:
             raise no_features(self.model)
-        hook = on_input(layer, lambda _, args: into.append(args[0]))
-        try:
+        with hooked([on_input(layer, lambda _, args: into.append(args[0]))]):
             yield
-        finally:
-            hook.remove()
 
     @contextmanager
     def _lent(  # noqa: PLR0912  (one branch for each kind of thing that is lent)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from testtime._core.errors import InputError, OptionError, ScopeError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator
-from testtime.adaptation.layers import on_input
+from testtime.adaptation.layers import hooked, on_input
 from testtime.adaptation.look import named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
@@ -248,12 +248,8 @@ def _forward(model: nn.Module, x: Tensor, layer: str | None) -> tuple[Any, Tenso
     chosen, entered = named_layer(model, layer), list[Tensor]()
     watched = [chosen] if chosen else [m for m in model.modules() if isinstance(m, nn.Linear)]
     hooks = [on_input(each, lambda _, args: entered.append(args[0].detach())) for each in watched]
-    try:
-        with borrowed(model):
-            output = model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), borrowed(model):
+        output = model(x)
     if not entered:
         raise ScopeError(
             "no linear layer ran, so there are no features; name the layer whose input they are."
