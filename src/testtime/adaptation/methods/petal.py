@@ -26,7 +26,7 @@ from testtime._core.options import in_range, whole
 from testtime._core.registry import register
 from testtime.adaptation.learning import as_leaves, gradients
 from testtime.adaptation.outputs import read_logits, rows
-from testtime.adaptation.parts.knowledge import named, part_of
+from testtime.adaptation.parts.knowledge import Known, named, part_of
 from testtime.adaptation.parts.objective import symmetric_with_teacher, teacher_cross_entropy
 from testtime.adaptation.parts.optimizer import SGD, Adam
 from testtime.adaptation.parts.prediction import from_teacher
@@ -44,8 +44,6 @@ from testtime.adaptation.recipe import Recipe
 
 if TYPE_CHECKING:
     from testtime.adaptation.knowledge import SourceBatch
-
-Known = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

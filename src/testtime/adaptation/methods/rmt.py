@@ -27,7 +27,7 @@ from testtime._core.registry import register
 from testtime._core.seeds import generator as seeded
 from testtime.adaptation.learning import as_leaves, gradients
 from testtime.adaptation.outputs import read_logits, rows
-from testtime.adaptation.parts.knowledge import LabelledSamples, Prototypes, named, part_of
+from testtime.adaptation.parts.knowledge import Known, LabelledSamples, Prototypes, named, part_of
 from testtime.adaptation.parts.objective import agreement_with_teacher, symmetric_cross_entropy
 from testtime.adaptation.parts.optimizer import Adam
 from testtime.adaptation.parts.prediction import student_and_teacher
@@ -40,8 +40,6 @@ from testtime.adaptation.recipe import Recipe
 
 if TYPE_CHECKING:
     from testtime.adaptation.knowledge import SourceBatch
-
-Known = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
