@@ -176,7 +176,7 @@ def _remembered(state: State, like: Tensor) -> tuple[Tensor, Tensor]:
     return state.memory["features"].to(like), state.memory["labels"]
 
 
-@register("method", paper="adanpc", needs=("feature_memory",))
+@register("method", paper="adanpc")
 def adanpc(
     *,
     k: int = 100,

@@ -137,7 +137,7 @@ class BatchAlignment:
         return intra.log() - inter.log()
 
 
-@register("method", paper="cafa", needs=("class_moments",))
+@register("method", paper="cafa")
 def cafa(
     *,
     lr: float = 1e-3,

@@ -148,7 +148,7 @@ class PosteriorPenalty:
         return 0.5 * self.weight * weighted_distance(tensors, part_of(found, "mean"), weights)
 
 
-@register("method", paper="petal", needs=("weight-posterior",))
+@register("method", paper="petal")
 def petal(
     *,
     lr: float = 1e-3,

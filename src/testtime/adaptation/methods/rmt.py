@@ -241,7 +241,7 @@ class Replay:
         return self.weight * ranks.mean(losses)
 
 
-@register("method", paper="rmt", needs=("prototypes",))
+@register("method", paper="rmt")
 def rmt(
     *,
     lr: float = 1e-3,

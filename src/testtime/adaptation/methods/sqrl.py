@@ -147,7 +147,7 @@ class WhereRulesBreak:
         return Step(output, logits, state, outcome, told)
 
 
-@register("method", paper="sqrl", needs=("rules",))
+@register("method", paper="sqrl")
 def sqrl(
     *, lr: float = 1e-4, purity: float = 0.95, validated: float = 0.93, limit: int = 1000
 ) -> Recipe:
