@@ -200,6 +200,37 @@ class SourceBatch:
         return dict(zip(evidence.tensors, grads, strict=True))
 
 
+@dataclass
+class Sought:
+    """A need while source data is read, met as one of the recipes that have it runs the model.
+
+    Attributes:
+        need: what is to be known.
+        engine: of the recipe.
+        sums: over the batches so far.
+    """
+
+    need: Need
+    engine: Engine
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def passes(self) -> int:
+        """How often it sees the data."""
+        return getattr(self.need, "passes", 1)
+
+    def add(self, x: Tensor, labels: Any, seen: Evidence, number: int) -> None:
+        """Takes in a batch of the pass of that number."""
+        if number < self.passes:
+            self.sums = self.need.add(self.sums, SourceBatch(x, labels, seen, self.engine))
+
+    def turn(self, number: int) -> None:
+        """Takes note that the pass of that number is over."""
+        turn = getattr(self.need, "turn", None)
+        if turn is not None and number < self.passes:
+            self.sums = turn(self.sums)
+
+
 def fit_source(
     model: nn.Module,
     loader: Iterable[Any],
@@ -241,64 +272,47 @@ def fit_source(
         raise InputError(
             f"loader is of type {type(loader).__name__}; expected batches, as a list or a DataLoader."
         )
-    needs = _needs(recipes, gate=gate)
-    norms, rank = norm_layers(model), None
+    needs, norms = _needs(recipes, gate=gate), norm_layers(model)
     source = Engine(model, Recipe(), norms, ranks=Ranks())
-    engines = {
-        name: [Engine(model, recipe, norms, ranks=Ranks()) for recipe in scopes.values()]
-        for name, (_, scopes) in needs.items()
-    }
-    totals: dict[tuple[str, int], dict[str, Tensor]] = {}
+    sought = [Sought(need, Engine(model, own, norms, ranks=Ranks())) for need, own in needs]
+    rank: int | None = None  # of the batches, once the model has met one
     samples = batches = 0
-    passes = max((getattr(need, "passes", 1) for need, _ in needs.values()), default=1)
-    for number in range(passes):
+    for number in range(max((each.passes for each in sought), default=1)):
         samples = batches = 0
         for item in loader:
             with computing():
                 x, labels = _unpack(item, source.device)
                 check_input(x, source.recipe, rank=rank, device=source.device)
-                if not batches and not number:
-                    found = taking(
-                        model, x, partial(look, model, source.loan, x, features=features)
-                    )
+                if rank is None:
+                    learns = any(recipe.optimizer is not None for recipe in recipes.values())
+                    _meet(x, source, sought, features=features, learns=learns)
                     rank = x.dim()
-                    if any(recipe.optimizer is not None for recipe in recipes.values()):
-                        check_backward(source.loan, x)
-                    for engine in (source, *(each for own in engines.values() for each in own)):
-                        logits = read_logits(found.output)
-                        check_output(logits, engine.recipe, samples=len(x[:2]))
-                        engine.feature_layer = found.feature_layer
                 samples, batches = samples + len(x), batches + 1
-                state = source.fresh()
                 tapped = source.feature_layer is not None
-                seen = Evidence(source, state, {}, x, tapped=tapped)
-                for name, (need, _) in needs.items():
-                    if number < getattr(need, "passes", 1):
-                        for place, engine in enumerate(engines[name]):
-                            batch = SourceBatch(x, labels, seen, engine)
-                            total = totals.get((name, place), {})
-                            totals[name, place] = need.add(total, batch)
+                seen = Evidence(source, source.fresh(), {}, x, tapped=tapped)
+                for each in sought:
+                    each.add(x, labels, seen, number)
         with computing():
-            totals = {key: _turned(needs[key[0]][0], each, number) for key, each in totals.items()}
+            for each in sought:
+                each.turn(number)
         if not batches:
             raise InputError(
                 "the loader gave no batch; expected about 2000 source samples"
                 + (", as often as it is read: give a DataLoader or a list." if number else ".")
             )
-    entries: dict[str, dict[str, Tensor]] = {name: {} for name in needs}
+    entries: dict[str, dict[str, Tensor]] = {}
     with computing():
-        for (name, _), total in totals.items():
-            entries[name] |= needs[name][0].finish(total, samples=samples, batches=batches)
+        for each in sought:
+            found = each.need.finish(each.sums, samples=samples, batches=batches)
+            entries.setdefault(each.need.name, {}).update(found)
     by_method = {name: tuple(n.name for n in recipe.needs) for name, recipe in recipes.items()}
     names = {module: name for name, module in model.named_modules()}
     layer = None if source.feature_layer is None else names.get(source.feature_layer)
     return SourceKnowledge(fingerprint(model), samples, entries, by_method, layer)
 
 
-def _needs(
-    recipes: Mapping[str, Recipe], *, gate: bool
-) -> dict[str, tuple[Need, dict[Any, Recipe]]]:
-    """Each need by name, and the recipes that it is met for, by scope and statistics."""
+def _needs(recipes: Mapping[str, Recipe], *, gate: bool) -> list[tuple[Need, Recipe]]:
+    """Each need with every recipe that has it under a scope and statistics of its own."""
     needs: dict[str, tuple[Need, dict[Any, Recipe]]] = {}
     for recipe in recipes.values():
         for need in recipe.needs:
@@ -311,13 +325,21 @@ def _needs(
             scopes[recipe.scope, recipe.statistics] = recipe
     if gate:
         needs[Signals.name] = (Signals(), {None: Recipe()})
-    return needs
+    return [(need, recipe) for need, scopes in needs.values() for recipe in scopes.values()]
 
 
-def _turned(need: Any, total: dict[str, Tensor], number: int) -> dict[str, Tensor]:
-    """The sums after a pass of that number is over."""
-    wants = hasattr(need, "turn") and number < getattr(need, "passes", 1)
-    return need.turn(total) if wants else total
+def _meet(
+    x: Tensor, source: Engine, sought: Sequence[Sought], *, features: str | None, learns: bool
+) -> None:
+    """Looks at the model as it runs on the first batch, and tells all engines its feature layer."""
+    model = source.loan.model
+    found = taking(model, x, partial(look, model, source.loan, x, features=features))
+    if learns:
+        check_backward(source.loan, x)
+    logits = read_logits(found.output)
+    for engine in (source, *(each.engine for each in sought)):
+        check_output(logits, engine.recipe, samples=len(x[:2]))
+        engine.feature_layer = found.feature_layer
 
 
 def _recipes(methods: Any) -> dict[str, Recipe]:
