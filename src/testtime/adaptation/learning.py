@@ -30,7 +30,7 @@ def learn(evidence: Evidence) -> Learned:
     # the loss is of the whole batch where its forward has a graph, else of the few that teach, which
     # then go through once more; the second gradient of a sharpness-aware step is always of the few
     taught = few = (evidence, weights)
-    if weights is not None and engine.may_leave_out(evidence.inputs):
+    if weights is not None and engine.shortcuts.may_leave_out(evidence.inputs):
         of_samples = weights.view(len(evidence.inputs), -1)  # dense logits: one for each pixel
         # places and no mask: a mask's length is not known, so that each use waits for the device
         chosen = (of_samples != 0).any(1).nonzero().flatten()

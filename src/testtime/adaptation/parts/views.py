@@ -58,7 +58,7 @@ def joined_copies(
     engine: "Engine", x: Tensor, augment: Augment, count: int
 ) -> Iterator[tuple[Tensor, int]]:
     """Changed copies of a batch, as many together as may share a forward; and how many these are."""
-    together = engine.joinable(x)
+    together = engine.shortcuts.joinable(x)
     for first in range(0, count, together):
         copies = [augment(x, engine.generator) for _ in range(min(together, count - first))]
         yield torch.cat(copies) if len(copies) > 1 else copies[0], len(copies)
