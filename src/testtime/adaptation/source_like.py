@@ -18,7 +18,7 @@ from testtime.adaptation.parts.statistics import SourceStatistics
 from testtime.measures.entropy import entropy
 
 if TYPE_CHECKING:
-    from testtime.adaptation.knowledge import SourceBatch
+    from testtime.adaptation.fitting import SourceBatch
 
 LAYERS = 4
 """Normalisation layers that are watched: the first, the last, and between them at equal steps."""

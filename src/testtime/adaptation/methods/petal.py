@@ -43,7 +43,7 @@ from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
 
 if TYPE_CHECKING:
-    from testtime.adaptation.knowledge import SourceBatch
+    from testtime.adaptation.fitting import SourceBatch
 
 
 @dataclass(frozen=True)

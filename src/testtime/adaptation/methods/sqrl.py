@@ -24,7 +24,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.knowledge import SourceBatch
+from testtime.adaptation.fitting import SourceBatch
 from testtime.adaptation.parts.knowledge import joined
 from testtime.adaptation.parts.optimizer import Adam
 from testtime.adaptation.parts.rules import Rules, class_rules, matches, violations

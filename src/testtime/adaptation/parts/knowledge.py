@@ -16,7 +16,7 @@ from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 
 if TYPE_CHECKING:
-    from testtime.adaptation.knowledge import SourceBatch
+    from testtime.adaptation.fitting import SourceBatch
 
 Known = dict[str, Tensor]
 """Tensors by name: sums while the pass goes on, afterwards what is known."""
