@@ -14,7 +14,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.seeds import generator
 from testtime.adaptation import learning
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.layers import NormLayer
+from testtime.adaptation.layers import NormLayer, device_of
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.outputs import read_logits, with_logits
 from testtime.adaptation.parts.prediction import from_teacher, student
@@ -76,8 +76,7 @@ class Engine:
         self.shortcuts = Shortcuts(recipe, self.loan, norms, ranks)
         self.hasty = False
         self.feature_layer = feature_layer
-        first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros((), device="cpu"))
-        self.device = first.device
+        self.device = device_of(model)
         self.generator = generator(seed, "adapter", device=self.device)
         self.reads_features = any(map(recipe.asks_for, ("features", "augmented_features")))
         self.forwards = self.backwards = 0

@@ -161,6 +161,17 @@ def on_input(
     return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: the device of its first parameter, or buffer; the CPU where it has none.
+
+    Example:
+        >>> device_of(nn.Linear(2, 2)), device_of(nn.ReLU())
+        (device(type='cpu'), device(type='cpu'))
+    """
+    held = next(iter([*model.parameters(), *model.buffers()]), None)
+    return torch.device("cpu") if held is None else held.device
+
+
 @contextmanager
 def hooked(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
     """While it lasts, the hooks stay; then they are gone, also after an error.
