@@ -31,7 +31,7 @@ import testtime as tt
 from testtime._core.devices import wait_for
 from testtime._core.errors import ScopeError
 from testtime._core.outcomes import Outcome
-from testtime.adaptation.deferred import TRIES
+from testtime.adaptation.shortcuts import TRIES
 from testtime.adaptation.source_like import SourceLike
 from testtime.bench.machine import describe_machine
 from testtime.bench.metrics import Score

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from testtime.adaptation.adapter import Adapter
     from testtime.adaptation.api import adapt, methods
     from testtime.adaptation.events import Event
-    from testtime.adaptation.knowledge import SourceKnowledge, fit_source
+    from testtime.adaptation.fitting import fit_source
+    from testtime.adaptation.knowledge import SourceKnowledge
     from testtime.adaptation.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -41,7 +42,7 @@ _HOMES = {
     "TesttimeError": "testtime._core.errors",
     "adapt": "testtime.adaptation.api",
     "decode": "testtime.decode",
-    "fit_source": "testtime.adaptation.knowledge",
+    "fit_source": "testtime.adaptation.fitting",
     "methods": "testtime.adaptation.api",
     "replace": "dataclasses",
 }

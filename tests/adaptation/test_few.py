@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import testtime as tt
 from models import batches, tiny, tiny_vit
-from testtime.adaptation import engine as engines
+from testtime.adaptation import shortcuts
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.look import answers_alone
@@ -39,13 +39,13 @@ def recipe_of(name: str, kind: str):
 
 @pytest.fixture(autouse=True)
 def _of_any_size(monkeypatch):
-    monkeypatch.setattr(engines, "WORTH", 1)
+    monkeypatch.setattr(shortcuts, "WORTH", 1)
 
 
 def run(adapter, xs, *, few: float = 0.5) -> list[Tensor]:
     """Answers; the engine parts samples never (0), by the share, or always (2)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "FEW", few)
+        patch.setattr(shortcuts, "FEW", few)
         return [adapter(x) for x in xs]
 
 

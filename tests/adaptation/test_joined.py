@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import testtime as tt
 from models import batches, tiny, tiny_vit
-from testtime.adaptation import engine as engines
+from testtime.adaptation import shortcuts
 from testtime.adaptation.moments import InGroups
 
 OPTIONS = {"cotta": {"views": 5, "threshold": 1.0}, "vcotta": {"views": 5}, "stamp": {"views": 5}}
@@ -19,7 +19,7 @@ def run(
     forwards = []
     hook = model.register_forward_hook(lambda *_: forwards.append(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "JOINED", {"cpu": joined})
+        patch.setattr(shortcuts, "JOINED", {"cpu": joined})
         adapter = tt.adapt(model, name, **OPTIONS[name])
         answers = [adapter(x.double()) for x in batches(3)]
     hook.remove()

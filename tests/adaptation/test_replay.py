@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import testtime as tt
 from models import batches, tiny, tiny_vit
-from testtime.adaptation import engine as engines
+from testtime.adaptation import shortcuts
 from testtime.adaptation.methods.deyo import deyo
 from testtime.adaptation.methods.eta import eta
 from testtime.adaptation.methods.sar import sar
@@ -24,7 +24,7 @@ CHOSEN = torch.tensor([1, 4])
 def taken(monkeypatch):
     """Everything is kept, however small; how often it was taken."""
     monkeypatch.setattr(Recorded.__init__, "__kwdefaults__", {"wide": 3, "dear": 1, "least": 1})
-    monkeypatch.setattr(engines, "WORTH", 1)
+    monkeypatch.setattr(shortcuts, "WORTH", 1)
     told = []
     out = Replayed.__exit__
 
@@ -51,10 +51,10 @@ def test_steps_are_those_of_one_graph(name, kind, taken, monkeypatch):
     model = (tiny_vit() if kind == "vit" else tiny(kind)).double()
     whole, few = tt.adapt(model, own), tt.adapt(model, own)
     xs = [x.double() for x in batches(5)]
-    monkeypatch.setattr(engines, "FEW", 0)
+    monkeypatch.setattr(shortcuts, "FEW", 0)
     expected = [whole(x) for x in xs]
     assert not taken
-    monkeypatch.setattr(engines, "FEW", 2)
+    monkeypatch.setattr(shortcuts, "FEW", 2)
     for x, answer in zip(xs, expected, strict=True):
         torch.testing.assert_close(few(x), answer, rtol=1e-9, atol=1e-9)
     for key, value in whole.snapshot().tensors.items():

@@ -10,10 +10,12 @@ from torch import nn
 import testtime as tt
 from battery import ALL, adapter_of, alike, recipe_of, told
 from models import batches, tiny, tiny_vit
-from testtime.adaptation import engine as engines
-from testtime.adaptation.deferred import TRIES, Sooner, answers_last
+from testtime.adaptation import shortcuts
+from testtime.adaptation.deferred import answers_last
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.parts.prediction import from_teacher
 from testtime.adaptation.replay import Recorded, Replayed
+from testtime.adaptation.shortcuts import TRIES, Sooner
 
 ANSWER_FIRST = [n for n in ALL if answers_last(recipe_of(n)) is None]
 
@@ -22,7 +24,7 @@ ANSWER_FIRST = [n for n in ALL if answers_last(recipe_of(n)) is None]
 def twice(monkeypatch):
     """All forwards go twice where they may, everything is kept; how much the second ones took."""
     monkeypatch.setattr(Recorded.__init__, "__kwdefaults__", {"wide": 3, "dear": 1, "least": 1})
-    monkeypatch.setattr(engines, "WORTH", 1)
+    monkeypatch.setattr(shortcuts, "WORTH", 1)
     monkeypatch.setattr(Sooner, "twice", True)
     taken = []
     out = Replayed.__exit__
@@ -70,13 +72,13 @@ def test_nor_does_it_in_a_transformer(twice):
 
 
 def test_who_has_waited_for_an_update_gets_one_forward(twice, monkeypatch):
-    learn, slow = engines.Engine.learn, threading.Event()
+    learn, slow = Engine.learn, threading.Event()
 
     def waiting(engine, evidence):
         slow.wait(0.2)
         return learn(engine, evidence)
 
-    monkeypatch.setattr(engines.Engine, "learn", waiting)
+    monkeypatch.setattr(Engine, "learn", waiting)
     deferred = tt.adapt(tiny(), "tent", deferred=True)
     for x in batches(4):
         deferred(x)

@@ -75,7 +75,7 @@ def test_a_guard_and_a_gate_wait_for_the_device_once_a_question(monkeypatch):
 def test_few_that_teach_are_found_in_one_wait(monkeypatch):
     """Of many samples few teach: those go through again, and are looked for once."""
     with elsewhere(monkeypatch):
-        monkeypatch.setattr("testtime.adaptation.engine.WORTH", 1)
+        monkeypatch.setattr("testtime.adaptation.shortcuts.WORTH", 1)
         adapter = tt.adapt(send(tiny("group")), "eta", margin=0.65, redundancy=1.0)
         for x in batches(3):
             WAITS.clear()

@@ -33,6 +33,12 @@ def test_a_method_that_needs_the_source_names_the_call():
         tt.adapt(tiny(), "eata")
 
 
+def test_what_a_method_needs_hangs_on_its_options():
+    assert tt.adapt(tiny(), "rmt", contrast=0.0)(batches(1)[0]).shape == (16, 5)
+    with pytest.raises(NeedsSource, match=r"methods=\[vcotta\(warm_up=2\)\]"):
+        tt.adapt(tiny(), "vcotta", warm_up=2)
+
+
 def test_a_model_without_normalisation_is_refused():
     bare = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     for name in ("tent", "sar", "rotta"):

@@ -1,4 +1,4 @@
-"""Writes that happen wholly or not at all."""
+"""Files: writes that happen wholly or not at all, and the hash that tells whose one is."""
 
 import hashlib
 import os

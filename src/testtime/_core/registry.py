@@ -66,7 +66,14 @@ class Info:
 def register(
     kind: str, *, paper: str, name: str = "", needs: tuple[str, ...] = ()
 ) -> Callable[[F], F]:
-    """Decorator: enters a factory under its own name (underscores become hyphens) or `name`."""
+    """Decorator: enters a factory under its own name (underscores become hyphens) or `name`.
+
+    Args:
+        kind: of entry, a key of `ROOMS`.
+        paper: slug of the catalogue; "" for none.
+        name: where it is another than the factory's.
+        needs: what a caller gives besides options. A method leaves it out: its recipe says it.
+    """
 
     def enter(factory: F) -> F:
         entry = Entry(name or factory.__name__.replace("_", "-"), paper, factory, needs)

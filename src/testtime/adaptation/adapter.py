@@ -26,7 +26,7 @@ from testtime.adaptation.export import copied, exported
 from testtime.adaptation.gating import check_gate, judge
 from testtime.adaptation.guarding import check_guard, distrusted, foretold, guarded, vouched
 from testtime.adaptation.knowledge import SourceKnowledge
-from testtime.adaptation.layers import norm_layers
+from testtime.adaptation.layers import device_of, norm_layers
 from testtime.adaptation.loan import lock_of
 from testtime.adaptation.look import check_backward, check_statistics, look
 from testtime.adaptation.modes import autocasting, computing
@@ -134,7 +134,7 @@ class Adapter:
             steps = self._steps(mine, state)
             event = None
 
-            def settle(step: Step) -> Event:
+            def book(step: Step) -> Event:
                 self._state = self._lane.own = step.state
                 engine, (forwards, backwards) = self._engine, before
                 self._counts = self._counts.after(
@@ -147,11 +147,11 @@ class Adapter:
                 return event
 
             if later:
-                job = self._deferring(x, steps, settle)
+                job = self._deferring(x, steps, book)
                 answer = self._lane.leave(*self._behind.ask(job))
             else:
                 step = self._taking(x, lambda: ended(steps))
-                event, answer = settle(step), detached(step.output)
+                event, answer = book(step), detached(step.output)
         if event is not None:
             self._tell(event)
         return answer
@@ -173,7 +173,7 @@ class Adapter:
         ration = self._ration or self._engine
         return (yield from ration.steps(x, state))
 
-    def _deferring(self, x: Tensor, steps: Steps, settle: Callable[[Step], Event]) -> Job:
+    def _deferring(self, x: Tensor, steps: Steps, book: Callable[[Step], Event]) -> Job:
         """The step as a job that gives its answer first; the caller's modes go with it."""
         casting = autocasting(self._engine.device)
 
@@ -183,7 +183,7 @@ class Adapter:
                 if not give(self._lane.give(output)):
                     steps.close()
                     return
-                event = settle(step or self._taking(x, lambda: ended(steps)))
+                event = book(step or self._taking(x, lambda: ended(steps)))
             self._tell(event)
 
         return job
@@ -327,7 +327,7 @@ class Adapter:
 
     def _build(self, order: list[str], feature_layer: nn.Module | None = None) -> Engine:
         norms = norm_layers(self.model, order)
-        device = next(iter(self.model.parameters()), torch.zeros((), device="cpu")).device
+        device = device_of(self.model)
         known = known_of(self._source, self.recipe, device)
         if isinstance(self._gate, SourceLike):
             signals = None if self._source is None else self._source.entries.get(Signals.name)

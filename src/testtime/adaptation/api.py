@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,13 +18,16 @@ from testtime.adaptation.recipe import Recipe
 
 
 def methods() -> dict[str, Info]:
-    """All methods by name.
+    """All methods by name: what each does, its paper, its options, what it needs of source data.
 
     Example:
         >>> methods()["tent"].options["lr"]
         0.001
     """
-    return infos("method")
+    return {
+        name: replace(info, needs=tuple(need.name for need in find("method", name).build().needs))
+        for name, info in infos("method").items()
+    }
 
 
 def adapt(
@@ -114,10 +118,13 @@ def adapt(
         if budget is not None and "budget" in entry.options:
             options, budget = {**options, "budget": budget}, None
         recipe = entry.build(**options)
-        if entry.needs and source is None:
+        if recipe.needs and source is None:
+            given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+            usual = recipe.needs == entry.build().needs
+            mine = repr(method) if usual else f"{entry.factory.__name__}({given})"
             raise NeedsSource(
-                f"{method} needs {', '.join(entry.needs)} of the source data. Give "
-                f"source=tt.fit_source(model, loader, methods=[{method!r}]), with a loader of "
+                f"{method} needs {', '.join(need.name for need in recipe.needs)} of the source data. "
+                f"Give source=tt.fit_source(model, loader, methods=[{mine}]), with a loader of "
                 "about 2000 source samples."
             )
     return Adapter(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from testtime._core.devices import wait_for
 from testtime._core.options import in_range
 from testtime.adaptation.engine import Engine
-from testtime.adaptation.layers import NormLayer
+from testtime.adaptation.layers import NormLayer, hooked
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.look import source_output
 from testtime.adaptation.state import State
@@ -82,11 +82,8 @@ def executed(loan: Loan, x: Tensor, norms: Sequence[NormLayer]) -> dict[str, flo
 
     hooks = [layer.module.register_forward_pre_hook(see(layer.name)) for layer in norms]
     hooks += [module.register_forward_hook(count) for module in loan.modules]
-    try:
+    with hooked(hooks):
         source_output(loan, x[:2])
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: done / max(total, 1.0) for name, done in before.items()}
 
 

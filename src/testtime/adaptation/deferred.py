@@ -8,7 +8,6 @@ import contextvars
 import inspect
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -28,10 +27,6 @@ from testtime.adaptation.state import State
 Give = Callable[[Any], bool]
 """Hands an answer to who waits for it; says whether anybody still does."""
 Job = Callable[[Give], None]
-TRIES = 3
-"""Forwards of each kind that are measured: the first is slow, and others may be disturbed."""
-WAIT = 1.1
-"""What an answer may take, in the time of one without a graph."""
 
 
 def answers_last(recipe: Recipe) -> str | None:
@@ -196,42 +191,6 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
-
-
-class Sooner:
-    """Measures whether an answer comes sooner from a forward without a graph, with one more behind it.
-
-    Both ways are tried `TRIES` times, in turn; then the one with a graph is kept, which costs less,
-    unless the answer comes later by more than `WAIT`.
-
-    Example:
-        >>> sooner = Sooner()
-        >>> for _ in range(2 * TRIES):
-        ...     with sooner:
-        ...         time.sleep(0.001 if sooner.twice else 0.005)
-        >>> sooner.twice
-        True
-    """
-
-    def __init__(self) -> None:
-        self.proven = False  # that both answer the same, to the last bit
-        self.once: list[float] = []
-        self.again: list[float] = []
-
-    @property
-    def twice(self) -> bool:
-        """Whether the next forward does without a graph."""
-        if len(self.again) == TRIES:
-            return min(self.once) > WAIT * min(self.again)
-        return len(self.again) < len(self.once)
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *error: Any) -> None:
-        tried = self.again if self.twice else self.once
-        if len(tried) < TRIES and error == (None, None, None):
-            tried.append(time.perf_counter() - self._began)
 
 
 class Lane:

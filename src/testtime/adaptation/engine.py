@@ -13,33 +13,19 @@ from testtime._core.arrays import at_least_single
 from testtime._core.outcomes import Outcome
 from testtime._core.seeds import generator
 from testtime.adaptation import learning
-from testtime.adaptation.deferred import Sooner
-from testtime.adaptation.evidence import Evidence, answers_without_graph
-from testtime.adaptation.layers import NormLayer
+from testtime.adaptation.evidence import Evidence
+from testtime.adaptation.layers import NormLayer, device_of
 from testtime.adaptation.loan import Loan
-from testtime.adaptation.look import answers_again, answers_alone
 from testtime.adaptation.outputs import read_logits, with_logits
 from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import Averages, RunningStatistics, SourceStatistics
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe, reads
 from testtime.adaptation.replay import Recorded
+from testtime.adaptation.shortcuts import SOME, Shortcuts
 from testtime.adaptation.state import State, rejoined
 from testtime.adaptation.steps import Step, Steps, ended
 from testtime.measures.entropy import entropy
-
-WORTH = 1 << 17
-"""Values of a batch from which a second forward of few samples pays."""
-DEAR = {"cuda": 32}
-"""How many times as many they must be where calls are dear beside what they compute."""
-JOINED = {"cpu": 0}
-"""Values of changed copies that share a forward, by device; a million on others, to save small calls.
-On a CPU they go one by one: larger products round otherwise, and Adam makes whole steps of that."""
-FEW = 0.5
-"""Share of teaching samples below which their second forward and backward cost less than the
-backward of all."""
-SOME = 0.15
-"""Share of teaching samples from which on it pays to keep what their second forward can take."""
 
 
 class Engine:
@@ -60,6 +46,7 @@ class Engine:
         only_norms: whether these are scales and shifts of normalisation layers alone.
         hasty: whether the next update is deferred, and nobody waits for one before it: its answer
             may then come from a forward without a graph, and one with a graph run behind it.
+        shortcuts: that change no result, and whether a batch may take them.
         forwards, backwards: samples that went through the model so far.
     """
 
@@ -86,18 +73,10 @@ class Engine:
         self._whole = [name for name, parameter in whole if parameter.is_floating_point()]
         scales_and_shifts = {name for layer in norms for name in layer.tensors}
         self.only_norms = scales_and_shifts.issuperset(self.names)
-        self.norms_mix = any(
-            layer.kind == "batch"
-            and not (layer.has_statistics and isinstance(recipe.statistics, SourceStatistics))
-            for layer in norms
-        )
-        self._answers_alone: bool | None = None
-        self._answers_again: bool | None = None
+        self.shortcuts = Shortcuts(recipe, self.loan, norms, ranks)
         self.hasty = False
-        self._sooner: dict[torch.Size, Sooner | None] = {}
         self.feature_layer = feature_layer
-        first = next(iter([*model.parameters(), *model.buffers()]), torch.zeros((), device="cpu"))
-        self.device = first.device
+        self.device = device_of(model)
         self.generator = generator(seed, "adapter", device=self.device)
         self.reads_features = any(map(recipe.asks_for, ("features", "augmented_features")))
         self.forwards = self.backwards = 0
@@ -302,8 +281,8 @@ class Engine:
         True where a second forward must make the graph of all.
         """
         x, teaching = evidence.inputs, evidence.state.teaching
-        few = teaching is not None and teaching < FEW and self.may_leave_out(x)
-        sooner = self._haste(evidence) if hasty and not few else None
+        few = self.shortcuts.few(x, teaching)
+        sooner = self.shortcuts.sooner(evidence) if hasty and not few else None
         twice = sooner is not None and sooner.twice
         if twice:
             evidence.recorded = Recorded(len(x), wide=math.inf)
@@ -313,18 +292,6 @@ class Engine:
         with sooner or nullcontext(), torch.set_grad_enabled(graph):
             _ = evidence.logits
         return twice
-
-    def joinable(self, x: Tensor) -> int:
-        """How many batches like this one may share a forward: each answered as if it came alone.
-
-        As many as keep within `JOINED` values; one where layers would mix them, as moving averages
-        or batches of one do.
-        """
-        fits = max(JOINED.get(x.device.type, 1 << 20) // max(x.numel(), 1), 1)
-        alone = self.ranks.alone and len(x) > 1 and fits > 1
-        if not alone or not self.loan.takes_groups(self.recipe.statistics):
-            return 1
-        return fits if self._apart(x) else 1
 
     def _look_first(self, evidence: Evidence) -> None:
         """Asks source model and teacher before the student's graph takes its memory.
@@ -338,51 +305,9 @@ class Engine:
             if recipe.asks_for("teacher") and not (recipe.augment or recipe.asks_for("generator")):
                 _ = evidence.teacher
 
-    def may_leave_out(self, x: Tensor) -> bool:
-        """Whether samples that may not teach can be left out of the backward, and it is worth it.
-
-        That is so where no layer mixes samples, by structure and as a look at two samples shows, and
-        where the loss is a mean over those that teach.
-        """
-        by_sample = self.recipe.loss_by_sample
-        fits = by_sample and not self.norms_mix and self.ranks.alone and self.loan.own_functions
-        if not fits or x.numel() < WORTH * DEAR.get(x.device.type, 1):
-            return False
-        return self._apart(x)
-
-    def _apart(self, x: Tensor) -> bool:
-        """Whether layers other than batch normalisation leave samples apart; looked at once."""
-        if self._answers_alone is None:
-            self._answers_alone = answers_alone(self.loan, x)
-        return bool(self._answers_alone)
-
-    def _haste(self, evidence: Evidence) -> Sooner | None:
-        """Which forward answers such a batch sooner; None where only one may.
-
-        On a CPU, to keep what a backward needs takes time. An answer may come without it, and a
-        graph be made behind it, where the model answers the same when it is asked again, and torch
-        computes the same, to the last bit, without a graph.
-        """
-        x = evidence.inputs
-        if x.device.type != "cpu" or x.numel() < WORTH or torch.is_autocast_enabled("cpu"):
-            return None
-        if not self.loan.own_functions or not self.ranks.alone:
-            return None
-        if self._answers_again is None:
-            self._answers_again = answers_again(self.loan, x)
-        sooner = self._sooner.setdefault(x.shape, Sooner()) if self._answers_again else None
-        if sooner is not None and sooner.twice and not sooner.proven:
-            proven = answers_without_graph(evidence)
-            if proven is None:
-                return None
-            sooner.proven = proven
-            if not proven:
-                sooner = self._sooner[x.shape] = None
-        return sooner
-
     def leaves(self, state: State) -> dict[str, Tensor]:
         """The adapted tensors as leaves of a new graph."""
-        return learning.leaves(state.tensors)
+        return learning.as_leaves(state.tensors)
 
     def learn(self, evidence: Evidence) -> learning.Learned:
         """One step on what the evidence shows: the state after it, and what became of it."""

@@ -124,7 +124,7 @@ class Restated:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, name = self.module, named_input(args, kwargs)
         x = args[0] if name is None else kwargs[name]
-        stored = Moments(module._buffers["running_mean"], module._buffers["running_var"])  # type: ignore[arg-type]
+        stored = Moments(module._buffers["running_mean"], module._buffers["running_var"])  # pyright: ignore[reportArgumentType]
         used, values = moments(x, Ranks())
         if isinstance(self.statistics, MixedStatistics):
             used = self.statistics.blend(stored, used, samples=len(x), values=values)

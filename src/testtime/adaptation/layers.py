@@ -3,7 +3,8 @@
 import copy
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -158,6 +159,36 @@ def on_input(
         return (said, kwargs) if name is None else (args, {**kwargs, name: said[0]})
 
     return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: the device of its first parameter, or buffer; the CPU where it has none.
+
+    Example:
+        >>> device_of(nn.Linear(2, 2)), device_of(nn.ReLU())
+        (device(type='cpu'), device(type='cpu'))
+    """
+    held = next(iter([*model.parameters(), *model.buffers()]), None)
+    return torch.device("cpu") if held is None else held.device
+
+
+@contextmanager
+def hooked(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """While it lasts, the hooks stay; then they are gone, also after an error.
+
+    Example:
+        >>> layer = nn.ReLU()
+        >>> with hooked([on_input(layer, lambda _, args: None)]):
+        ...     len(layer._forward_pre_hooks)
+        1
+        >>> len(layer._forward_pre_hooks)
+        0
+    """
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def named_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

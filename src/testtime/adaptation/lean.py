@@ -27,6 +27,15 @@ from torch.nn import functional as F
 from testtime._core.devices import streams_of
 from testtime.adaptation.calls import Call, Watching
 
+PLANES = 24
+"""Bits in a number: as many as a float32 counts exactly."""
+CHUNK = PLANES * 11008
+"""Values that are packed or unpacked at once: what is made in between stays in a CPU's cache."""
+MANY = 16
+"""Such pieces that other devices work on at once."""
+LEAST = {"cpu": 1 << 17, "cuda": 1 << 22}
+"""Values of a tensor below which keeping less costs more time than the memory is worth."""
+
 
 class Shape(NamedTuple):
     """How a tensor is laid out, without its values."""
@@ -125,12 +134,8 @@ def unpack(bits: Tensor, shape: Shape) -> Tensor:
     flat = torch.empty(shape.sizes.numel(), dtype=torch.bool, device=shape.device)
     if not bits.is_floating_point():
         ones = torch.ones_like(flat, dtype=torch.int8)
-        return (
-            kernels_of(shape.device)
-            .masked(ones, bits, ones)
-            .bool()
-            .as_strided(shape.sizes, shape.strides)
-        )
+        found = kernels_of(shape.device).masked(ones, bits, ones)
+        return found.bool().as_strided(shape.sizes, shape.strides)
     room = Room.of(shape.device)
     for values, own, spread in room.pieces(flat, bits.int(), room.numbers):
         values[:] = room.spread(own, spread)[: len(values)] != 0
@@ -222,7 +227,7 @@ def holders(grad: Tensor) -> tuple[int, ...]:
         return ()
     storage = grad.untyped_storage()
     inside: Any = torch._C
-    return sys.getrefcount(grad), grad._use_count(), inside._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+    return sys.getrefcount(grad), grad._use_count(), inside._storage_Use_Count(storage._cdata)
 
 
 class _Asked(torch.autograd.Function):
@@ -253,16 +258,6 @@ def held_by_nobody() -> tuple[int, ...] | None:
         torch.autograd.grad(_Asked.apply(x, shared).sum(), x)  # one number, expanded
     told = alone[0] and alone[0] not in (shared[0], shared[2])
     return alone[0] if told else None
-
-
-PLANES = 24
-"""Bits in a number: as many as a float32 counts exactly."""
-CHUNK = PLANES * 11008
-"""Values that are packed or unpacked at once: what is made in between stays in a CPU's cache."""
-MANY = 16
-"""Such pieces that other devices work on at once."""
-LEAST = {"cpu": 1 << 17, "cuda": 1 << 22}
-"""Values of a tensor below which keeping less costs more time than the memory is worth."""
 
 
 @contextmanager
@@ -350,7 +345,7 @@ def _relu(func: Call, go_on: Call, x: Tensor, inplace: bool = False) -> Tensor:
     inplace = inplace or func in (torch.relu_, Tensor.relu_)
     if not _dense(x) or (inplace and x._is_view()):
         return go_on(x) if func is not F.relu else go_on(x, inplace)
-    return _BitReLU.apply(x, inplace)  # type: ignore[no-any-return]
+    return _BitReLU.apply(x, inplace)
 
 
 def _max_pool(func: Call, go_on: Call, x: Tensor, *more: Any, **named: Any) -> Tensor:

@@ -29,8 +29,8 @@ def learn(evidence: Evidence) -> Learned:
     kept = replace(state, selection=selection)
     # the loss is of the whole batch where its forward has a graph, else of the few that teach, which
     # then go through once more; the second gradient of a sharpness-aware step is always of the few
-    taught = few = evidence, weights
-    if weights is not None and engine.may_leave_out(evidence.inputs):
+    taught = few = (evidence, weights)
+    if weights is not None and engine.shortcuts.may_leave_out(evidence.inputs):
         of_samples = weights.view(len(evidence.inputs), -1)  # dense logits: one for each pixel
         # places and no mask: a mask's length is not known, so that each use waits for the device
         chosen = (of_samples != 0).any(1).nonzero().flatten()
@@ -52,7 +52,9 @@ def learn(evidence: Evidence) -> Learned:
         there = dict(zip(evidence.learning, worst, strict=True))
         beside = {name: there.pop(name) for name in state.beside}
         teaching, weights = few
-        evidence = Evidence(engine, replace(state, beside=beside), leaves(there), teaching.inputs)
+        evidence = Evidence(
+            engine, replace(state, beside=beside), as_leaves(there), teaching.inputs
+        )
         with torch.enable_grad():
             again, _ = _select(evidence, state.selection)
             both = again if weights is None else (weights * (again != 0))  # who may here and there
@@ -178,7 +180,7 @@ def _moving_share(average: float | None, share: float) -> float:
     return share if average is None else 0.75 * average + 0.25 * share
 
 
-def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same values as leaves of a new graph."""
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 

@@ -14,7 +14,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 from testtime._core.arrays import as_real, as_was
 from testtime._core.errors import ScopeError
-from testtime.adaptation.layers import NormLayer, bound, on_input
+from testtime.adaptation.layers import NormLayer, bound, hooked, on_input
 from testtime.adaptation.lean import Lean, kept_as
 from testtime.adaptation.modes import learnable
 from testtime.adaptation.moments import InGroups
@@ -130,7 +130,7 @@ class Loan:
     def source_moments(self, layer: NormLayer) -> Moments:
         """The statistics that a layer stored in training."""
         buffers = layer.module._buffers
-        return Moments(buffers["running_mean"], buffers["running_var"])  # type: ignore[arg-type]
+        return Moments(buffers["running_mean"], buffers["running_var"])  # pyright: ignore[reportArgumentType]
 
     def run(
         self,
@@ -173,7 +173,7 @@ class Loan:
             worth_it = lean and self.own_functions and x.numel() >= MANY
             keeping = Lean() if worth_it else nullcontext()
             shorter = activations is not None and self.own_functions and torch.is_grad_enabled()
-            short = kept_as(activations, self.parameters) if shorter else nullcontext()  # type: ignore[arg-type]
+            short = kept_as(activations, self.parameters) if shorter else nullcontext()  # pyright: ignore[reportArgumentType]
             apart = InGroups(groups) if groups > 1 else nullcontext()
             others = () if isinstance(statistics, SourceStatistics) else self.lent_statistics
             watched = self.traces.watched_once(self.named_modules, x, others)
@@ -202,11 +202,8 @@ class Loan:
         """While it lasts, the input of `layer` is appended to `into` at each forward."""
         if layer is None:
             raise no_features(self.model)
-        hook = on_input(layer, lambda _, args: into.append(args[0]))
-        try:
+        with hooked([on_input(layer, lambda _, args: into.append(args[0]))]):
             yield
-        finally:
-            hook.remove()
 
     @contextmanager
     def _lent(  # noqa: PLR0912  (one branch for each kind of thing that is lent)
@@ -295,5 +292,5 @@ def places(model: nn.Module) -> tuple[Places, dict[str, str]]:
                 if tensor is not None:
                     full = f"{prefix}.{key}".lstrip(".")
                     name = canonical[full] = names.setdefault(id(tensor), full)
-                    found.setdefault(name, []).append((holder, key))  # type: ignore[arg-type]
+                    found.setdefault(name, []).append((holder, key))
     return found, canonical

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError, ScopeError, unknown
-from testtime.adaptation.layers import norm_kind, on_input
+from testtime.adaptation.layers import hooked, norm_kind, on_input
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
@@ -76,11 +76,8 @@ def look(
             hooks.append(module.register_forward_hook(head))
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             hooks.append(on_input(module, taking))
-    try:
+    with hooked(hooks):
         output = _first_run(model, loan, x[:2])
-    finally:
-        for hook in hooks:
-            hook.remove()
     if single and single[0]:  # (channels, ...) where (batch, channels, ...) was meant
         raise InputError(
             f"the batch has shape {tuple(x.shape)}, which the model's first convolution took for "

@@ -17,6 +17,7 @@ from testtime.adaptation.parts.statistics import Moments
 from testtime.adaptation.ranks import Ranks
 
 Blend = Callable[[Moments], Moments]
+"""Takes a batch's moments, and gives those to normalise with."""
 
 
 def unsaved(mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ def moments(x: Tensor, ranks: Ranks) -> tuple[Moments, float]:
     """
     x = at_least_single(x)
     values = float(x.numel() // x.shape[1])
-    mean, var = _Moments.apply(x)  # type: ignore[no-untyped-call]
+    mean, var = _Moments.apply(x)
     if ranks.alone:
         return Moments(mean, var), values
     # all at once, since each time that ranks agree they wait for one another
@@ -136,7 +137,7 @@ def normalise(x: Tensor, used: Moments, eps: float) -> Tensor:
     """
     dtype = x.dtype
     x = x.to(used.mean.dtype)
-    return _Normalise.apply(x, used.mean, used.var, eps).to(dtype)  # type: ignore[no-untyped-call, no-any-return]
+    return _Normalise.apply(x, used.mean, used.var, eps).to(dtype)
 
 
 def normalise_blended(x: Tensor, weight: Tensor, bias: Tensor, blend: Blend, eps: float) -> Tensor:
@@ -157,7 +158,7 @@ def normalise_blended(x: Tensor, weight: Tensor, bias: Tensor, blend: Blend, eps
         tensor([[0.],
                 [2.]])
     """
-    return _Blended.apply(x, weight, bias, blend, eps)  # type: ignore[no-untyped-call, no-any-return]
+    return _Blended.apply(x, weight, bias, blend, eps)
 
 
 class InGroups(Watching):

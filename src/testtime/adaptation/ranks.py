@@ -41,7 +41,7 @@ class Ranks:
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum over ranks; gradients flow to all of them."""
-        return value if self.alone else _Sum.apply(value, self.group)  # type: ignore[no-any-return]
+        return value if self.alone else _Sum.apply(value, self.group)
 
     def stack(self, value: Tensor) -> Tensor:
         """Everyone's, one below another in order of rank; gradients flow to all of them."""
@@ -61,31 +61,27 @@ class Ranks:
         """The joined batch of all ranks, in order of rank; batches may differ in size."""
         if self.alone:
             return values
-        sizes = [
-            torch.zeros((), dtype=torch.long, device="cpu")
-            for _ in range(dist.get_world_size(self.group))
-        ]
-        sizes = [size.to(values.device) for size in sizes]
-        dist.all_gather(sizes, torch.tensor(len(values), device=values.device), group=self.group)
-        longest = int(max(sizes))
-        padded = values.new_zeros((longest, *values.shape[1:]))
+        counts = self._counts(len(values), values.device)
+        padded = values.new_zeros((max(counts), *values.shape[1:]))
         padded[: len(values)] = values.detach()
-        parts = [torch.empty_like(padded) for _ in sizes]
+        parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded, group=self.group)
-        return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def own(self, joined: Tensor, count: int) -> Tensor:
         """This rank's part, `count` samples, of a batch that `gather` joined."""
         if self.alone:
             return joined
-        counts = [
-            torch.zeros((), dtype=torch.long, device="cpu")
-            for _ in range(dist.get_world_size(self.group))
-        ]
-        counts = [size.to(joined.device) for size in counts]
-        dist.all_gather(counts, torch.tensor(count, device=joined.device), group=self.group)
-        start = sum(int(size) for size in counts[: dist.get_rank(self.group)])
+        counts = self._counts(count, joined.device)
+        start = sum(counts[: dist.get_rank(self.group)])
         return joined[start : start + count]
+
+    def _counts(self, own: int, device: torch.device) -> list[int]:
+        """How many samples each rank has."""
+        mine = torch.tensor(own, device=device)
+        each = [torch.zeros_like(mine) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(each, mine, group=self.group)
+        return [int(count) for count in each]
 
     def agree(self, complaint: Exception | None, device: torch.device) -> bool:
         """Whether no rank complains. All ranks must ask; a batch is refused by all or by none."""

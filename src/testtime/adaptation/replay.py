@@ -130,7 +130,7 @@ class Replayed(Watching):
         output = kept.output if self.chosen is None else kept.output[self.chosen]
         if not (torch.is_grad_enabled() and call.x.requires_grad):
             return output
-        return _Known.apply(call.x, output, call.back)  # type: ignore[no-untyped-call]
+        return _Known.apply(call.x, output, call.back)
 
 
 class _Call(NamedTuple):

@@ -8,7 +8,7 @@ zero but for rounding. So these are the formula's own operations, and those of a
 back, in their order; but done on parts that a CPU's cache holds, and of all in between x alone is kept.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from testtime.adaptation.lean import held_by_nobody, holders
-from testtime.adaptation.moments import wide
+from testtime.adaptation.moments import Blend, wide
 from testtime.adaptation.parts.statistics import Moments
 
 CACHED = 1 << 18
@@ -28,14 +28,9 @@ MANY = 1 << 26
 class _AsWritten(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        blend: Callable[[Moments], Moments],
-        eps: float,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, blend: Blend, eps: float
     ) -> Tensor:
-        with torch._C.DisableTorchFunction():  # type: ignore[attr-defined]  # modes look at each call
+        with torch._C.DisableTorchFunction():  # modes look at each call
             batch = exact_moments(x)
             with torch.enable_grad():
                 ctx.batch = Moments(batch.mean.requires_grad_(), batch.var.requires_grad_())
@@ -46,9 +41,7 @@ class _AsWritten(torch.autograd.Function):
             return _normalised(x, mean, root, weight, bias)
 
     @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         ours = holders(grad) == held_by_nobody()
         return _backward(ctx, grad, ours)
@@ -103,7 +96,7 @@ def _backward(ctx: Any, grad: Tensor, ours: bool) -> tuple[Tensor | None, ...]:
 
 
 def normalise_as_written(
-    x: Tensor, weight: Tensor, bias: Tensor, blend: Callable[[Moments], Moments], eps: float
+    x: Tensor, weight: Tensor, bias: Tensor, blend: Blend, eps: float
 ) -> Tensor:
     """The formula above, for each channel; its gradient flows through the batch's moments too.
 
@@ -120,7 +113,7 @@ def normalise_as_written(
         tensor([[0.],
                 [2.]])
     """
-    return _AsWritten.apply(x, weight, bias, blend, eps)  # type: ignore[no-untyped-call, no-any-return]
+    return _AsWritten.apply(x, weight, bias, blend, eps)
 
 
 def as_torch(module: nn.Module) -> bool:
@@ -145,9 +138,9 @@ def infer_as_written(module: Any, input: Tensor) -> Tensor:  # noqa: A002  (as t
     mean, var, weight, bias = module.running_mean, module.running_var, module.weight, module.bias
     plain = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled()
     if not plain or weight is None or bias is None:
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
+        return type(module).forward(module, x)
     if not x.dtype == weight.dtype == var.dtype:
-        return type(module).forward(module, x)  # type: ignore[no-any-return]
+        return type(module).forward(module, x)
     module._check_input_dim(x)
     return _normalised(x, mean, (var + module.eps).sqrt(), weight, bias)
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from testtime._core.arrays import at_least_single
 from testtime._core.errors import NeedsSource
 from testtime._core.options import in_range, whole
-from testtime.adaptation.layers import NormLayer, norm_layers, on_input
+from testtime.adaptation.layers import NormLayer, hooked, norm_layers, on_input
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.statistics import SourceStatistics
 from testtime.measures.entropy import entropy
 
 if TYPE_CHECKING:
-    from testtime.adaptation.knowledge import SourceBatch
+    from testtime.adaptation.fitting import SourceBatch
 
 LAYERS = 4
 """Normalisation layers that are watched: the first, the last, and between them at equal steps."""
@@ -44,6 +44,17 @@ def summaries(layer: NormLayer, x: Tensor) -> Tensor:
     x = x.flatten(2) if x.dim() > 2 else x[..., None]
     energy = torch.linalg.vector_norm(x, dim=2).square() / x.shape[2]
     return torch.cat([x.mean(2), energy], 1)
+
+
+@contextmanager
+def summarised(layers: Sequence[NormLayer], into: dict[str, Tensor]) -> Iterator[None]:
+    """While it lasts, a forward notes the `summaries` of what enters each layer, by its name."""
+
+    def see(layer: NormLayer) -> Any:
+        return lambda _, args: into.update({layer.name: summaries(layer, args[0])})
+
+    with hooked([on_input(layer.module, see(layer)) for layer in layers]):
+        yield
 
 
 def effect(found: Sums, mean: Tensor, variance: Tensor | None, floor: Tensor | float) -> Tensor:
@@ -137,16 +148,8 @@ class SourceLike:
     def watching(self) -> Iterator[None]:
         """The forward inside is the one that the next `update` judges."""
         self._seen = {}
-
-        def see(layer: NormLayer) -> Any:
-            return lambda _, args: self._seen.update({layer.name: summaries(layer, args[0])})
-
-        hooks = [on_input(each[0].module, see(each[0])) for each in self._watched]
-        try:
+        with summarised([layer for layer, *_ in self._watched], self._seen):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def update(self, values: Tensor, /) -> bool:
         """Whether the batch, with those before it where it is small, lies apart from the source."""
@@ -199,7 +202,7 @@ def _reference(
         variance = known[f"{layer.name}.var"]
         return layer, known[f"{layer.name}.mean"], variance, 1e-6 + 1e-3 * variance.mean()
     buffers = layer.module._buffers
-    mean, var = (at_least_single(buffers[f"running_{what}"]) for what in ("mean", "var"))  # type: ignore[arg-type]
+    mean, var = (at_least_single(buffers[f"running_{what}"]) for what in ("mean", "var"))  # pyright: ignore[reportArgumentType]
     energy = var + mean.square()
     # channels that are nearly constant in training: a deviation of the layer's own eps is none
     floor = torch.cat([1e-3 * var + layer.eps, 1e-3 * energy.square() + layer.eps])
@@ -215,17 +218,8 @@ class Signals:
     def add(self, total: dict[str, Tensor], batch: "SourceBatch") -> dict[str, Tensor]:
         """Sums up each summary and its square."""
         loan, found = batch.engine.loan, dict[str, Tensor]()
-        layers = norm_layers(loan.model)
-
-        def see(layer: NormLayer) -> Any:
-            return lambda _, args: found.update({layer.name: summaries(layer, args[0])})
-
-        hooks = [on_input(layer.module, see(layer)) for layer in layers]
-        try:
+        with summarised(norm_layers(loan.model), found):
             output, _ = loan.run(batch.inputs, {}, SourceStatistics(), ranks=batch.engine.ranks)
-        finally:
-            for hook in hooks:
-                hook.remove()
         found["entropy"] = relative(rows(read_logits(output)))[:, None]
         new = dict(total)
         for name, each in found.items():

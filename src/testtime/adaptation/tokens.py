@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import ScopeError
-from testtime.adaptation.layers import norm_kind
+from testtime.adaptation.layers import hooked, norm_kind
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.look import source_output
 
@@ -70,11 +70,8 @@ class Blocks:
             hooks.append(self.norms[-1].register_forward_pre_hook(take_out, with_kwargs=True))
         if shift is not None:
             hooks.append(self.norms[-1].register_forward_hook(move))
-        try:
+        with hooked(hooks):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _changed(args: Any, kwargs: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -125,12 +122,8 @@ def _seen_to_run(loan: Loan, x: Tensor) -> Blocks:
             hooks.append(module.register_forward_hook(note("end"), with_kwargs=True))
         elif norm_kind(module) == "layer":
             hooks.append(module.register_forward_pre_hook(note("norm"), with_kwargs=True))
-    try:
-        with torch.no_grad():
-            source_output(loan, torch.cat([x[:1], x[:1] + 1]))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), torch.no_grad():
+        source_output(loan, torch.cat([x[:1], x[:1] + 1]))
     for group in sorted(groups, key=len, reverse=True):
         found = _read(group, ran)
         if found is not None:

@@ -178,7 +178,7 @@ class Traces:
         for name, key in self.buffers:
             buffer = modules[name]._buffers.get(key) if name in modules else None
             if buffer is not None:
-                kept.append((modules[name]._buffers, key, buffer))  # type: ignore[arg-type]
+                kept.append((modules[name]._buffers, key, buffer))
                 modules[name]._buffers[key] = buffer.clone()
         try:
             yield

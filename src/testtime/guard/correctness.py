@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
-from testtime._core.seeds import derive, generator
+from testtime._core.seeds import derive, generator, global_chance
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
 from testtime.guard.misclassification import check_classified
-from testtime.measures.information.networks import adam
+from testtime.measures.information.networks import adam, training
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Calibrated logits (n, classes), labels (n,) -> a number."""
@@ -201,8 +201,7 @@ class CorrectnessCalibrator:
         check_classified(logits, labels)
         features = consistency_features(logits, views, top=top).float()
         chance = generator(seed, "correctness")
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            torch.random.default_generator.manual_seed(derive(seed, "correctness", "weights"))
+        with global_chance(derive(seed, "correctness", "weights"), []), training():
             with torch.device("cpu"):
                 last, first = nn.Linear(hidden, 1), nn.Linear(features.shape[1], hidden)
             nn.init.constant_(last.bias, math.log(math.expm1(0.9)))  # 0.1 + softplus of it is 1

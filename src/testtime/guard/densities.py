@@ -6,7 +6,6 @@ gradient speaks about all conditionals at once.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,18 +15,6 @@ from testtime._core.errors import InputError
 
 RIDGE = 1e-5
 """Added to the diagonal of a covariance, so that constant and collinear features are no obstacle."""
-
-
-class Density(Protocol):
-    """A density fitted to samples."""
-
-    def score(self, x: Tensor) -> Tensor:
-        """Gradient of the log density at each sample: of the shape of x."""
-        ...
-
-    def sample(self, count: int, chance: torch.Generator) -> Tensor:
-        """Draws (..., count, d)."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,11 +35,12 @@ AT_ONCE = 64
 class Exchangeability:
     """Watches whether signals of a stream keep the distribution of a reference.
 
-    A batch is (n, signals), or (n,) of a single one: one number or many for each sample, such as entropy, confidence,
-    features, statistics of normalisation layers (`testtime.guard.signals`). The null hypothesis:
-    each signal's reference values and stream are exchangeable, e.g. independent draws of one
-    distribution, known or not. Signals may depend on each other. Under it the probability that the
-    alarm is ever raised is at most alpha, however long the stream and whenever one looks.
+    A batch is (n, signals), or (n,) of a single one: one number or many for each sample, such as
+    entropy, confidence, features, statistics of normalisation layers (`testtime.guard.signals`).
+    The null hypothesis: each signal's reference values and stream are exchangeable, e.g. independent
+    draws of one distribution, known or not. Signals may depend on each other. Under it the
+    probability that the alarm is ever raised is at most alpha, however long the stream and whenever
+    one looks.
 
     A stream whose samples depend on each other (sorted labels, video) is not exchangeable, and that
     may raise the alarm as well; `Risk` asks less of a stream, but not nothing.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from testtime._core.errors import OptionError
 from testtime._core.options import in_range
 from testtime._core.seeds import generator
+from testtime.adaptation.layers import hooked
 from testtime.adaptation.outputs import map_tensors
 
 Fault = Callable[[Tensor, torch.Generator], Tensor]
@@ -182,12 +183,9 @@ def faulty_activations(
     def disturb(_: nn.Module, __: Any, output: Any) -> Any:
         return map_tensors(spoil, output)
 
-    hooks = [m.register_forward_hook(disturb) for m in model.modules() if not [*m.children()]]
-    try:
+    innermost = [module for module in model.modules() if not [*module.children()]]
+    with hooked([module.register_forward_hook(disturb) for module in innermost]):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _listed(faults: Fault | Sequence[Fault]) -> Sequence[Fault]:

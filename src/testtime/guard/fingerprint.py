@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from testtime._core.errors import InputError, OptionError, ScopeError
 from testtime._core.options import in_range, whole
-from testtime._core.seeds import derive, generator
-from testtime.adaptation.layers import on_input
+from testtime._core.seeds import derive, generator, global_chance
+from testtime.adaptation.layers import hooked, on_input
 from testtime.adaptation.look import named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
 from testtime.guard.monitor import State, check_real
-from testtime.measures.information.networks import adam
+from testtime.measures.information.networks import adam, training
 
 Band = Literal["quantiles", "deviations"]
 DEVIATIONS = 3
@@ -139,8 +139,7 @@ class Fingerprint:
                 "features hold NaN or infinite values; the model may be faulty already."
             )
         chance = generator(seed, "fingerprint")
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            torch.random.default_generator.manual_seed(derive(seed, "fingerprint", "weights"))
+        with global_chance(derive(seed, "fingerprint", "weights"), []), training():
             with torch.device("cpu"):
                 first, last = nn.Linear(features.shape[1], hidden), nn.Linear(hidden, outputs)
             head = nn.Sequential(first, nn.ReLU(), last).to(features.device)
@@ -248,12 +247,8 @@ def _forward(model: nn.Module, x: Tensor, layer: str | None) -> tuple[Any, Tenso
     chosen, entered = named_layer(model, layer), list[Tensor]()
     watched = [chosen] if chosen else [m for m in model.modules() if isinstance(m, nn.Linear)]
     hooks = [on_input(each, lambda _, args: entered.append(args[0].detach())) for each in watched]
-    try:
-        with borrowed(model):
-            output = model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), borrowed(model):
+        output = model(x)
     if not entered:
         raise ScopeError(
             "no linear layer ran, so there are no features; name the layer whose input they are."

@@ -6,9 +6,10 @@
         W ← W (1 + λ f)                                                 # λ chosen before
         reject when W >= 1 / α
 
-The witnesses, HSIC, COCO, KCC and a linear one, are in `witnesses`. They read at most `memory` points, the latest,
-so that a pair costs O(memory) time, a stream O(n · memory), and the state O(memory) numbers. Any
-choice of past points keeps the test valid: the witness need only be known before the pair.
+The witnesses, HSIC, COCO, KCC and a linear one, are in `witnesses`. They read at most `memory`
+points, the latest, so that a pair costs O(memory) time, a stream O(n · memory), and the state
+O(memory) numbers. Any choice of past points keeps the test valid: the witness need only be known
+before the pair.
 """
 
 import math

@@ -27,10 +27,10 @@ from torch.nn import functional as F
 from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
-from testtime._core.seeds import derive, generator
+from testtime._core.seeds import derive, generator, global_chance
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
-from testtime.measures.information.networks import adam
+from testtime.measures.information.networks import adam, training
 
 HIDDEN = 128
 """Units of each layer of the network (code)."""
@@ -174,8 +174,7 @@ class MisclassificationNetwork:
         in_range(0, lr=lr)
         check_classified(logits, labels)
         chance = generator(seed, "misclassification")
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            torch.random.default_generator.manual_seed(derive(seed, "misclassification", "weights"))
+        with global_chance(derive(seed, "misclassification", "weights"), []), training():
             z = at_least_single(logits.detach().clone())
             wrong = (z.argmax(1) != labels).to(z.dtype)
             with torch.device("cpu"):

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
-from testtime._core.seeds import derive, generator
+from testtime._core.seeds import derive, generator, global_chance
 from testtime.guard.borrow import borrowed
-from testtime.measures.information.networks import adam
+from testtime.measures.information.networks import adam, training
 
 STEEP = 20.0
 """Exponents above are followed in a straight line, so that steep losses keep a finite gradient."""
@@ -187,13 +187,12 @@ class Rejector:
         whole(1, steps=steps, batch_size=batch_size)
         _check(inputs, good, own=network is not None)
         chance = generator(seed, "rejector")
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            torch.random.default_generator.manual_seed(derive(seed, "rejector", "weights"))
+        with global_chance(derive(seed, "rejector", "weights"), []), training():
             ours = copy.deepcopy(network) if network is not None else _network(inputs)
             ours = ours.requires_grad_(True).train()
             descend = adam(ours, lr=lr)
-            for part in islice(_parts(len(good), batch_size, chance), steps):
-                part = part.to(good.device)  # noqa: PLW2901
+            for drawn in islice(_parts(len(good), batch_size, chance), steps):
+                part = drawn.to(good.device)
                 scores = _scores(ours, inputs[part])
                 descend(rejection_loss(scores, good[part], cost=cost, alpha=alpha))
         return Rejector(network=ours.eval().requires_grad_(False), cost=cost)

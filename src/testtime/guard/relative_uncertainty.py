@@ -128,8 +128,8 @@ class RelativeUncertainty:
 
         Args:
             model: maps inputs to logits.
-            tuning: batches of floating-point inputs and labels (n,) that the model was not trained on; the authors
-                take a tenth of a test set.
+            tuning: batches of floating-point inputs and labels (n,) that the model was not trained
+                on; the authors take a tenth of a test set.
             held: others of the same kind; theirs are a fifth of the rest. Report no figures on them.
             weight: λ, from 0 to 1; 0.5 (code).
 

@@ -5,9 +5,8 @@
 The null hypothesis is that the mean of each score, given the past, is at most b. Nothing else is
 asked of the stream: scores may depend on each other and need not be alike. But a stretch in which
 scores can be foreseen to be higher, as of one class where labels come sorted, breaks it, though the
-mean of the whole stream be at most b. `Risk.fit` takes b from
-source data: an upper confidence bound of the source's mean, so that the two errors together stay
-below alpha at any stopping time.
+mean of the whole stream be at most b. `Risk.fit` takes b from source data: an upper confidence bound
+of the source's mean, so that the two errors together stay below alpha at any stopping time.
 """
 
 import math

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime.guard.misclassification import check_classified
+from testtime.measures.information.networks import training
 
 
 @final
@@ -104,7 +105,7 @@ def _apart(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _minimise(start: list[Tensor], loss: Callable[..., Tensor]) -> list[Tensor]:
-    with torch.inference_mode(False), torch.enable_grad():
+    with training():
         values = [each.clone().requires_grad_() for each in start]
         search = torch.optim.LBFGS(values, max_iter=200, line_search_fn="strong_wolfe")
 

@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError
-from testtime.adaptation.layers import NormLayer, norm_layers, on_input
+from testtime.adaptation.layers import NormLayer, hooked, norm_layers, on_input
 from testtime.adaptation.look import named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
@@ -65,12 +65,8 @@ def read_signals(model: nn.Module, x: Tensor, *, features: str | None = None) ->
     for module in [chosen] if chosen else model.modules():
         if chosen or isinstance(module, nn.Linear):
             hooks.append(on_input(module, enter))
-    try:
-        with borrowed(model):
-            logits = read_logits(model(x))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), borrowed(model):
+        logits = read_logits(model(x))
     if logits.dim() != 2 or len(logits) != len(x):
         raise InputError(
             f"the logits have the shape {tuple(logits.shape)}; expected ({len(x)}, classes)."

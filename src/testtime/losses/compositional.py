@@ -225,7 +225,7 @@ def _number(name: str, value: Tensor) -> Tensor:
         raise
     if value.dim() or not value.is_floating_point() or not bool(value.isfinite()):
         raise InputError(
-            f"{name} is {value.tolist() if value.numel() < 4 else tuple(value.shape)}; expected the "  # pyright: ignore[reportUnknownMemberType]
+            f"{name} is {value.tolist() if value.numel() < 4 else tuple(value.shape)}; expected the "
             "logarithm of one positive number, as log_partition and the trackers give it."
         )
     return at_least_single(value)

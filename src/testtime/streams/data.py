@@ -155,7 +155,7 @@ def labels_of(dataset: Dataset[Any]) -> Int[Tensor, " n"]:
 def length(dataset: Dataset[Any]) -> int:
     """Number of items; a set without a length or without items is an `InputError`."""
     try:
-        size = len(dataset)  # type: ignore[arg-type]
+        size = len(dataset)  # pyright: ignore[reportArgumentType]
     except TypeError as error:
         raise InputError(
             f"{type(dataset).__name__} has no length; expected a map-style data set with __len__ "

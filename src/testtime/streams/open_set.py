@@ -138,7 +138,7 @@ def with_strangers(
         else:
             part = Drawn(kind, channels, height, width, seed)
         parts.append(part)
-        count = len(part)  # type: ignore[arg-type]
+        count = len(part)
         positions.append(torch.arange(size, size + count, device="cpu"))
         size += count
     return (ConcatDataset(parts) if len(parts) > 1 else dataset), positions

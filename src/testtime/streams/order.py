@@ -175,6 +175,6 @@ def dirichlet(
     """
     shape = torch.full((rows, columns), delta + 1.0, dtype=torch.float64, device="cpu")
     # torch.distributions draws with the same function, but from the global generator.
-    gamma = torch._standard_gamma(shape, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
+    gamma = torch._standard_gamma(shape, generator=generator)
     uniform = 1 - torch.rand(shape.shape, dtype=torch.float64, generator=generator, device="cpu")
     return (gamma.log() + uniform.log() / delta).softmax(dim=1)

@@ -28,7 +28,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.learning import finite
+from testtime.adaptation.learning import as_leaves, finite
 from testtime.adaptation.outputs import with_logits
 from testtime.adaptation.parts.knowledge import FeatureMemory
 from testtime.adaptation.parts.optimizer import Adam
@@ -136,7 +136,7 @@ class NeighbourVote:
         assert optimizer is not None
         for _ in range(self.gamma):
             with torch.enable_grad():
-                leaves = {n: t.detach().requires_grad_() for n, t in learnt.beside.items()}
+                leaves = as_leaves(learnt.beside)
                 features, scores = self._vote(seen, state, leaves)
                 loss = engine.ranks.mean(entropy(scores))
                 grads = engine.gradient(loss, leaves, samples=0)  # none through the network
@@ -176,7 +176,7 @@ def _remembered(state: State, like: Tensor) -> tuple[Tensor, Tensor]:
     return state.memory["features"].to(like), state.memory["labels"]
 
 
-@register("method", paper="adanpc", needs=("feature_memory",))
+@register("method", paper="adanpc")
 def adanpc(
     *,
     k: int = 100,
@@ -243,10 +243,10 @@ def adanpc(
         whole(1, capacity=capacity)
     if confidence not in ("softmax", "score"):
         raise OptionError(f"confidence is {confidence!r}; expected 'softmax' or 'score'")
-    vote = NeighbourVote(
+    voting = NeighbourVote(
         k=k, tau=tau, beta=beta, confidence=confidence, capacity=capacity, gamma=gamma
     )
     optimizer = Adam(lr=lr)
     if not gamma:
-        return Recipe(procedure=vote)
-    return Recipe(procedure=vote, beside=Rescaling(), optimizer=optimizer)
+        return Recipe(procedure=voting)
+    return Recipe(procedure=voting, beside=Rescaling(), optimizer=optimizer)

@@ -18,14 +18,13 @@ from torch import Tensor
 from testtime._core.errors import NeedsSource, OptionError
 from testtime._core.options import in_range
 from testtime._core.registry import register
-from testtime.adaptation.parts.knowledge import ClassMoments
+from testtime.adaptation.parts.knowledge import ClassMoments, Known
 from testtime.adaptation.parts.optimizer import Adam
 from testtime.adaptation.parts.scope import norm_affine
 from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
 
-Known = dict[str, dict[str, Tensor]]
 Reduction = Literal["sample", "batch"]
 
 
@@ -84,11 +83,13 @@ class ClassAlignment:
         """Means and covariances of the source features of each class."""
         return (ClassMoments(tied=self.tied),)
 
-    def __call__(self, features: Tensor, logits: Tensor, known: Known) -> Tensor:
+    def __call__(self, features: Tensor, logits: Tensor, known: dict[str, Known]) -> Tensor:
         intra, inter = self.parts(features, logits, known)
         return intra.log() - inter.log()
 
-    def parts(self, features: Tensor, logits: Tensor, known: Known) -> tuple[Tensor, Tensor]:
+    def parts(
+        self, features: Tensor, logits: Tensor, known: dict[str, Known]
+    ) -> tuple[Tensor, Tensor]:
         """Intra and inter (B,) of the batch; no number where a prediction is none."""
         moments = known["class_moments"]
         distances = mahalanobis(features.double(), moments["mean"], self.factor(moments))
@@ -96,7 +97,7 @@ class ClassAlignment:
         distances = torch.where(predicted, distances, torch.nan)
         return intra_and_inter(distances, logits.argmax(-1))
 
-    def factor(self, moments: dict[str, Tensor]) -> Tensor:
+    def factor(self, moments: Known) -> Tensor:
         """Cholesky factor of the shrunk covariance; computed once, then kept beside the moments."""
         if "factor" not in moments:
             covariance = moments["covariance"]
@@ -129,12 +130,14 @@ class BatchAlignment:
         """Those of the alignment of each sample."""
         return self.each.needs
 
-    def __call__(self, features: Tensor, logits: Tensor, known: Known, ranks: Ranks) -> Tensor:
+    def __call__(
+        self, features: Tensor, logits: Tensor, known: dict[str, Known], ranks: Ranks
+    ) -> Tensor:
         intra, inter = (ranks.mean(part) for part in self.each.parts(features, logits, known))
         return intra.log() - inter.log()
 
 
-@register("method", paper="cafa", needs=("class_moments",))
+@register("method", paper="cafa")
 def cafa(
     *,
     lr: float = 1e-3,

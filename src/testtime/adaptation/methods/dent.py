@@ -27,7 +27,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.layers import Kind, NormLayer, named_input, norm_layers
+from testtime.adaptation.layers import Kind, NormLayer, hooked, named_input, norm_layers
 from testtime.adaptation.learning import finite, gradients
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.objective import Diversity, entropy
@@ -255,11 +255,8 @@ def _given(engine: Engine, own: Tensors) -> Iterator[None]:
         elif mine:
             each = OwnForward(own=mine)
             hooks.append(layer.module.register_forward_hook(each, with_kwargs=True))
-    try:
+    with hooked(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @register("method", paper="dent")

@@ -24,7 +24,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.layers import NormLayer, on_input
+from testtime.adaptation.layers import NormLayer, hooked, on_input
 from testtime.adaptation.loan import Places
 from testtime.adaptation.moments import moments
 from testtime.adaptation.outputs import read_logits, rows
@@ -127,11 +127,8 @@ def folding(engine: Engine, tensors: Tensors, folds: Tensors) -> Iterator[None]:
                 tensors=tensors, folds=folds, places=loan.places, ranks=engine.ranks,
             )  # fmt: skip
             hooks.append(on_input(layer.module, fold, prepend=True))
-    try:
+    with hooked(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from testtime.adaptation.parts.preservation import FisherPenalty
 from testtime.adaptation.recipe import Recipe
 
 
-@register("method", paper="eata", needs=("fisher",))
+@register("method", paper="eata")
 def eata(
     *,
     lr: float = 2.5e-4,

@@ -33,6 +33,7 @@ from testtime.adaptation.tokens import Blocks, find_blocks
 from testtime.measures.entropy import entropy
 
 KEPT = 0.9
+"""Share of hist, the mean of past class tokens, that a batch leaves."""
 
 
 def discrepancy(tokens: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ def _own(tensor: Tensor, place: slice, samples: int, before: int) -> Tensor:
     return tensor
 
 
-@register("method", paper="foa", needs=("cls_moments",))
+@register("method", paper="foa")
 def foa(*, prompts: int = 3, population: int = 27, lam: float = 0.4, chunk: int = 64) -> Recipe:
     """Seeks prompts for a vision transformer by forward passes alone, and moves its class token.
 

@@ -24,9 +24,9 @@ from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.registry import register
-from testtime.adaptation.learning import gradients
+from testtime.adaptation.learning import as_leaves, gradients
 from testtime.adaptation.outputs import read_logits, rows
-from testtime.adaptation.parts.knowledge import named, part_of
+from testtime.adaptation.parts.knowledge import Known, named, part_of
 from testtime.adaptation.parts.objective import symmetric_with_teacher, teacher_cross_entropy
 from testtime.adaptation.parts.optimizer import SGD, Adam
 from testtime.adaptation.parts.prediction import from_teacher
@@ -43,9 +43,7 @@ from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
 
 if TYPE_CHECKING:
-    from testtime.adaptation.knowledge import SourceBatch
-
-Known = dict[str, Tensor]
+    from testtime.adaptation.fitting import SourceBatch
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class Posterior:
         g = d/dtheta mean CE(y, f_theta(x)) + 5e-4 theta,  d <- 0.9 d + g,  theta <- theta - lr d
 
     on a copy of the model, which normalises as in training and as the method will, with the
-    statistics of the batch; the weights after each pass but the first count. By label where the loader gives labels, else by the source
-    model's prediction.
+    statistics of the batch; the weights after each pass but the first count. By label where the
+    loader gives labels, else by the source model's prediction.
 
     Args:
         passes: over the source data, at least two.
@@ -80,7 +78,7 @@ class Posterior:
         now = part_of(total, "now") or engine.source_tensors(engine.names)
         directions = list(part_of(total, "direction").values()) or None
         labels = batch.labels_or_predictions
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in now.items()}
+        leaves = as_leaves(now)
         with torch.enable_grad():
             output, _ = engine.loan.run(
                 batch.inputs, leaves, engine.recipe.statistics, ranks=Ranks()
@@ -150,7 +148,7 @@ class PosteriorPenalty:
         return 0.5 * self.weight * weighted_distance(tensors, part_of(found, "mean"), weights)
 
 
-@register("method", paper="petal", needs=("weight-posterior",))
+@register("method", paper="petal")
 def petal(
     *,
     lr: float = 1e-3,
@@ -199,9 +197,8 @@ def petal(
     Departures from the code: the views are made only when they are used; the further training
     normalises with the statistics of each batch, where the code leaves the model in eval mode
     (small networks run away so), and its rate is constant, where the code's rises to its value over
-    three epochs; the source, where
-    streams begin and weights return, is the model as given, in the code the posterior's mean (give
-    a model that was averaged so for that).
+    three epochs; the source, where streams begin and weights return, is the model as given, in the
+    code the posterior's mean (give a model that was averaged so for that).
 
     Example:
         >>> petal(passes=10).needs

@@ -57,7 +57,7 @@ class SelectiveTeacher:
         return student, [torch.where(mask, own, other) for mask, own, other in both]
 
 
-@register("method", paper="psmt", needs=("fisher",))
+@register("method", paper="psmt")
 def psmt(
     *,
     lr: float = 1e-3,

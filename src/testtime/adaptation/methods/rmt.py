@@ -25,9 +25,9 @@ from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.registry import register
 from testtime._core.seeds import generator as seeded
-from testtime.adaptation.learning import gradients
+from testtime.adaptation.learning import as_leaves, gradients
 from testtime.adaptation.outputs import read_logits, rows
-from testtime.adaptation.parts.knowledge import LabelledSamples, Prototypes, named, part_of
+from testtime.adaptation.parts.knowledge import Known, LabelledSamples, Prototypes, named, part_of
 from testtime.adaptation.parts.objective import agreement_with_teacher, symmetric_cross_entropy
 from testtime.adaptation.parts.optimizer import Adam
 from testtime.adaptation.parts.prediction import student_and_teacher
@@ -39,9 +39,7 @@ from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
 
 if TYPE_CHECKING:
-    from testtime.adaptation.knowledge import SourceBatch
-
-Known = dict[str, Tensor]
+    from testtime.adaptation.fitting import SourceBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ class WarmedUp:
         state: dict[str, Any] = self.optimizer.init(list(student.values()))
         if done:
             state = {"steps": done} | {key: list(own.values()) for key, own in moments.items()}
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in student.items()}
+        leaves = as_leaves(student)
 
         def run(tensors: Known) -> Tensor:
             output, _ = engine.run(batch.inputs, tensors)
@@ -243,7 +241,7 @@ class Replay:
         return self.weight * ranks.mean(losses)
 
 
-@register("method", paper="rmt", needs=("prototypes",))
+@register("method", paper="rmt")
 def rmt(
     *,
     lr: float = 1e-3,

@@ -23,6 +23,7 @@ from testtime._core.options import in_range
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
+from testtime.adaptation.learning import finite
 from testtime.adaptation.parts.optimizer import SGD
 from testtime.adaptation.parts.views import Augment, moco_view, needs_pixels
 from testtime.adaptation.recipe import Recipe
@@ -134,7 +135,7 @@ class WeighExperts:
             loss, grad = _gradient(engine, copies, weights)
             told |= {"used": len(x), "loss": loss}
             outcome = Outcome.NON_FINITE
-            if bool(torch.stack([loss, grad.norm()]).isfinite().all()):
+            if finite(loss, [grad]):
                 (weights,), optimizer = self.optimizer.step(optimizer, [weights], [grad])
                 least = round(float(weights.softmax(0).min()), 2)
                 stopped, outcome = least < self.floor, Outcome.ADAPTED
@@ -187,9 +188,9 @@ def sade(
 
     The model returns the logits of two or more experts: a tuple or list of tensors (B, C), or one
     tensor (B, E, C). The answer is one tensor (B, C). The experts stay as they are; what each counts
-    is told in the events, as `measured["expert 1"]` and so on. With the
-    default `augment`, inputs are images in [0, 1], and normalisation belongs in the model. To learn
-    from a whole test set as in the paper, send it several times (5 in the code), then `predict`.
+    is told in the events, as `measured["expert 1"]` and so on. With the default `augment`, inputs
+    are images in [0, 1], and normalisation belongs in the model. To learn from a whole test set as
+    in the paper, send it several times (5 in the code), then `predict`.
 
     Use when: a model was trained on a long-tailed set with diverse experts
     (`testtime.losses.diverse_experts`), and how frequent classes are where it is used is unknown.

@@ -34,7 +34,7 @@ from testtime._core.registry import register
 from testtime.adaptation.checks import read_labels
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.learning import gradients
+from testtime.adaptation.learning import finite, gradients
 from testtime.adaptation.parts.optimizer import SGD
 from testtime.adaptation.parts.scope import all_parameters
 from testtime.adaptation.recipe import Recipe
@@ -44,7 +44,10 @@ from testtime.measures.entropy import entropy
 
 Oracle = Callable[[Tensor, Tensor], Any]
 """Takes places in the stream (n,) and inputs (n, ...), gives the n labels."""
-SURE, BATCH, WINDOW, PATIENCE, COLD, MOST, ROUNDING = 100, 16, 5, 5, 0.2, 2000, 1e-6
+SURE, BATCH, WINDOW, PATIENCE, COLD = 100, 16, 5, 5, 0.2
+"""Of the box: sure samples of a batch, draws of S and of T, steps of a mean, means, and a at most."""
+MOST, ROUNDING = 2000, 1e-6
+"""Steps on a batch where none are given; how much farther a sample may be and count as as near."""
 
 
 class Wanted(NamedTuple):
@@ -237,18 +240,18 @@ class ActiveLearning:
         if len(held) == 2 and len(sure["labels"]) < self.cold_start:
             share = min(COLD, share)
         shares = [1 - share, share] if len(held) == 2 else [1.0]
-        recipe = engine.recipe.optimizer
-        assert recipe is not None
-        tensors, momentum = state.tensors, recipe.init(list(state.tensors.values()))
+        optimizer = engine.recipe.optimizer
+        assert optimizer is not None
+        tensors, momentum = state.tensors, optimizer.init(list(state.tensors.values()))
         window: list[float] = []
         lowest, worse, steps, total = math.inf, 0, 0, 0.0
         while worse <= PATIENCE and steps < (self.steps or MOST):
             losses, grads = self._gradient(engine, replace(state, tensors=tensors), held, shares)
             loss = torch.stack(losses).detach()
-            if not torch.stack([loss.sum(), *torch._foreach_norm(grads)]).isfinite().all():
+            if not finite(loss.sum(), grads):
                 return state.tensors, Outcome.NON_FINITE, None, steps
             with torch.no_grad():
-                moved, momentum = recipe.step(momentum, list(tensors.values()), grads)
+                moved, momentum = optimizer.step(momentum, list(tensors.values()), grads)
             tensors = dict(zip(tensors, moved, strict=True))
             steps, total = steps + 1, total + float(loss @ loss.new_tensor(shares))
             window.append(float(loss[-1]))

@@ -24,7 +24,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.knowledge import SourceBatch
+from testtime.adaptation.fitting import SourceBatch
 from testtime.adaptation.parts.knowledge import joined
 from testtime.adaptation.parts.optimizer import Adam
 from testtime.adaptation.parts.rules import Rules, class_rules, matches, violations
@@ -147,7 +147,7 @@ class WhereRulesBreak:
         return Step(output, logits, state, outcome, told)
 
 
-@register("method", paper="sqrl", needs=("rules",))
+@register("method", paper="sqrl")
 def sqrl(
     *, lr: float = 1e-4, purity: float = 0.95, validated: float = 0.93, limit: int = 1000
 ) -> Recipe:

@@ -35,7 +35,7 @@ from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.layers import norm_layers
-from testtime.adaptation.learning import finite
+from testtime.adaptation.learning import as_leaves, finite
 from testtime.adaptation.loan import features_of
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.levels import shift, watched
@@ -243,7 +243,7 @@ class AdversarialTeacher:
         drawn = torch.randint(
             len(which), (len(shown),), generator=engine.generator, device=shown.device
         )
-        leaves = {name: memory[name].detach().requires_grad_() for name in ("selection", "sizes")}
+        leaves = as_leaves({name: memory[name] for name in ("selection", "sizes")})
         with torch.enable_grad():
             shares = leaves["sizes"].sigmoid()[drawn]
             hard = augmented(shown, which[drawn], shares, engine.generator)

@@ -25,7 +25,7 @@ from testtime._core.options import in_range, whole
 from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
-from testtime.adaptation.learning import finite
+from testtime.adaptation.learning import as_leaves, finite
 from testtime.adaptation.outputs import read_logits, rows, with_logits
 from testtime.adaptation.parts.gaussians import (
     Gaussians,
@@ -117,8 +117,7 @@ class VariationalTeacher:
         yield output
         told: dict[str, Any] = {"entropy": entropy(answer).mean(), "used": len(x)}
         told["trust"] = trust[0]
-        leaves = flat(student)
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
+        leaves = as_leaves(flat(student))
         with torch.enable_grad():
             loss = self._loss(engine, x, answer, trust, unflat(leaves), teacher, source)
         grads = engine.gradient(loss, leaves, samples=len(x))
@@ -236,8 +235,9 @@ def vcotta(
     """Weights as Gaussians between two priors, the teacher's and the source's, by their certainty.
 
     Inputs are images in [0, 1], normalisation belongs in the model; an `augment` of your own may
-    take other inputs. `export` gives the teacher at its means. With `warm_up` the source's Gaussians are trained first, which needs
-    labelled source data: `source=tt.fit_source(model, loader, methods=vcotta(warm_up=5))`.
+    take other inputs. `export` gives the teacher at its means. With `warm_up` the source's Gaussians
+    are trained first, which needs labelled source data:
+    `source=tt.fit_source(model, loader, methods=vcotta(warm_up=5))`.
 
     Use when: domains come and go for a long time, calibration matters, and compute is at hand.
 

@@ -16,7 +16,7 @@ from testtime.adaptation.parts.optimizer import Adam
 
 if TYPE_CHECKING:
     from testtime.adaptation.engine import Engine
-    from testtime.adaptation.knowledge import SourceBatch
+    from testtime.adaptation.fitting import SourceBatch
 
 RHO = -4.0
 """Where every rho begins: a deviation of 0.018."""

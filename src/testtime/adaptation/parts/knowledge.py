@@ -4,24 +4,22 @@ A part that needs something lists it in `needs`; what was found is `known[need.n
 evidence, a dictionary of tensors.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from testtime.adaptation.fitting import SourceBatch
 
-    from torch import Tensor
-
-    from testtime.adaptation.knowledge import SourceBatch
-
-    Known = dict[str, Tensor]
-    """Tensors by name: sums while the pass goes on, afterwards what is known."""
+Known = dict[str, Tensor]
+"""Tensors by name: sums while the pass goes on, afterwards what is known."""
 
 
 class Need(Protocol):
@@ -35,27 +33,27 @@ class Need(Protocol):
     name: ClassVar[str]
     """What it is called in a file and in the evidence."""
 
-    def add(self, total: "Known", batch: "SourceBatch") -> "Known":
+    def add(self, total: Known, batch: "SourceBatch") -> Known:
         """The sums after one more batch; `total` is empty at first."""
         ...
 
-    def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
+    def finish(self, total: Known, *, samples: int, batches: int) -> Known:
         """What is known, from the sums over all batches of a pass."""
         ...
 
 
-def named(key: str, names: "Iterable[str]", tensors: "Iterable[Tensor]") -> "Known":
+def named(key: str, names: Iterable[str], tensors: Iterable[Tensor]) -> Known:
     """One tensor for each name, as `key name`; `part_of` finds them again."""
     return {f"{key} {name}": tensor for name, tensor in zip(names, tensors, strict=True)}
 
 
-def part_of(known: "Mapping[str, Tensor]", key: str) -> "Known":
+def part_of(known: Mapping[str, Tensor], key: str) -> Known:
     """The tensors that `named` called by `key`, by the rest of their names."""
     begin = f"{key} "
     return {k.removeprefix(begin): tensor for k, tensor in known.items() if k.startswith(begin)}
 
 
-def joined(total: "Known", key: str, batches: int) -> "Tensor":
+def joined(total: Known, key: str, batches: int) -> Tensor:
     """The tensors that were kept as `key 0`, `key 1`, ... in one.
 
     Raises:
@@ -66,7 +64,7 @@ def joined(total: "Known", key: str, batches: int) -> "Tensor":
     return torch.cat(parts)
 
 
-def check_alike(key: str, parts: "Iterable[Tensor]") -> None:
+def check_alike(key: str, parts: Iterable[Tensor]) -> None:
     """Refuses tensors that hold other than one number of values for each row.
 
     Args:
@@ -96,7 +94,7 @@ class Fisher:
     name: ClassVar[str] = "fisher"
     of_tensors: ClassVar[bool] = True
 
-    def add(self, total: "Known", batch: "SourceBatch") -> "Known":
+    def add(self, total: Known, batch: "SourceBatch") -> Known:
         """Adds the squared gradients of a batch."""
         grads = batch.gradients(lambda z: F.cross_entropy(at_least_single(z), z.argmax(-1)))
         return {
@@ -104,7 +102,7 @@ class Fisher:
             for name, grad in grads.items()
         }
 
-    def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
+    def finish(self, total: Known, *, samples: int, batches: int) -> Known:
         """Their mean over batches."""
         return {name: value / batches for name, value in total.items()}
 
@@ -120,7 +118,7 @@ class Prototypes:
     name: ClassVar[str] = "prototypes"
     of_features: ClassVar[bool] = True
 
-    def add(self, total: "Known", batch: "SourceBatch") -> "Known":
+    def add(self, total: Known, batch: "SourceBatch") -> Known:
         """Adds the features of a batch to the sums of their classes."""
         features = at_least_single(batch.own_features)
         labels = batch.labels_or_predictions
@@ -131,7 +129,7 @@ class Prototypes:
             sums, counts = total["sums"] + sums, total["counts"] + counts
         return {"sums": sums, "counts": counts}
 
-    def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
+    def finish(self, total: Known, *, samples: int, batches: int) -> Known:
         """The means of the classes that there are samples of."""
         seen = total["counts"] > 0
         return {"means": total["sums"][seen] / total["counts"][seen, None]}
@@ -143,14 +141,14 @@ class LabelledSamples:
 
     name: ClassVar[str] = "labelled samples"
 
-    def add(self, total: "Known", batch: "SourceBatch") -> "Known":
+    def add(self, total: Known, batch: "SourceBatch") -> Known:
         """Keeps a batch."""
         number = len(total) // 2
         return {
             **total, f"inputs {number}": batch.inputs, f"labels {number}": batch.labels
         }  # fmt: skip
 
-    def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
+    def finish(self, total: Known, *, samples: int, batches: int) -> Known:
         """All that were kept."""
         return {key: joined(total, key, batches) for key in ("inputs", "labels")}
 
@@ -172,7 +170,7 @@ class ClassMoments:
     name: ClassVar[str] = "class_moments"
     of_features: ClassVar[bool] = True
 
-    def add(self, total: "Known", batch: "SourceBatch") -> "Known":
+    def add(self, total: Known, batch: "SourceBatch") -> Known:
         """Merges the counts, means and sums of squared deviations of a batch."""
         features, labels = batch.features.double(), batch.labels_or_predictions
         classes, size = batch.logits.shape[-1], features.shape[1]
@@ -204,7 +202,7 @@ class ClassMoments:
             "scatter": scatter,
         }
 
-    def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
+    def finish(self, total: Known, *, samples: int, batches: int) -> Known:
         """Means and covariances; a class without samples has those of the classes on average."""
         count, mean, scatter = total["count"], total["mean"], total["scatter"]
         absent, share = count == 0, count / count.sum()
@@ -229,7 +227,7 @@ class FeatureMemory:
     name: ClassVar[str] = "feature_memory"
     of_features: ClassVar[bool] = True
 
-    def add(self, total: "Known", batch: "SourceBatch") -> "Known":
+    def add(self, total: Known, batch: "SourceBatch") -> Known:
         """Appends a batch."""
         number = len(total) // 2
         features = F.normalize(at_least_single(batch.features), dim=-1)
@@ -239,7 +237,7 @@ class FeatureMemory:
             f"labels {number}": batch.labels_or_predictions,
         }
 
-    def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
+    def finish(self, total: Known, *, samples: int, batches: int) -> Known:
         """All of them in the order of the pass."""
         return {key: joined(total, key, batches) for key in ("features", "labels")}
 
@@ -256,11 +254,11 @@ class ClsMoments:
 
     name: ClassVar[str] = "cls_moments"
 
-    def add(self, total: "Known", batch: "SourceBatch") -> "Known":
+    def add(self, total: Known, batch: "SourceBatch") -> Known:
         """Merges the moments of a batch (Chan, Golub, LeVeque 1983)."""
         from testtime.adaptation.tokens import find_blocks  # noqa: PLC0415  (it runs models)
 
-        engine, tokens = batch.engine, list["Tensor"]()
+        engine, tokens = batch.engine, list[Tensor]()
         blocks = find_blocks(engine.loan, batch.inputs)
         engine.run(batch.inputs, {}, tap=lambda: blocks.watched(tokens))
         seen = torch.cat(tokens, 1).double()
@@ -276,7 +274,7 @@ class ClsMoments:
             "scatter": total["scatter"] + scatter + total["count"] * share * apart.square(),
         }
 
-    def finish(self, total: "Known", *, samples: int, batches: int) -> "Known":
+    def finish(self, total: Known, *, samples: int, batches: int) -> Known:
         """The moments, in float32."""
         variance = total["scatter"] / (total["count"] - 1).clamp(min=1)
         return {"mean": total["mean"].float(), "deviation": variance.sqrt().float()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from testtime._core.arrays import at_least_single
-from testtime.adaptation.layers import NormLayer, on_input
+from testtime.adaptation.layers import NormLayer, hooked, on_input
 
 
 def level(layer: NormLayer, inputs: Tensor) -> Tensor:
@@ -34,11 +34,8 @@ def watched(layers: list[NormLayer], into: list[Tensor]) -> Iterator[None]:
     hooks = [  # before the library's own, which normalise
         on_input(layer.module, partial(_note, layer, into), prepend=True) for layer in layers
     ]
-    try:
+    with hooked(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def shift(changed: list[Tensor], plain: list[Tensor], count: int) -> Tensor:

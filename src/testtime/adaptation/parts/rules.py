@@ -1,8 +1,9 @@
 """Statistical rules of training data: learnt from quantiles, readable, and counted where broken.
 
 Two kinds. An interval says where a statistic lies for examples of a class: "for class k: lo <= s <=
-hi", or nested, "for class k and s1 in its quartile q: lo <= s2 <= hi". A class rule says which class examples have: "if s > t then class k", and how well that holds,
-as an interval of its F1 score. Rules are tables: dictionaries of tensors, one row a rule.
+hi", or nested, "for class k and s1 in its quartile q: lo <= s2 <= hi". A class rule says which class
+examples have: "if s > t then class k", and how well that holds, as an interval of its F1 score.
+Class rules are tables: dictionaries of tensors, one row a rule.
 """
 
 import json

@@ -23,20 +23,19 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]
 """Takes images (B, C, H, W) in [0, 1] and a generator, gives changed images of that shape."""
 
 
+_of_pixels: list[Augment] = []
+
+
 def needs_pixels(augment: Augment) -> bool:
     """Whether the copies are made of images in [0, 1]; an augmentation of the caller's is trusted."""
-    return augment in (
-        cotta_view,
-        roid_view,
-        augmix_view,
-        small_augmix_view,
-        weak_view,
-        moco_view,
-    )
+    return augment in _of_pixels
 
 
-def in_full(view: Augment) -> Augment:
-    """The view, made outside of autocast, in which eight bits would say where a pixel goes."""
+def of_pixels(view: Augment) -> Augment:
+    """Decorator: the view needs images in [0, 1], as `needs_pixels` tells.
+
+    It is made outside of autocast, in which eight bits would say where a pixel goes.
+    """
 
     @wraps(view)
     def made(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -46,6 +45,7 @@ def in_full(view: Augment) -> Augment:
         with torch.autocast(kind, enabled=False):
             return view(x, generator)
 
+    _of_pixels.append(made)
     return made
 
 
@@ -58,7 +58,7 @@ def joined_copies(
     engine: "Engine", x: Tensor, augment: Augment, count: int
 ) -> Iterator[tuple[Tensor, int]]:
     """Changed copies of a batch, as many together as may share a forward; and how many these are."""
-    together = engine.joinable(x)
+    together = engine.shortcuts.joinable(x)
     for first in range(0, count, together):
         copies = [augment(x, engine.generator) for _ in range(min(together, count - first))]
         yield torch.cat(copies) if len(copies) > 1 else copies[0], len(copies)
@@ -107,7 +107,7 @@ class AveragedViews:
         return with_logits(last, total / self.count)
 
 
-@in_full
+@of_pixels
 def cotta_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """The transform of CoTTA, RoTTA and others: one draw of parameters for a whole batch.
 
@@ -122,7 +122,7 @@ def cotta_view(x: Tensor, generator: torch.Generator) -> Tensor:
     return _jitter(x, generator, padding="replicate", rough=True)
 
 
-@in_full
+@of_pixels
 def roid_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """CoTTA's transform without blur and noise, padded by reflection.
 
@@ -198,7 +198,7 @@ def crop_and_flip(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirrored, moved.flip(-1), moved)
 
 
-@in_full
+@of_pixels
 def augmix_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """AugMix-like copies as MEMO draws them, all images at once, each with draws of its own.
 
@@ -213,7 +213,7 @@ def augmix_view(x: Tensor, generator: torch.Generator) -> Tensor:
     return _augmix(crop, generator).to(x.dtype)
 
 
-@in_full
+@of_pixels
 def small_augmix_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """The same for small images, as MEMO draws copies for CIFAR-10.
 
@@ -258,7 +258,7 @@ def _sign(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(_uniform(x, (len(x),), generator) < 0.5, -1.0, 1.0).to(x.dtype)
 
 
-@in_full
+@of_pixels
 def weak_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """TeSLA's weak copies: crops of 80 to 100 % of each image, resized; half are mirrored."""
     crop = _crop_and_mirror(at_least_single(x).clamp(0, 1), generator, least=0.8)
@@ -313,7 +313,7 @@ def _operate(x: Tensor, which: Tensor, level: Tensor, sign: Tensor, wanted: Tens
         x[own] = warp(x[own], torch.stack(rows, 1).view(-1, 2, 3))
 
 
-@in_full
+@of_pixels
 def moco_view(x: Tensor, generator: torch.Generator) -> Tensor:
     """The transform of MoCo v2 as SADE uses it on small images, each with draws of its own.
 
