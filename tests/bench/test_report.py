@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from rows import make
-from testtime._core.errors import MissingExtra, RunError
+from testtime._core.errors import MissingExtra, RunError, WorkFailed
 from testtime.bench.cells import stream_words
+from testtime.bench.metrics import summarise
 from testtime.bench.report import write_report
 from testtime.bench.section import pooled
 from testtime.bench.tables import styles
@@ -244,6 +245,19 @@ def test_bad_rows_leave_an_old_report_as_it_was(tmp_path):
             write_report(rows, path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_report_that_cannot_be_written_is_told_of(tmp_path):
+    (tmp_path / "r.html").mkdir()
+    with pytest.raises(WorkFailed, match="the report cannot be written to"):
+        write_report(make(), tmp_path / "r.html")
+
+
+def test_runs_that_differ_in_how_they_were_run_have_names_of_their_own(page):
+    rows = make() + make(threads=2) + make(paced=True, device="cuda")
+    assert len(summarise(rows)) == 6  # and are never averaged
+    text = page(rows).text
+    assert all(words in text for words in ("set, 2 threads", "set, cuda, paced"))
 
 
 def test_without_plotly(monkeypatch, tmp_path):

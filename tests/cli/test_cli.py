@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from rows import make
 from testtime._core.errors import WorkFailed
 from testtime._core.registry import Entry
+from testtime.bench.store import write_cell
 from testtime.cli.bench import print_summary
 from testtime.cli.main import app
 from testtime.papers.reproduction import reproduce
@@ -141,6 +142,42 @@ def test_reports_of_what_is_not_whole(tmp_path):
     assert done.exit_code == 2
     assert "half-written: 1 of 1 cells" in done.stderr
     assert call(app, ["report", str(tmp_path), "--partial"]).exit_code == 2
+
+
+def test_a_run_without_a_column_is_told_of(tmp_path):
+    rows = [
+        {name: row[name] for name in row if name != "scenario"} | {"cell": "0123"} for row in make()
+    ]
+    write_cell(tmp_path, "0123", rows)
+    (tmp_path / "run.json").write_text('{"0123": {}}')
+    done = call(app, ["report", str(tmp_path)])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "rows lack scenario" in done.stderr
+
+
+def test_a_terminal_without_a_letter_shows_another(tmp_path):
+    rows = [row | {"cell": "0123"} for row in make()]
+    write_cell(tmp_path, "0123", rows)
+    (tmp_path / "run.json").write_text('{"0123": {}}')
+    for words in (["report", str(tmp_path)], ["bench", "--help"], ["methods", "roid"]):
+        done = CliRunner(charset="ascii").invoke(app, words)
+        assert done.exit_code == 0, done.exception
+
+
+def test_a_full_disk_is_told_in_a_sentence(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("testtime.cli.methods.print_json", full)
+    done = call(app, ["methods", "--json"])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "error: [Errno 28] No space left on device\n"
+
+
+def test_no_model_is_a_wrong_call(tmp_path):
+    done = call(app, ["bench", "--methods", "tent", "--model", ",", "--out", str(tmp_path / "a")])
+    assert done.exit_code == 2
+    assert "no model is named" in done.stderr
 
 
 def test_a_table_without_its_source(capsys):

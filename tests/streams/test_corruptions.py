@@ -120,6 +120,14 @@ def test_severity_takes_images_farther_from_clean(name, size):
     assert far[4] > 1.15 * far[0]
 
 
+@pytest.mark.filterwarnings("error")
+def test_images_may_ask_for_gradients():
+    images = pictures(2, 1, 8, 8)
+    assert torch.equal(
+        run(images.clone().requires_grad_(), "contrast", 3).detach(), run(images, "contrast", 3)
+    )
+
+
 def test_clean_is_the_input():
     images = pictures(2, 1, 8, 8)
     assert corrupt(images, "clean", 5, generator=generator(0)) is images
@@ -145,10 +153,26 @@ def test_names_are_those_of_imagenet_c():
     assert len(set(NAMES)) == len(NAMES) == 25
 
 
-@pytest.mark.parametrize("severity", [0, 6, -1, 2.5, "3", True, None])
+@pytest.mark.parametrize("severity", [0, 6, -1, 2.5, 3.0, "3", True, None, [3], torch.tensor([3, 3]),
+                                      np.array([1, 2])])  # fmt: skip
 def test_refuses_other_severities(severity):
     with pytest.raises(InputError, match="severity must be 1, 2, 3, 4 or 5"):
         corrupt(pictures(1, 1, 8, 8), "fog", severity, generator=generator(0))
+
+
+def test_a_severity_may_be_of_any_kind_that_counts():
+    images = pictures(1, 1, 8, 8)
+    three, *others = (
+        corrupt(images, "fog", severity, generator=generator(0))
+        for severity in (3, np.int64(3), torch.tensor(3))
+    )
+    assert all(torch.equal(three, other) for other in others)
+
+
+@pytest.mark.parametrize("name", [None, 5, b"fog", ["fog"]])
+def test_what_is_no_name_is_an_unknown_name(name):
+    with pytest.raises(UnknownName, match="no corruption is called"):
+        corrupt(pictures(1, 1, 8, 8), name, 1, generator=generator(0))
 
 
 def test_an_unknown_name_gets_the_nearest():
@@ -169,6 +193,7 @@ def test_an_unknown_name_gets_the_nearest():
         (torch.tensor([[[[0.5, float("nan")]]]]), "finite"),
         (torch.full((1, 3, 8, 8), float("inf")), "finite"),
         (np.zeros((1, 3, 8, 8)), "ndarray"),
+        (torch.zeros(1, 3, 8, 8).to_sparse(), "to_dense"),
     ],
 )
 def test_refuses_what_is_no_image(images, message):

@@ -69,6 +69,13 @@ def test_grey_and_transparent_files_become_rgb(tmp_path):
     assert pixels.shape == (4, 3, 8, 8)
 
 
+def test_pixels_beyond_a_byte_are_refused_and_not_cut(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("I;16", (8, 8), 4000).save(tmp_path / "a" / "deep.png")
+    with pytest.raises(InputError, match=r"deep\.png cannot be read as an image: its mode is I"):
+        stack(image_folder(tmp_path), [0])
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", "half a file"])
 @pytest.mark.parametrize("kind", ["png", "jpg"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content, kind):

@@ -271,6 +271,15 @@ def test_parse_combines_presets_and_options():
     assert Scenario.parse("continual,labels=sorted,batch_size=16").labels == "sorted"
 
 
+def test_a_preset_keeps_its_own_among_all():
+    orders = [each.labels for each in Scenario.parse_all("all,dirichlet,samples=9")]
+    assert (orders.count("shuffled"), orders.count("sorted")) == (1, 1)
+    assert orders.count("dirichlet") == len(orders) - 2
+    found = Scenario.parse_all("all,recurring,rounds=2")
+    assert [each.pattern for each in found[: len(PATTERNS)]] == [*PATTERNS]
+    assert {each.pattern for each in found[len(PATTERNS) :]} == {"recurring"}
+
+
 @pytest.mark.parametrize(
     ("text", "error", "words"),
     [
@@ -281,7 +290,11 @@ def test_parse_combines_presets_and_options():
         ("domains=fogg", UnknownName, "did you mean fog"),
         ("domains=fog+", UnknownName, "domain"),
         ("batchsize=4", OptionError, "did you mean batch_size"),
-        ("batch_size=four", OptionError, "expected a number"),
+        ("batch_size=four", OptionError, "expected a whole number"),
+        ("severity=3.5", OptionError, "expected a whole number"),
+        ("dirichlet,delta=low", OptionError, "expected a number"),
+        ("unknown=class:08", OptionError, "its label, as class:8"),
+        ("unknown=class:99999999999999999999", OptionError, "its label"),
         ("batch_size=0", OptionError, "1 or more"),
         ("severity=6", OptionError, "from 1 to 5"),
         ("dirichlet,delta=0", OptionError, "delta is 0"),

@@ -80,7 +80,7 @@ def plan(
 
     Raises:
         UnknownName: no method is called that.
-        OptionError: a method has no such option, or it cannot take the value.
+        OptionError: a method has no such option, or it cannot take the value; or no model is named.
 
     Example:
         >>> cells = plan(methods=["tent", "tent(lr=0.01)"], models=["embedded:batch"],
@@ -89,14 +89,16 @@ def plan(
         ['source', 'tent', 'tent(lr=0.01)']
     """
     named = [name for text in methods for name in (entries("method") if text == EVERY else [text])]
+    if not models:
+        raise OptionError("no model is named; expected at least one, as embedded:batch.")
     chosen = dict.fromkeys(parse_method(text) for text in ("source", *named))
     return [
         Cell(
             method=method, options=options, model=model, data=data, stream=stream.to_toml(),
             seed=seed, device=device, threads=threads, paced=paced,
         )
-        for model in models
-        for stream in streams
+        for model in dict.fromkeys(models)
+        for stream in dict.fromkeys(streams)
         for seed in range(seeds)
         for method, options in chosen
     ]  # fmt: skip
@@ -186,6 +188,18 @@ def label(record: Mapping[str, Any]) -> str:
     except (ValueError, AttributeError):  # a row of another maker
         words = record["options"]
     return record["method"] + (f"({words})" if words else "")
+
+
+def run_words(record: Mapping[str, Any]) -> str:
+    """How a cell was run, where that is unusual, with a comma before each word.
+
+    Example:
+        >>> run_words({"device": "cuda", "threads": 2, "paced": True}), run_words({"threads": 1})
+        (', cuda, 2 threads, paced', '')
+    """
+    device, threads = record.get("device") or "cpu", record.get("threads") or 1
+    words = [device] * (device != "cpu") + [f"{threads} threads"] * (threads != 1)
+    return "".join(f", {word}" for word in [*words, *["paced"] * bool(record.get("paced"))])
 
 
 def stream_words(scenario: Scenario) -> str:

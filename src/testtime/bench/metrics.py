@@ -31,6 +31,10 @@ METRICS = (
 """The numbers of a row."""
 
 
+SETTING = ("model", "data", "scenario", "device", "threads", "paced")
+"""What rows share that may be compared."""
+
+
 class Score:
     """Error, NLL, Brier score and calibration of answers that come batch by batch.
 
@@ -135,8 +139,8 @@ class Recognition:
 
 
 def setting(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What rows share that may be compared: the model, the data and the whole stream."""
-    return tuple(row.get(name) for name in ("model", "data", "scenario", "device"))
+    """What rows share that may be compared: model, data, the whole stream, and how it was run."""
+    return tuple(row.get(name) for name in SETTING)
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -168,7 +172,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for name in METRICS
             if name not in absent
         }
-        same = ("model", "data", "stream", "scenario", "device", "method", "options")
+        same = (*SETTING, "stream", "method", "options")
         table.append(
             {name: first.get(name) for name in same}
             | {name: float(value.mean()) for name, value in means.items()}

@@ -67,7 +67,7 @@ def _build(spec: str, *, pretrained: bool) -> nn.Module:
         raise unknown("model", spec, SPECS)
     try:
         return makers[source](name, pretrained)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"the weights of {spec} cannot be had: {error}. They are downloaded by {source}; "
             "without a network give file:PATH@SPEC."
@@ -131,10 +131,16 @@ def _from_file(path: str, spec: str) -> nn.Module:
     model = _build(spec, pretrained=False)
     if not Path(path).is_file():
         raise InputError(f"there is no file {path}; expected weights (.safetensors or .pt).")
-    if path.endswith(".safetensors"):
-        weights = load_file(path)
-    else:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.endswith(".safetensors"):
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # readers of broken files raise errors of many kinds
+        raise InputError(
+            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged, or holds more "
+            "than tensors. Give what torch.save(model.state_dict(), FILE) wrote, or safetensors."
+        ) from error
     try:
         (model.model if isinstance(model, Normalised) else model).load_state_dict(weights)
     except (RuntimeError, TypeError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from testtime._core.errors import MissingExtra, RunError, TesttimeError
+from testtime._core.errors import MissingExtra, RunError, TesttimeError, WorkFailed
 from testtime._core.files import atomic
 from testtime.bench.cells import label, parse_method, stream_words
 from testtime.bench.metrics import METRICS, OPTIONAL, setting
@@ -39,13 +39,14 @@ def write_report(rows: Rows, path: str | Path, *, title: str = "testtime benchma
     Raises:
         RunError: there are no rows, or they lack a column.
         MissingExtra: plotly is not installed.
+        WorkFailed: the file cannot be written.
 
     Example:
         >>> write_report([], "report.html")
         Traceback (most recent call last):
         testtime._core.errors.RunError: a report needs at least one result row, got none. ...
     """
-    _check(rows)
+    check_rows(rows)
     look = styles([label(row) for row in rows])
     sections = [Section(own, look) for own in _groups([_numeric(row) for row in rows])]
     folder = files("testtime.bench") / "assets"
@@ -60,12 +61,20 @@ def write_report(rows: Rows, path: str | Path, *, title: str = "testtime benchma
         plotly=_plotly(),
         script=(folder / "report.js").read_text("utf-8"),
     )
-    with atomic(path) as part:
-        part.write_text(page, "utf-8")
+    try:
+        with atomic(path) as part:
+            part.write_text(page, "utf-8")
+    except OSError as error:
+        raise WorkFailed(f"the report cannot be written to {path}: {error}.") from error
     return Path(path)
 
 
-def _check(rows: Rows) -> None:
+def check_rows(rows: Rows) -> None:
+    """Refuses rows that no table and no report can be made of.
+
+    Raises:
+        RunError: there are no rows, or they lack a column.
+    """
     if not rows:
         raise RunError(
             "a report needs at least one result row, got none. Run: testtime bench --out DIR"

@@ -7,7 +7,7 @@ from string import Template
 from typing import Any
 
 from testtime._core.errors import TesttimeError
-from testtime.bench.cells import label
+from testtime.bench.cells import label, run_words
 from testtime.bench.metrics import BINS, ranked
 from testtime.bench.tables import heat, number, summary, swatch
 from testtime.bench.traces import Visits, error_over_time, visits
@@ -38,7 +38,9 @@ class Section:
     def __init__(self, rows: Rows, look: dict[str, dict[str, int]]) -> None:
         self.rows = rows
         self.look = look
-        self.name = f"{rows[0]['model']} · {_words(rows[0])} · {rows[0]['data']}"
+        self.name = (
+            f"{rows[0]['model']} · {_words(rows[0])} · {rows[0]['data']}{run_words(rows[0])}"
+        )
         (self.records,) = ranked(rows)
         self.source = next((r for r in self.records if label(r) == "source"), None)
         self.own: dict[str, Rows] = {}

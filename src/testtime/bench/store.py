@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import testtime as tt
-from testtime._core.errors import MissingExtra, RunError
+from testtime._core.errors import MissingExtra, RunError, WorkFailed
 from testtime._core.files import atomic
 from testtime.bench.cells import Cell
 
@@ -30,20 +30,31 @@ def piece(out: Path, key: str) -> Path:
 
 
 def write_cell(out: Path, key: str, rows: list[dict[str, Any]]) -> None:
-    """Writes the rows of a finished cell."""
+    """Writes the rows of a finished cell.
+
+    Raises:
+        WorkFailed: the folder cannot be written, or the disk is full.
+    """
     arrow, parquet = _parquet()
-    with atomic(piece(out, key)) as part:
-        parquet.write_table(arrow.Table.from_pylist(rows), part)
+    try:
+        with atomic(piece(out, key)) as part:
+            table = arrow.Table.from_pylist(rows)
+            parquet.write_table(table, part, write_page_checksum=True)
+    except OSError as error:
+        raise WorkFailed(
+            f"results cannot be written to {out}: {error}. What was finished before is kept; make "
+            "room, and the same command goes on from here."
+        ) from error
 
 
 def read_cell(out: Path, key: str) -> list[dict[str, Any]] | None:
     """The rows of a finished cell; None when it is not there, or cannot be read."""
     arrow, parquet = _parquet()
     path = piece(out, key)
-    if not path.exists():
-        return None
     try:
-        rows = parquet.read_table(path).to_pylist()
+        if not path.exists():
+            return None
+        rows = parquet.read_table(path, page_checksum_verification=True).to_pylist()
     except (arrow.ArrowException, OSError, ValueError):
         return None
     return rows if rows and all(row.get("cell") == key for row in rows) else None
@@ -120,6 +131,13 @@ def _read_plan(out: Path) -> dict[str, dict[str, Any]]:
     return noted
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def read_run(out: str | Path, *, partial: bool = False) -> list[dict[str, Any]]:
     """All rows of a run, in order of its plan.
 
@@ -131,7 +149,7 @@ def read_run(out: str | Path, *, partial: bool = False) -> list[dict[str, Any]]:
         RunError: when the folder holds no run, or one that has not finished.
     """
     out = Path(out)
-    if not (out / PLAN).is_file():
+    if not _is_file(out / PLAN):
         raise RunError(
             f"{out} holds no run: it has no {PLAN}. Make one: testtime bench --methods tent "
             f"--out {out}"

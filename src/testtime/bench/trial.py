@@ -186,7 +186,7 @@ def _check_fit(cell: Cell, model: nn.Module, dataset: Dataset[Any], device: torc
     try:
         with torch.no_grad():
             read_logits(model(images.to(device)))
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # models of others refuse a size in ways of their own
         raise InputError(
             f"{cell.model} cannot run on {cell.data}, whose images have the shape "
             f"{tuple(images.shape[1:])}: {error}. Give a model made for such images, or other data."

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -74,7 +75,7 @@ def bench(
         print_summary(rows)
         for method, why in unfit.items():
             typer.echo(f"\nLeft out, {method}: {why}")
-        typer.echo(f"\nHTML report with plots: testtime report {out}")
+        typer.echo(f"\nHTML report with plots: testtime report {quote(str(out))}")
 
 
 def cells_of(
@@ -134,7 +135,7 @@ def execute(
 
 def print_summary(rows: list[dict[str, Any]]) -> None:
     """One line for each method, the lowest error first; a table for each model and stream."""
-    from testtime.bench.cells import label, stream_words  # noqa: PLC0415
+    from testtime.bench.cells import label, run_words, stream_words  # noqa: PLC0415
     from testtime.bench.metrics import ranked  # noqa: PLC0415
     from testtime.streams.scenarios import Scenario  # noqa: PLC0415
 
@@ -151,7 +152,7 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
         scenario = Scenario.from_toml(first["scenario"])
         typer.echo(
             ("\n" if place else "")
-            + f"{first['model']} on {first['data']}, {stream_words(scenario)}"
+            + f"{first['model']} on {first['data']}, {stream_words(scenario)}{run_words(first)}"
         )
         told = (
             ("auroc", "fpr95", "oscr", "h_score") if scenario.unknown else ("nll", "brier", "ece")

@@ -1,5 +1,8 @@
 """The command line: `testtime COMMAND`."""
 
+import sys
+from io import TextIOWrapper
+
 import typer
 
 from testtime.cli import (
@@ -38,6 +41,8 @@ def main(
     ),
 ) -> None:
     """Exit codes: 0 done, 1 the work failed or a claim did not hold, 2 the call was wrong."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal without the letter for ± shows ?
+        sys.stdout.reconfigure(errors="replace")
 
 
 app.command("demo")(demo.demo)

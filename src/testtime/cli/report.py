@@ -28,7 +28,8 @@ def report(
     if json:
         print_json(rows)
         return
-    from testtime.bench.report import write_report  # noqa: PLC0415
+    from testtime.bench.report import check_rows, write_report  # noqa: PLC0415
 
+    check_rows(rows)
     print_summary(rows)
     typer.echo(f"\nreport: {write_report(rows, run / 'report.html')}")

@@ -1,5 +1,6 @@
 """What commands share: tables, JSON, errors and exit codes."""
 
+import errno
 import json
 import math
 import sys
@@ -85,6 +86,11 @@ def exits(command: Callable[..., None], *, interrupted: str = "") -> Callable[..
             console = Console(stderr=True, soft_wrap=True)
             console.print(Text("error:", "red"), Text(str(error)), highlight=False)
             raise typer.Exit(1 if isinstance(error, WorkFailed) else 2) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # nobody reads on, as behind `| head`
+                raise
+            Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False)
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             Console(stderr=True).print(f"interrupted{interrupted}")
             raise typer.Exit(1) from error

@@ -20,6 +20,7 @@ ones.
 """
 
 from collections.abc import Callable
+from operator import index
 
 import torch
 
@@ -111,8 +112,8 @@ def corrupt(images: Images, name: str, severity: int, *, generator: torch.Genera
 
     Reference: Hendrycks, Dietterich, ICLR 2019; Mu, Gilmer, *MNIST-C*, 2019 (geometric ones).
     """
-    if name != "clean" and name not in _FUNCTIONS:
-        raise unknown("corruption", name, ["clean", *_FUNCTIONS])
+    if not isinstance(name, str) or (name != "clean" and name not in _FUNCTIONS):
+        raise unknown("corruption", str(name), ["clean", *_FUNCTIONS])
     images = _checked(images, severity, generator)
     if name == "clean":
         return images
@@ -120,8 +121,16 @@ def corrupt(images: Images, name: str, severity: int, *, generator: torch.Genera
     return _FUNCTIONS[name](wide, severity, generator).clamp_(0, 1).to(images.dtype)
 
 
+def _is(value: object, whole: int) -> bool:
+    """Whether something that counts, of any kind, is that whole number."""
+    try:
+        return index(value) == whole  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return False
+
+
 def _checked(images: Images, severity: int, generator: torch.Generator) -> Images:
-    if isinstance(severity, bool) or severity not in SEVERITIES:
+    if isinstance(severity, bool) or not any(_is(severity, each) for each in SEVERITIES):
         raise InputError(f"severity must be 1, 2, 3, 4 or 5, but is {severity!r}.")
     if not isinstance(generator, torch.Generator):
         raise InputError(
@@ -134,6 +143,8 @@ def _checked(images: Images, severity: int, generator: torch.Generator) -> Image
             "images must be a tensor (batch, channels, height, width) with at least one of each, "
             f"but got {given}. Put a single image in a batch with image[None]."
         )
+    if images.layout is not torch.strided:
+        raise InputError(f"images must be dense, but are {images.layout}. Pass images.to_dense().")
     if not images.is_floating_point():
         raise InputError(
             f"images must be float with values in [0, 1], but are {images.dtype}. "

@@ -21,7 +21,7 @@ def image_folder(
 
     The shorter side is resized to `resize` (bilinear, antialiased) and the centre cropped to
     `crop`: what torchvision's ImageNet models expect, without their normalisation, which belongs
-    into the model. Grey, palette and transparent images become RGB. Labels are the places of the
+    into the model. Grey, palette and transparent images become RGB; those of 16 or 32 bits are refused. Labels are the places of the
     class folders in sorted order.
 
     Args:
@@ -79,8 +79,12 @@ def _open(path: str) -> "Image":
 
     try:
         with Path(path).open("rb") as file:
-            return Image.open(file).convert("RGB")
+            image = Image.open(file)
+            if image.mode[0] in "IF":  # Pillow would cut all that is beyond 255
+                raise ValueError(f"its mode is {image.mode}, whose range of values is not known")
+            return image.convert("RGB")
     except Exception as error:  # decoders of broken files raise errors of many kinds
         raise InputError(
-            f"{path} cannot be read as an image: {error}. Get the file again, or remove it."
+            f"{path} cannot be read as an image: {error}. Get the file again, make it one of 8 "
+            "bits, or remove it."
         ) from error

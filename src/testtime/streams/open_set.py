@@ -21,6 +21,9 @@ MADE = ("blobs", "noise", "digits")
 HELD_OUT = "class:"
 """Before the label of a class of the data set that counts as unknown."""
 
+LONGEST = 18
+"""Digits of a label at most."""
+
 CYCLE = 100_000
 """Images of a kind that is drawn; after as many they are sent again."""
 
@@ -40,7 +43,8 @@ def check_kinds(kinds: Sequence[str]) -> None:
     """
     for kind in kinds:
         if isinstance(kind, str) and kind.startswith(HELD_OUT):
-            if not kind.removeprefix(HELD_OUT).isdecimal():
+            label = kind.removeprefix(HELD_OUT)
+            if not label.isdecimal() or len(label) > LONGEST or str(int(label)) != label:
                 raise OptionError(
                     f"{kind!r} holds no class out; expected its label, as {HELD_OUT}8."
                 )

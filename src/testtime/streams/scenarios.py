@@ -278,13 +278,17 @@ class Scenario:
             return [cls.parse(text)]
         found: list[Scenario] = []
         for name, preset in PRESETS.items():
-            words = [
-                w.strip() for w in rest.split(",") if w.partition("=")[0].strip() not in preset
-            ]
+            words = [w.strip() for w in rest.split(",") if not preset.keys() & _sets(w)]
             if name == "stationary":  # of several domains, the first
                 words = [w.partition("+")[0] if w.startswith("domains") else w for w in words]
             found.append(cls.parse(",".join([name, *words])))
         return list(dict.fromkeys(found))
+
+
+def _sets(word: str) -> set[str]:
+    """What a word of a text sets: of a preset what it holds, of `option=value` the option."""
+    name, equals, _ = word.partition("=")
+    return {name.strip()} if equals else set(PRESETS.get(name.strip(), ()))
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,10 +307,12 @@ def _read(name: str, value: str) -> Any:
         return tuple(part.strip() for part in value.split("+"))
     if name in ("pattern", "labels", "distribution"):
         return value
+    real = name in ("delta", "ratio", "unknown_share")
     try:
-        return float(value) if name in ("delta", "ratio", "unknown_share") else int(value)
+        return float(value) if real else int(value)
     except ValueError:
-        raise OptionError(f"{name}={value}: expected a number.") from None
+        kind = "a number" if real else "a whole number"
+        raise OptionError(f"{name}={value}: expected {kind}.") from None
 
 
 def _refuse_idle(text: str, values: Mapping[str, Any]) -> None:

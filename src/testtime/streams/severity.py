@@ -26,7 +26,7 @@ def in_range(images: Images) -> Images | None:
         >>> in_range(torch.tensor([1 + 1e-6, 0.5])), in_range(torch.tensor([1.5]))
         (tensor([1.0000, 0.5000]), None)
     """
-    low, high = (float(value) for value in images.aminmax())
+    low, high = (float(value) for value in images.detach().aminmax())
     if low >= 0 and high <= 1:
         return images
     return images.clamp(0, 1) if low >= -ROUNDING and high <= 1 + ROUNDING else None
