@@ -1,6 +1,11 @@
 """Runs that cannot be: no model, files that hold none, a full disk, bits that have flipped."""
 
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -89,3 +94,21 @@ def test_a_flipped_bit_is_a_damaged_piece(tmp_path):
 def test_a_name_too_long_for_a_folder_holds_no_run():
     with pytest.raises(RunError, match="holds no run"):
         read_run("a" * 5000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("later", [0.1, 0.8])
+def test_a_run_that_is_stopped_while_it_starts_says_so_in_one_line(tmp_path, later):
+    words = ["bench", "--methods", "tent", "--seeds", "9", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from testtime.cli.main import app; app()", *words],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    limit = time.monotonic() + 60
+    while not (tmp_path / "run.json").exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    time.sleep(later)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said = process.communicate(timeout=60)[1]
+    assert said == "interrupted; the same command goes on from here\n"
+    assert process.returncode == 1
