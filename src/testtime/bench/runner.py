@@ -1,11 +1,14 @@
 """Methods x models x scenarios x seeds, on disk: what is finished is kept, what is not is run."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from testtime._core.errors import OptionError, ScopeError, WorkFailed
+from testtime.adaptation.knowledge import fingerprint
 from testtime.bench.cells import Cell
+from testtime.bench.models import load_model
 from testtime.bench.store import forget, read_cell, write_cell, write_plan
 from testtime.bench.workers import Failure, Notice, Outcome, attempt, run_all
 
@@ -22,7 +25,8 @@ def run(
     """Runs the cells that are not finished yet and returns the rows of all, in order of the cells.
 
     Each finished cell is written at once, so that the same call goes on after an interruption of
-    any kind. A piece that cannot be read is made again. Two runs in one folder do no harm but
+    any kind. A piece that cannot be read, or is of other weights than a model's file holds now, is
+    made again. Two runs in one folder do no harm but
     double work. A cell that fails does not keep the others from running, but for the source model:
     where that cannot run, nothing can.
 
@@ -59,9 +63,10 @@ def run(
     new = write_plan(out, cells)
     found: dict[str, list[dict[str, Any]]] = {}
     missing: dict[str, Cell] = {}
+    weights = cache(_weights)
     for cell in cells:
         own = read_cell(out, cell.key)
-        if own is None:
+        if own is None or (own and weights(cell.model) not in (None, own[0]["weights_sha256"])):
             missing[cell.key] = cell
         else:
             found[cell.key] = own
@@ -86,6 +91,11 @@ def run(
     if failed:
         raise WorkFailed(_complaint(failed, cells))
     return [row for cell in cells for row in found.get(cell.key, ())]
+
+
+def _weights(model: str) -> str | None:
+    """Hash of the weights in a model's file, which may change; None for a name that stands for some."""
+    return fingerprint(load_model(model)) if model.startswith("file:") else None
 
 
 def _outcomes(cells: Iterable[Cell], jobs: int, notice: Notice) -> Iterator[tuple[Cell, Outcome]]:

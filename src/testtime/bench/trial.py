@@ -195,12 +195,12 @@ def _check_fit(cell: Cell, model: nn.Module, dataset: Dataset[Any], device: torc
 
 def _adapter(cell: Cell, model: nn.Module, scenario: Scenario, device: torch.device) -> tt.Adapter:
     source, options = None, json.loads(cell.options)
-    if tt.methods()[cell.method].needs:
+    recipe = find("method", cell.method).build(**options)
+    if recipe.needs:
         held = load_data(cell.data, split="train")
         size = max(scenario.batch_size, 16)
         parts = _draw(held, SOURCE_SAMPLES, size=size, without=held_out(scenario.unknown))
         loader = [(images.to(device), labels) for images, labels in parts]
-        recipe = find("method", cell.method).build(**options)
         source = tt.fit_source(model, loader, methods={cell.method: recipe})
     return tt.adapt(model, cell.method, seed=cell.seed, source=source, **options)
 
