@@ -165,8 +165,9 @@ def _flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
         return {"dict": {k: _flatten(v, f"{prefix}/{k}", tensors) for k, v in tree.items()}}
     if isinstance(tree, list | tuple):
         return {"list": [_flatten(v, f"{prefix}/{i}", tensors) for i, v in enumerate(tree)]}
-    if getattr(tree, "ndim", 1) == 0:  # a number of numpy's
-        tree = tree.item()
+    number = getattr(tree, "item", None)  # of numpy's; an array has no single one
+    if number is not None and not isinstance(tree, dict) and getattr(tree, "ndim", 1) == 0:
+        tree = number()
     if tree is None or isinstance(tree, bool | int | str | float):
         return {"float": tree.hex()} if isinstance(tree, float) else tree
     raise StateError(
