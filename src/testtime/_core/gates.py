@@ -25,9 +25,9 @@ class Gate(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is remembered: tensors and numbers by name, written to by no later update."""
+        """All that is remembered: tensors, numbers and text by name, and lists and dictionaries of them."""
         ...
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Goes on where `state_dict` was taken; from a file, tensors come on the model's device."""
         ...

@@ -21,7 +21,7 @@ from testtime.adaptation.budget import Ration
 from testtime.adaptation.checks import check_held, check_input, check_model, check_output, taking
 from testtime.adaptation.deferred import Behind, Give, Job, Lane, check_deferred
 from testtime.adaptation.engine import Engine
-from testtime.adaptation.events import Counts, Event
+from testtime.adaptation.events import Counts, Event, note
 from testtime.adaptation.export import copied, exported
 from testtime.adaptation.gating import check_gate, judge
 from testtime.adaptation.guarding import check_guard, distrusted, foretold, guarded, vouched
@@ -43,7 +43,7 @@ from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.plan import Plan, planned
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
-from testtime.adaptation.resuming import owner, resumed
+from testtime.adaptation.resuming import check_names, owner, resumed
 from testtime.adaptation.source_like import Signals, SourceLike
 from testtime.adaptation.state import State, load_state, save_state
 from testtime.adaptation.steps import Step, Steps, begun, ended
@@ -83,8 +83,7 @@ class Adapter:
         check_deferred(deferred, recipe)
         whole(1, every=every)
         self.model, self.recipe = model, recipe
-        self._events: deque[Event] = deque(maxlen=1000)
-        self._counts = Counts()
+        self._events, self._counts = deque[Event](maxlen=1000), Counts()
         self._deferred, self._every, self._behind = deferred, every, Behind()
         self._gate, self._guard = check_gate(gate), check_guard(guard)
         self._ration = None if budget is None else Ration(budget)
@@ -143,7 +142,7 @@ class Adapter:
                     distrusted=distrusted(step.state),
                 )  # fmt: skip
                 event = Event(self._counts.steps, step.outcome, len(x), step.measured)
-                self._events.append(event)
+                note(event, self._events)
                 return event
 
             if later:
@@ -213,9 +212,9 @@ class Adapter:
 
     @property
     def events(self) -> deque[Event]:
-        """The latest steps, oldest first; a thousand are kept. Waits for an update that runs."""
+        """A copy of the latest thousand steps, oldest first. Waits for an update that runs."""
         self._behind.settle()
-        return self._events
+        return self._events.copy()
 
     @property
     def counts(self) -> Counts:
@@ -386,8 +385,9 @@ class Adapter:
         if self.recipe.asks_for("features") and found.feature_layer is None:
             with engine.loan.recording(None, []):
                 pass
-        if engine.names != self._engine.names and not self._state.steps:
+        if not self._state.steps and engine.names != self._engine.names:
             self._state = replace(engine.fresh(), generator=self._state.generator)
+        check_names(self._state, engine.names, "the state that was given")
         self._engine = engine
 
     def _taking(self, x: Tensor, run: Callable[[], Any]) -> Any:

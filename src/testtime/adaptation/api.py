@@ -54,7 +54,8 @@ def adapt(
         method: name of a method, or a recipe.
         seed: of the method's random parts.
         source: what the method needs to know of the source data, from `fit_source`.
-        on_event: called after each step with what became of it.
+        on_event: called after each step with what became of it; what it raises is raised by the call,
+            with `deferred` by the next one, and the step stands.
         process_group: ranks that adapt together, each with its own batch, as one process would
             with the joined batch. None: this process adapts alone.
         features: name of the layer whose input are the features, for methods that read them. None:
@@ -74,7 +75,7 @@ def adapt(
             it does not know, the source model answers, and what is learnt is kept. True is
             `NeverWorse()`; a monitor of two models' answers as `testtime.guard` has them will do.
             It costs a forward of the source model on all of the first 512 samples and while it does
-            not know, and on a quarter of those after; while it sees harm a forward of each model is
+            not know, and on a quarter of those after; while it sees harm an answer of each model is
             all that a batch costs.
         budget: what adapting may cost beyond plain inference, as a share of a forward: 0.5 is half
             a forward for each batch. Layers are left out by counting, then updates by the clock, so

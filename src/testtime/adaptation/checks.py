@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from testtime._core.arrays import as_given
 from testtime._core.errors import InputError, OptionError, ScopeError, TesttimeError
+from testtime.adaptation.monitors import is_aside
 from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.views import needs_pixels
 from testtime.adaptation.recipe import Recipe
@@ -220,7 +221,7 @@ def taking(model: nn.Module, x: Tensor, run: Callable[[], Any], *, met: bool = F
                 "Send other or larger batches, or take statistics mixed with the source's: bn-adapt "
                 "with prior=16, rotta."
             ) from error
-        if met:
+        if met or is_aside(error):
             raise
         said = f"{error}" if isinstance(error, RuntimeError | ValueError) else repr(error)
         expected = expected_rank(model)

@@ -1,11 +1,15 @@
 """What an adapter tells of its steps, and what it has cost."""
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
 from testtime._core.outcomes import Outcome
+
+MANY = 4096
+"""Values of a measure that are kept of any step but the latest."""
 
 
 class Counts(NamedTuple):
@@ -61,7 +65,9 @@ class Event:
         outcome: how the step ended.
         samples: samples in the batch.
         measured: what the method measured, by name; of methods for open-set streams also "outlier",
-            a score (B,) for each sample, higher for those that are likely of no known class.
+            a score (B,) for each sample, higher for those that are likely of no known class; of dense
+            logits (B * H * W,), one for each pixel. Of more than 4096 values an adapter keeps those of
+            its last step alone.
     """
 
     step: int
@@ -88,3 +94,26 @@ class Event:
         # numbers stay on their device until somebody looks, so that steps need not wait for them
         value = self.measured.get(name)
         return None if value is None else float(value)
+
+
+def note(event: Event, events: deque[Event]) -> None:
+    """Adds an event; the one before it loses what is larger than `MANY` values.
+
+    Example:
+        >>> import torch
+        >>> events = deque[Event]()
+        >>> for step in range(2):
+        ...     note(Event(step, Outcome.ADAPTED, 1, {"outlier": torch.zeros(9999)}), events)
+        >>> [list(event.measured) for event in events]
+        [[], ['outlier']]
+    """
+    if events:
+        large = {
+            name
+            for name, value in events[-1].measured.items()
+            if isinstance(value, Tensor) and value.numel() > MANY
+        }
+        if large:
+            kept = {n: value for n, value in events[-1].measured.items() if n not in large}
+            events[-1] = replace(events[-1], measured=kept)
+    events.append(event)

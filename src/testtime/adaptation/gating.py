@@ -1,6 +1,7 @@
 """Adapt when it helps: no update while the data look like the source's, whose model then answers."""
 
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,8 @@ def check_gate(gate: Any) -> Gate | None:
         return None
     if gate is True:
         return SourceLike()
+    if isinstance(gate, SourceLike):  # it takes up what it knows of one model
+        return copy(gate)
     check_monitor("gate", gate, "update(values) -> alarm")
     return gate
 
@@ -36,17 +39,23 @@ def judge(gate: Gate, engine: Engine, x: Tensor, state: State) -> tuple[State, S
     the one to give.
 
     While the adapter learns, only every `AGAIN`-th batch is asked for, since asking takes a forward.
+    Answers that are no numbers are not the source's; the gate is shown the others.
     """
     seen = state.gate or {"left": 0, "memory": None}
     if seen["left"]:
         return replace(state, gate={**seen, "left": seen["left"] - 1}), None
-    watching = getattr(gate, "watching", nullcontext)
+    watching = getattr(gate, "watching", None)
     with torch.no_grad():
-        output, logits = engine.frozen(x, tap=watching)
+        output, logits = engine.frozen(x, tap=watching or nullcontext)
         logits = rows(logits)
         entropies = entropy(logits)
-        said, memory = asked(gate, seen["memory"], entropies / most_entropy(logits))
-        alarm = bool(said)
+        values, memory, alarm = entropies / most_entropy(logits), seen["memory"], False
+        if watching is None:  # one that looks at layers sees it there, in one wait for the device
+            values = values[values.isfinite()]
+            alarm = len(values) < len(entropies)
+        if len(values):
+            said, memory = asked("gate", gate, memory, values)
+            alarm = alarm or bool(said)
         if not engine.ranks.alone:  # all learn, or none
             alarm = float(engine.ranks.sum(x.new_tensor(float(alarm)))) > 0
     state = replace(state, gate={"left": alarm * (AGAIN - 1), "memory": memory})

@@ -8,6 +8,7 @@ when it distrusts  roll back to a state that was trusted, learn nothing, and ans
 after `PATIENCE` samples without trust, go back to the source
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -34,6 +35,11 @@ MARK = 512
 """Samples between two states to which one can roll back."""
 PATIENCE = 1024
 """Samples without trust after which the source is restored."""
+FIRST: dict[str, Any] = {
+    "memory": None, "worse": False, "run": 0, "batches": 0, "left": 0, "usual": math.inf, "since": 0,
+    "marks": [], "looked": False, "trusted": 0.0,
+}  # fmt: skip
+"""What is remembered before the first batch."""
 
 
 def check_guard(guard: Any) -> Guard | None:
@@ -81,13 +87,11 @@ def guarded(
         state: the stream's.
         inner: the step that a batch gets without a guard.
     """
-    seen = state.guard or {
-        "memory": None, "worse": False, "run": 0, "batches": 0, "left": 0, "since": 0, "marks": [],
-        "looked": False, "trusted": 0.0,
-    }  # fmt: skip
+    seen = {**FIRST, **(state.guard or {})}
     size, before = _sizes(engine, x, state)
-    passes = seen["left"] > 0
-    seen = {**seen, "left": max(seen["left"] - 1, 0)}
+    passes = seen["left"] > 0 and seen["worse"] is False
+    many = max(int(size / seen["usual"]), 1)
+    seen = {**seen, "left": max(seen["left"] - many, 0) if passes else 0}
     # the answer that is on trial, and the source's; nothing is learnt while there is no trust
     steps = None if seen["worse"] else inner(x, state)
     output, done = (engine.predict(x, state)[0], None) if steps is None else begun(steps)
@@ -160,7 +164,7 @@ def _asked(
     if not worse and some:
         pair = pair if all_ else (pair[0][both], pair[1][both])
         try:
-            worse, memory = asked(guard, memory, *pair)
+            worse, memory = asked("guard", guard, memory, *pair)
         except Exception as error:
             complaint = error
     elif not worse:
@@ -175,14 +179,17 @@ def _asked(
 
 
 def _looked(seen: dict[str, Any], samples: float, size: float) -> dict[str, Any]:
-    """Counts a run of samples that was looked at; after it, as many batches go by `APART` - 1 times."""
+    """Counts a run of samples that was looked at; after it, as many batches go by `APART` - 1 times.
+
+    One that is much larger than those counts as many of them.
+    """
     run, batches = seen["run"] + size, seen["batches"] + 1
     seen = {**seen, "looked": True}
     if run < RUN:
         return {**seen, "run": run, "batches": batches}
     young = samples < BEGINNING or 0 < seen["trusted"] < BEGINNING
     left = 0 if young or seen["worse"] is not False else (APART - 1) * batches
-    return {**seen, "run": 0, "batches": 0, "left": left}
+    return {**seen, "run": 0, "batches": 0, "left": left, "usual": run / batches}
 
 
 def _watched(seen: dict[str, Any], done: Step, size: float) -> Step:

@@ -3,7 +3,7 @@
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -39,15 +39,36 @@ Places = dict[str, list[tuple[dict[str, Any], str]]]
 """Tensor name -> the dictionaries of modules that hold it, and its key there."""
 
 
-def lock_of(model: nn.Module) -> threading.RLock:
-    """Who holds it has the model to himself; models that share modules share it."""
+class Together:
+    """Several locks as one; taken in the same order by all, so that none waits for ever.
+
+    Args:
+        locks: that are taken.
+    """
+
+    def __init__(self, locks: Iterable[threading.RLock]) -> None:
+        self.locks = sorted(locks, key=id)
+
+    def __enter__(self) -> None:
+        for lock in self.locks:
+            lock.acquire()
+
+    def __exit__(self, *error: Any) -> None:
+        for lock in self.locks:
+            lock.release()
+
+
+def lock_of(model: nn.Module) -> "threading.RLock | Together":
+    """Who holds it has the model to himself; models that share modules share it.
+
+    A model of parts that were lent before, each by itself, takes the locks of all of them.
+    """
     with _making:
         modules = list(model.modules())
-        known = (_locks[module] for module in modules if module in _locks)
-        lock = next(known, None) or threading.RLock()
+        known = {_locks[module] for module in modules if module in _locks} or {threading.RLock()}
         for module in modules:
-            _locks.setdefault(module, lock)
-        return lock
+            _locks.setdefault(module, next(iter(known)))
+        return next(iter(known)) if len(known) == 1 else Together(known)
 
 
 def is_compiled(module: nn.Module) -> bool:

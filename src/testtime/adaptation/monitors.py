@@ -1,13 +1,19 @@
 """What gates and guards have in common: verbs, and a memory that lies in the state of a stream."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
 
-from testtime._core.errors import OptionError, StateError
+from testtime._core.errors import OptionError, StateError, TesttimeError
+from testtime.adaptation.outputs import map_tensors
 
 VERBS = ("update", "reset", "state_dict", "load_state_dict")
+ASIDE = "raised by the"
+"""Begins the note of an error that is a monitor's own."""
 _asking = threading.RLock()
 """One asks at a time: two streams that share a monitor must not mix its memories."""
 
@@ -47,7 +53,7 @@ def check_memory(what: str, monitor: Any, memory: Any, state: str) -> None:
     try:
         if memory is not None:
             with _asking:
-                monitor.load_state_dict(memory)
+                monitor.load_state_dict(_apart(monitor, memory))
     except Exception as error:
         raise StateError(
             f"{state} was made with another {what}: {type(monitor).__name__} does not take its memory "
@@ -55,18 +61,58 @@ def check_memory(what: str, monitor: Any, memory: Any, state: str) -> None:
         ) from error
 
 
-def asked(monitor: Any, memory: Any, *values: Tensor) -> tuple[bool | None, Any]:
+def asked(what: str, monitor: Any, memory: Any, *values: Tensor) -> tuple[bool | None, Any]:
     """What a monitor says of a batch, None where it does not know, and what it remembers then.
 
     Args:
+        what: "gate" or "guard".
         monitor: asked from `memory` on; from the beginning where that is None.
         memory: of the stream.
         values: of the batch.
+
+    Raises:
+        OptionError: it says what is neither true nor false.
     """
-    with _asking:
+    with _asking, _noted(what, monitor):
         if memory is None:
             monitor.reset()
         else:
-            monitor.load_state_dict(memory)
+            monitor.load_state_dict(_apart(monitor, memory))
         said = monitor.update(*values)
-        return None if said is None else bool(said), monitor.state_dict()
+        return _word(what, monitor, said), _apart(monitor, monitor.state_dict())
+
+
+def is_aside(error: BaseException) -> bool:
+    """Whether a monitor raised an error, so that it says nothing of the model."""
+    return any(note.startswith(ASIDE) for note in getattr(error, "__notes__", ()))
+
+
+@contextmanager
+def _noted(what: str, monitor: Any) -> Iterator[None]:
+    """An error that is raised within stays what it is, with a note of whose it is."""
+    try:
+        yield
+    except TesttimeError:
+        raise
+    except Exception as error:
+        error.add_note(f"{ASIDE} {what}, a {type(monitor).__name__}; the adapter is as it was")
+        raise
+
+
+def _word(what: str, monitor: Any, said: Any) -> bool | None:
+    if said is None:
+        return None
+    try:
+        return bool(said)
+    except Exception as error:
+        raise OptionError(
+            f"the {what}, a {type(monitor).__name__}, said {said!r:.100} of a batch; expected one "
+            "truth value, or None where it does not know."
+        ) from error
+
+
+def _apart(monitor: Any, memory: Any) -> Any:
+    """A copy of a memory, since a state is never written to; of this library's no monitor does."""
+    if type(monitor).__module__.startswith("testtime."):
+        return memory
+    return deepcopy(map_tensors(Tensor.detach, memory))

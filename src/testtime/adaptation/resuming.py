@@ -1,5 +1,6 @@
 """Going on from a state: a snapshot, or what was read from a file."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from torch import nn
@@ -18,6 +19,15 @@ from testtime.adaptation.state import State, check_state
 def owner(model: nn.Module, recipe: Recipe) -> dict[str, str]:
     """Whose a state is: model and method, as a file tells them."""
     return {"model": fingerprint(model), "method": describe(recipe)}
+
+
+def check_names(state: State, names: Collection[str], what: str) -> None:
+    """Refuses a state that adapts other tensors than these, which are known once the model ran."""
+    if state.steps and set(state.tensors) != set(names):
+        raise StateError(
+            f"{what} belongs to another model: it adapts other tensors. Give tt.adapt the budget "
+            "that it was made with, or call reset()."
+        )
 
 
 def resumed(
@@ -52,8 +62,8 @@ def resumed(
         state = replace(state, generator=chance)  # of another kind of device, which keeps other
     if not state.steps:  # the order of execution may not have been known to who made it
         return replace(engine.fresh(), generator=state.generator)
-    if seen and set(state.tensors) != set(engine.names):
-        raise StateError(f"{what} belongs to another model: it adapts other tensors.")
+    if seen:
+        check_names(state, engine.names, what)
     if gate is not None and state.gate is not None:
         check_memory("gate", gate, state.gate["memory"], what)
     if state.guard is None:

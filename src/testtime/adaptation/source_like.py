@@ -152,10 +152,14 @@ class SourceLike:
             yield
 
     def update(self, values: Tensor, /) -> bool:
-        """Whether the batch, with those before it where it is small, lies apart from the source."""
+        """Whether the batch, with those before it where it is small, lies apart from the source.
+
+        One that holds what is no number does, and is not remembered.
+        """
         seen = {**self._seen, "entropy": at_least_single(values)[:, None]}
+        before = self._recent
         self._recent = {
-            name: pooled(self._recent.get(name), own, self.samples) for name, own in seen.items()
+            name: pooled(before.get(name), own, self.samples) for name, own in seen.items()
         }
         apart = [
             effect(self._recent[layer.name], mean, variance, floor)
@@ -165,9 +169,14 @@ class SourceLike:
         told = self._told()
         if told is not None and self._recent["entropy"]["count"] > 1:
             apart.append(effect(self._recent["entropy"], *told, 1e-6))
-        self.found = math.sqrt(max(0.0, float(torch.stack(apart).max()))) if apart else math.inf
+        nought = 0 * seen["entropy"].sum()  # no number where an entropy is none
+        most = max(float(torch.stack([*apart, nought]).max()), 0.0)
+        self.found = math.sqrt(most) if apart or math.isnan(most) else math.inf
+        if math.isnan(self.found):
+            self._recent = before
+            return True
         few = self._recent["entropy"]["count"] < self.samples / 4
-        opened = few or not self.found <= self.effect  # also where it is no number
+        opened = few or self.found > self.effect
         if not opened and self._entropy is None and (self._calm or {"count": 0})["count"] < CALM:
             self._calm = pooled(self._calm, seen["entropy"], CALM + len(values))
         return opened

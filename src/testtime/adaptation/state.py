@@ -68,7 +68,11 @@ def rejoined(learnt: State, stream: State) -> State:
 
 
 def save_state(state: State, path: str | Path, *, owner: dict[str, str]) -> None:
-    """Writes a state and whose it is (method, model) as safetensors, wholly or not at all."""
+    """Writes a state and whose it is (method, model) as safetensors, wholly or not at all.
+
+    Raises:
+        StateError: when it holds what a file cannot, as a gate or guard of the caller's may remember.
+    """
     tensors: dict[str, Tensor] = {}
     plain = {name: _flatten(value, name, tensors) for name, value in vars(state).items()}
     stored = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
@@ -150,18 +154,27 @@ def check_state(
 
 def _flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
+        while prefix in tensors:  # names within may hold what joins them
+            prefix += "/"
         tensors[prefix] = tree
         order = sorted(range(tree.dim()), key=lambda d: -tree.stride(d))
         if tree.is_contiguous() or not tree.permute(order).is_contiguous():
             return {"tensor": prefix}
         return {"laid": [prefix, order]}
-    if isinstance(tree, dict):
+    if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
         return {"dict": {k: _flatten(v, f"{prefix}/{k}", tensors) for k, v in tree.items()}}
     if isinstance(tree, list | tuple):
         return {"list": [_flatten(v, f"{prefix}/{i}", tensors) for i, v in enumerate(tree)]}
-    if isinstance(tree, float):
-        return {"float": tree.hex()}
-    return tree
+    number = getattr(tree, "item", None)  # of numpy's; an array has no single one
+    if number is not None and not isinstance(tree, dict) and getattr(tree, "ndim", 1) == 0:
+        tree = number()
+    if tree is None or isinstance(tree, bool | int | str | float):
+        return {"float": tree.hex()} if isinstance(tree, float) else tree
+    raise StateError(
+        f"{prefix} is {tree!r:.60}, of type {type(tree).__name__}; a file holds tensors, numbers, "
+        "text, None, and lists and dictionaries of them by text. Nothing was written. Give such in "
+        "the state_dict of your gate or guard."
+    )
 
 
 def _unflatten(tree: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:

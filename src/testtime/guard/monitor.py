@@ -106,7 +106,8 @@ class Monitor(Generic[R_co]):
                     f"{name} is {tuple(value.shape)} of {value.dtype}; expected "
                     f"{tuple(own[name].shape)} of {own[name].dtype}. The options differ."
                 )
-        self._state = {name: value.clone() for name, value in state.items()}
+        # read back for a model on another device, it lies there; detectors compute where they begin
+        self._state = {n: value.to(own[n].device, copy=True) for n, value in state.items()}
 
 
 def log_mean(log_wealth: Tensor) -> Tensor:
