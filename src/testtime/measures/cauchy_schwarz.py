@@ -160,7 +160,11 @@ def bottleneck_loss(
 
 
 def gram(a: Samples, b: Samples, *, width: float) -> Float[Tensor, "samples others"]:
-    """Gaussian kernels of all pairs, not normalised.
+    """Gaussian kernels of all pairs, not normalised. Of a sample that is NaN they are NaN.
+
+    Raises:
+        InputError: for what is not (N, d) and (M, d).
+        OptionError: for a width that is not positive.
 
     Example:
         >>> gram(torch.zeros(1, 1), torch.ones(1, 1), width=1.0)
@@ -170,13 +174,14 @@ def gram(a: Samples, b: Samples, *, width: float) -> Float[Tensor, "samples othe
 
 
 def log_gram(a: Samples, b: Samples, *, width: float) -> Float[Tensor, "samples others"]:
-    """Logarithms of the kernels: -|a_i - b_j|^2 / 2 s^2.
+    """Logarithms of the kernels: -|a_i - b_j|^2 / 2 s^2. Otherwise as `gram`.
 
     Example:
         >>> log_gram(torch.zeros(1, 1), torch.ones(1, 1), width=1.0)
         tensor([[-0.5000]])
     """
     in_range(0, width=width)
+    check_tensors(a=a, b=b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.is_complex() or b.is_complex():
         raise InputError(
             f"the shapes are {tuple(a.shape)} of {a.dtype} and {tuple(b.shape)} of {b.dtype}; "
