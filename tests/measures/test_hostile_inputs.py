@@ -14,8 +14,16 @@ from testtime.losses.compositional import (
     storm,
 )
 from testtime.losses.diverse_experts import diverse_experts_loss, reversed_prior
-from testtime.measures import calibration, divergence, entropy, symmetry
-from testtime.measures.cauchy_schwarz import gram, log_gram
+from testtime.measures import (
+    calibration,
+    cauchy_schwarz,
+    divergence,
+    entropy,
+    open_set,
+    symmetry,
+)
+from testtime.measures.cauchy_schwarz import conditional_divergence, gram, log_gram
+from testtime.measures.information.estimate import standardised
 from testtime.measures.label_encoding import label_encoding_distance
 from testtime.measures.markov import row_divergence, sample_path
 from testtime.measures.rejection_gradients import accepted_noise, gamma_from_noise, noise_of_gamma
@@ -206,3 +214,30 @@ def test_numbers_of_likelihoods_may_be_whole_but_not_complex():
     for wrong in (energies, Z[:2], None, (energies,)):
         with pytest.raises(InputError, match="expected a pair"):
             noise_contrastive(pair, wrong, 0.0)
+
+
+def test_kernels_of_many_samples_hold_no_differences(monkeypatch):
+    x, y = Z.double(), (Z + 1).double().requires_grad_()
+    plain = conditional_divergence(x, x, y)
+    slope = torch.autograd.grad(plain, y)
+    monkeypatch.setattr(cauchy_schwarz, "ENTRIES", 9)
+    found = conditional_divergence(x, x, y)
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(torch.autograd.grad(found, y), slope)
+    assert gram(x, x.float(), width=1.0).dtype == torch.float64
+
+
+def test_scores_of_complex_numbers_cannot_be_ranked(recwarn):
+    for call in (open_set.oscr, open_set.h_score):
+        with pytest.raises(InputError, match="real numbers"):
+            call(Z[:, 0] * 1j, LABELS > 0, LABELS > 1)
+    assert not recwarn.list
+    with pytest.raises(InputError, match="log_z"):
+        noise_contrastive((ONE, ONE), (ONE, ONE), torch.tensor(True))
+
+
+def test_what_can_be_standardised():
+    assert torch.equal(standardised(LABELS), standardised(LABELS[:, None].double()))
+    for wrong in (None, Z[:0], torch.tensor(1.0), Z[:1], Z * math.nan):
+        with pytest.raises(InputError):
+            standardised(wrong)

@@ -187,7 +187,9 @@ def noise_contrastive(
     """
     if not isinstance(log_z, Tensor | float | int):
         check_tensors(log_z=log_z)
-    if isinstance(log_z, Tensor) and (log_z.numel() != 1 or log_z.is_complex()):
+    if isinstance(log_z, Tensor) and (
+        log_z.numel() != 1 or log_z.is_complex() or log_z.dtype == torch.bool
+    ):
         raise InputError(
             f"log_z is {log_z.dtype} of shape {tuple(log_z.shape)}; expected one real number, ()."
         )

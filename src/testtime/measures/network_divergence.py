@@ -28,13 +28,7 @@ from testtime._core.options import in_range, whole
 from testtime._core.seeds import check_generator, generator
 from testtime.measures.entropy import mutual_information
 from testtime.measures.information.estimate import Estimate, checked, mean_estimate
-from testtime.measures.information.networks import (
-    Averaged,
-    adam,
-    mlp,
-    trainable,
-    training,
-)
+from testtime.measures.information.networks import Averaged, adam, mlp, trainable, training
 from testtime.measures.information.variational import HELD_OUT, LEAST, check_training, finite
 
 Draw = Callable[[int], Tensor]
@@ -257,10 +251,7 @@ def dequantised(
     """
     check_tensors(images=images)
     if images.is_complex() or not bool(images.isfinite().all()):
-        raise InputError(
-            f"images are {images.dtype} with {int((~images.isfinite()).sum())} values that are not "
-            "finite; expected real numbers of 0 ... 255."
-        )
+        raise InputError(f"images of {images.dtype} are not all finite; expected 0 ... 255.")
     check_generator(generator)
     noise = torch.rand(images.shape, generator=generator, dtype=torch.float32, device="cpu")
     return (images.float() - 128 + noise.to(images.device)) / 128
@@ -302,10 +293,10 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     root = axes * lengths.clamp(min=0).sqrt() @ axes.T
     common = torch.linalg.eigvalsh(root @ of_y @ root).clamp(min=0).sqrt().sum()
     apart = (x.mean(0) - y.mean(0)).square().sum()
-    found = float((apart + of_x.trace() + of_y.trace() - 2 * common).clamp(min=0) * scale * scale)
-    if not math.isfinite(found):
+    found = (apart + of_x.trace() + of_y.trace() - 2 * common).clamp(min=0) * scale * scale
+    if not found.isfinite():
         raise InputError("the squares of the features overflow; scale x and y down alike.")
-    return found
+    return float(found)
 
 
 def inception_score(logits: Float[Tensor, "samples classes"]) -> float:
@@ -359,9 +350,9 @@ def _source(samples: Tensor | Draw, name: str, random: torch.Generator) -> Draw:
 
         return drawn
     if not callable(samples):
+        said = type(samples).__name__
         raise InputError(
-            f"{name} is of type {type(samples).__name__}; expected a tensor of samples (n, ...), or a "
-            "function that answers so many."
+            f"{name} is of type {said}; expected a tensor (n, ...), or a function of n."
         )
     draw = samples
 
