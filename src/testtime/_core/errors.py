@@ -66,7 +66,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownName:
         UnknownName("no method is called 'tnet'; did you mean tent? Known: sar, tent")
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=2, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else "."
     listed = f"Known: {', '.join(known)}" if len(known) <= LISTED else f"{len(known)} are known."
     return UnknownName(f"no {kind} is called {name!r}{hint} {listed}")

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from testtime._core.errors import InputError
+
 
 def derive(seed: int, *purpose: object) -> int:
     """A seed of 63 bits that depends on `seed` and on every word of the purpose.
@@ -21,6 +23,20 @@ def derive(seed: int, *purpose: object) -> int:
 def generator(seed: int, *purpose: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on `device` for one purpose."""
     return torch.Generator(device).manual_seed(derive(seed, *purpose))
+
+
+def check_generator(generator: object) -> None:
+    """Refuses what is no generator; None would draw from the global random state.
+
+    Example:
+        >>> check_generator(0)
+        Traceback (most recent call last):
+        testtime._core.errors.InputError: generator is 0; expected torch.Generator().manual_seed(...).
+    """
+    if not isinstance(generator, torch.Generator):
+        raise InputError(
+            f"generator is {generator!r}; expected torch.Generator().manual_seed(...)."
+        )
 
 
 @contextmanager

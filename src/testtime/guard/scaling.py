@@ -18,6 +18,7 @@ from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime.guard.misclassification import check_classified
 from testtime.measures.information.networks import training
+from testtime.measures.log_space import check_classes
 
 
 @final
@@ -55,7 +56,12 @@ class TemperatureScaling:
         return TemperatureScaling(temperature=float(log_t.exp().clamp(1e-3, 1e3)))
 
     def calibrate(self, logits: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
-        """z / T, in float32 at least: rounding in half precision would change answers."""
+        """z / T, in float32 at least: rounding in half precision would change answers. NaN stays NaN.
+
+        Raises:
+            InputError: for what are no real logits.
+        """
+        check_classes(logits, "logits")
         return at_least_single(logits) / self.temperature
 
 
@@ -94,7 +100,17 @@ class VectorScaling:
         return VectorScaling(scale=scale.to(kind), shift=shift.to(kind))
 
     def calibrate(self, logits: Float[Tensor, "n classes"]) -> Float[Tensor, "n classes"]:
-        """w ∘ z + b; NaN stays NaN."""
+        """w ∘ z + b; NaN stays NaN.
+
+        Raises:
+            InputError: for logits of other classes.
+        """
+        check_classes(logits, "logits")
+        if logits.shape[-1:] != self.scale.shape:
+            raise InputError(
+                f"logits have the shape {tuple(logits.shape)}; expected (..., {len(self.scale)}), the "
+                "classes that the scales were fitted to."
+            )
         return self.scale * logits + self.shift
 
 

@@ -150,8 +150,10 @@ def compositional_likelihood(energies: Energies, log_g: Scalar, log_u: Scalar) -
     """
     _check("energies", energies)
     check_tensors(log_g=log_g)
-    if log_g.dim():
-        raise InputError(f"log_g is of shape {tuple(log_g.shape)}; expected one number, ().")
+    if log_g.dim() or log_g.is_complex():
+        raise InputError(
+            f"log_g is {log_g.dtype} of shape {tuple(log_g.shape)}; expected one real number, ()."
+        )
     tracked = _number("log_u", log_u)
     share = torch.exp(at_least_single(log_g) - tracked)  # g / u
     if not bool(share.isfinite()):
@@ -185,15 +187,25 @@ def noise_contrastive(
     """
     if not isinstance(log_z, Tensor | float | int):
         check_tensors(log_z=log_z)
-    if isinstance(log_z, Tensor) and log_z.numel() != 1:
-        raise InputError(f"log_z is of shape {tuple(log_z.shape)}; expected one number, ().")
+    if isinstance(log_z, Tensor) and (
+        log_z.numel() != 1 or log_z.is_complex() or log_z.dtype == torch.bool
+    ):
+        raise InputError(
+            f"log_z is {log_z.dtype} of shape {tuple(log_z.shape)}; expected one real number, ()."
+        )
     scores: list[Tensor] = []
-    for name, (energies, log_noise) in (("data", data), ("noise", noise)):
+    for name, pair in (("data", data), ("noise", noise)):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InputError(
+                f"{name} is of type {type(pair).__name__}; expected a pair: energies (n,), ln q (n,)."
+            )
+        energies, log_noise = pair
         _check(name, energies)
         check_tensors(**{f"ln q of {name}": log_noise})
         if energies.shape != log_noise.shape:
             raise InputError(
-                f"{name}: {tuple(energies.shape)} energies, {tuple(log_noise.shape)} ln q"
+                f"{name} has energies of shape {tuple(energies.shape)} and ln q of shape "
+                f"{tuple(log_noise.shape)}; expected one of each for every sample."
             )
         _check(f"ln q of {name}", log_noise)
         scores.append(-at_least_single(energies) - log_z - at_least_single(log_noise))
@@ -223,7 +235,7 @@ def _number(name: str, value: Tensor) -> Tensor:
     except Exception:  # whatever else it is
         check_tensors(**{name: value})
         raise
-    if value.dim() or not value.is_floating_point() or not bool(value.isfinite()):
+    if value.dim() or value.is_complex() or not bool(value.isfinite()):
         raise InputError(
             f"{name} is {value.tolist() if value.numel() < 4 else tuple(value.shape)}; expected the "
             "logarithm of one positive number, as log_partition and the trackers give it."

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range
+from testtime.measures.log_space import check_classes
 
 EPS = 1e-9
 """Added to priors before their logarithm, as in the code."""
@@ -36,7 +37,8 @@ def diverse_experts_loss(
         tau: strength of the inverse expert; 2 (code).
 
     Raises:
-        InputError: there are not three experts, or the prior does not fit the classes.
+        InputError: there are not three experts, labels are no classes of theirs, one for each
+            sample, or the prior does not fit the classes.
 
     Example:
         >>> logits, labels = torch.zeros(2, 3, 3), torch.tensor([0, 2])
@@ -47,7 +49,13 @@ def diverse_experts_loss(
     Test-Agnostic Long-Tailed Recognition, NeurIPS 2022.
     """
     in_range(0, tau=tau)
-    experts = list(logits.unbind(1) if isinstance(logits, Tensor) and logits.dim() == 3 else logits)
+    if isinstance(logits, Tensor):
+        experts = list(logits.unbind(1)) if logits.dim() == 3 else [logits]
+    elif isinstance(logits, Sequence):
+        experts = list(logits)
+    else:
+        check_tensors(logits=logits)
+        raise AssertionError
     check_tensors(
         labels=labels, prior=prior, **{f"logits[{i}]": each for i, each in enumerate(experts)}
     )
@@ -57,12 +65,28 @@ def diverse_experts_loss(
             f"logits are of the shapes {', '.join(map(str, shapes))}; expected those of three "
             "experts, each (batch, classes), or one tensor (batch, 3, classes)."
         )
-    if prior.shape != experts[0].shape[1:] or not bool((prior >= 0).all() & (prior.sum() > 0)):
+    for each in experts:
+        check_classes(each, "logits")
+    classes = experts[0].shape[1]
+    fits = prior.shape == (classes,) and not prior.is_complex() and bool((prior >= 0).all())
+    shares = prior.to(at_least_single(experts[0])) / prior.sum() if fits else prior
+    if not fits or not bool(shares.isfinite().all()):
         raise InputError(
-            f"prior is of shape {tuple(prior.shape)} with values {prior.tolist()[:5]} ...; expected "
-            f"the number of training samples of each of {experts[0].shape[1]} classes."
+            f"prior is of shape {tuple(prior.shape)} with values {prior.flatten().tolist()[:5]} ...; expected "
+            f"the number of training samples of each of {classes} classes."
         )
-    shares = prior.to(at_least_single(experts[0])) / prior.sum()
+    whole_numbers = not (labels.is_floating_point() or labels.is_complex())
+    if labels.shape != experts[0].shape[:1] or not len(labels) or not whole_numbers:
+        raise InputError(
+            f"labels are {labels.dtype} of the shape {tuple(labels.shape)}; expected whole numbers "
+            f"({len(experts[0])},), one for each sample, and at least one."
+        )
+    labels = labels.long()
+    if not bool(((labels >= 0) & (labels < classes)).all()):
+        raise InputError(
+            f"labels lie between {int(labels.min())} and {int(labels.max())}; expected 0 to "
+            f"{classes - 1}."
+        )
     forward, uniform, inverse = map(at_least_single, experts)
     tail = (shares + EPS).log()
     reversed_tail = (reversed_prior(shares) + EPS).log()
@@ -81,5 +105,9 @@ def reversed_prior(prior: Float[Tensor, " classes"]) -> Float[Tensor, " classes"
         tensor([0.1000, 0.3000, 0.6000])
     """
     check_tensors(prior=prior)
+    if prior.dim() != 1 or prior.is_complex():
+        raise InputError(
+            f"prior is {prior.dtype} of the shape {tuple(prior.shape)}; expected shares (classes,)."
+        )
     values, order = prior.sort()
     return torch.empty_like(prior).scatter(0, order, values.flip(0))

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from testtime._core.arrays import check_tensors, in_type_of
-from testtime._core.errors import InputError, OptionError
+from testtime._core.errors import InputError
+from testtime._core.options import whole
 
 SLACK = 1e-5
 """How far outside of [0, 1] rounding may bring a probability."""
@@ -214,7 +215,11 @@ def negative_log_likelihood(
         tensor(0.6931)
     """
     _check_labels(logits, labels, "logits")
-    chosen = logits.double().log_softmax(1).gather(1, labels.long()[:, None])
+    if logits.is_complex():
+        raise InputError(f"logits are {logits.dtype}; expected real numbers.")
+    chosen = torch.cat(
+        [part.double().log_softmax(1).gather(1, y[:, None]) for part, y in _parts(logits, labels)]
+    )
     if bool(chosen.isnan().any()):
         raise InputError(
             f"{int(chosen.isnan().sum())} of {len(labels)} rows of logits hold NaN, +inf, or nothing "
@@ -257,8 +262,7 @@ def _check(confidence: Tensor, hit: Tensor, bins: int) -> None:
 
 
 def _check_bins(bins: int) -> None:
-    if not bins >= 1 or bins != int(bins):
-        raise OptionError(f"bins is {bins}; expected a whole number of at least 1.")
+    whole(1, bins=bins)
 
 
 def _check_range(values: Tensor, name: str) -> None:
@@ -275,7 +279,7 @@ def _check_range(values: Tensor, name: str) -> None:
 def _check_probs(probs: Tensor, labels: Tensor) -> None:
     _check_labels(probs, labels, "probs")
     _check_range(probs, "probs")
-    worst = (probs.detach().double().sum(1) - 1).abs().amax().item()
+    worst = (probs.detach().sum(1, dtype=torch.float64) - 1).abs().amax().item()
     if worst > 0.01:  # what half precision leaves of a softmax over many classes
         raise InputError(
             f"a row of probs misses a sum of 1 by {worst:.4g}; expected probabilities of exclusive "
@@ -292,7 +296,7 @@ def _check_labels(scores: Tensor, labels: Tensor, name: str) -> None:
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise InputError(f"labels are {labels.dtype}; expected whole numbers, such as int64.")
-    low, high = labels.aminmax()
+    low, high = labels.long().aminmax()
     if int(low) < 0 or int(high) >= scores.shape[1]:
         raise InputError(
             f"labels lie between {int(low)} and {int(high)}; expected 0 to {scores.shape[1] - 1}, "

@@ -27,6 +27,8 @@ from testtime._core.errors import InputError, OptionError
 from testtime._core.options import in_range
 
 Samples = Float[Tensor, "samples dims"]
+ENTRIES = 2**22
+"""Differences of coordinates that are held at one time."""
 
 
 def conditional_divergence(
@@ -160,7 +162,11 @@ def bottleneck_loss(
 
 
 def gram(a: Samples, b: Samples, *, width: float) -> Float[Tensor, "samples others"]:
-    """Gaussian kernels of all pairs, not normalised.
+    """Gaussian kernels of all pairs, not normalised. Of a sample that is NaN they are NaN.
+
+    Raises:
+        InputError: for what is not (N, d) and (M, d).
+        OptionError: for a width that is not positive.
 
     Example:
         >>> gram(torch.zeros(1, 1), torch.ones(1, 1), width=1.0)
@@ -170,25 +176,31 @@ def gram(a: Samples, b: Samples, *, width: float) -> Float[Tensor, "samples othe
 
 
 def log_gram(a: Samples, b: Samples, *, width: float) -> Float[Tensor, "samples others"]:
-    """Logarithms of the kernels: -|a_i - b_j|^2 / 2 s^2.
+    """Logarithms of the kernels: -|a_i - b_j|^2 / 2 s^2. Otherwise as `gram`.
 
     Example:
         >>> log_gram(torch.zeros(1, 1), torch.ones(1, 1), width=1.0)
         tensor([[-0.5000]])
     """
     in_range(0, width=width)
+    check_tensors(a=a, b=b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or a.is_complex() or b.is_complex():
         raise InputError(
             f"the shapes are {tuple(a.shape)} of {a.dtype} and {tuple(b.shape)} of {b.dtype}; "
             "expected real (N, d) and (M, d)"
         )
-    a, b = at_least_single(a), at_least_single(b)
-    limits, below = torch.finfo(torch.promote_types(a.dtype, b.dtype)), 2 * width * width
+    kind = torch.promote_types(at_least_single(a).dtype, at_least_single(b).dtype)
+    a, b = a.to(kind), b.to(kind)
+    limits, below = torch.finfo(kind), 2 * width * width
     if not limits.tiny <= below <= limits.max:
         raise OptionError(
             f"width is {width}; expected a positive number whose square is one of {limits.dtype}"
         )
-    return -(a[:, None] - b[None]).square().sum(-1) / below
+    if len(a) * len(b) * a.shape[1] > ENTRIES:  # differences that nobody wants to hold, or keep
+        apart = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
+    else:
+        apart = (a[:, None] - b[None]).square().sum(-1)
+    return -apart / below
 
 
 def _information(log_k: Tensor, log_q: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from testtime._core.arrays import check_tensors
-from testtime._core.errors import InputError, OptionError
+from testtime._core.errors import InputError
+from testtime._core.options import in_range
 from testtime.measures.log_space import alpha_divergence_of_log_probs, log_probs
 
 
@@ -95,8 +96,7 @@ def alpha_divergence(
     Minka, Divergence Measures and Message Passing, 2005.
     """
     _check_shapes(p_logits, q_logits)
-    if not math.isfinite(alpha):
-        raise OptionError(f"alpha is {alpha}; expected a finite number (1 and 0 give the two KL).")
+    in_range(-math.inf, alpha=alpha)  # 1 and 0 give the two KL
     return alpha_divergence_of_log_probs(log_probs(p_logits), log_probs(q_logits), alpha=alpha)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError, OptionError
+from testtime._core.options import in_range
 from testtime.measures.log_space import (
     LOWEST,
     alpha_divergence_of_log_probs,
@@ -155,8 +156,8 @@ def renyi_entropy(
 
     Reference: Renyi, On Measures of Entropy and Information, 1961.
     """
-    if not order >= 0:
-        raise OptionError(f"order is {order}; the order of an entropy is at least 0.")
+    if order != math.inf:
+        in_range(0, order=order)
     log_p = log_probs(logits)
     if order == 1:
         return entropy(logits)
@@ -185,8 +186,9 @@ def tsallis_entropy(
 
     Reference: Tsallis, Possible generalization of Boltzmann-Gibbs statistics, 1988.
     """
-    if not 0 < order < math.inf:
-        raise OptionError(f"order is {order}; expected a positive number.")
+    in_range(0, order=order)
+    if order == 0:
+        raise OptionError("order is 0; expected a positive number.")
     if order == 1:
         return entropy(logits)
     log_p = log_probs(logits)

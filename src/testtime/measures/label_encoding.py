@@ -66,6 +66,10 @@ def label_encoding_distance(
 
     A class to which nothing belongs counts as a row of zeros.
 
+    Raises:
+        InputError: for other shapes or types.
+        OptionError: for another distance.
+
     Example:
         >>> label_encoding_distance(torch.eye(2), torch.ones(2))
         tensor(0.)
@@ -73,6 +77,14 @@ def label_encoding_distance(
     if distance not in get_args(Distance):
         raise OptionError(
             f"distance is {distance!r}; expected one of {', '.join(get_args(Distance))}."
+        )
+    check_tensors(together=together, belonging=belonging)
+    real = together.is_floating_point() and belonging.is_floating_point()
+    square = belonging.ndim == 1 and together.shape == 2 * belonging.shape
+    if not real or not square or not len(belonging):
+        raise InputError(
+            f"together is {together.dtype} {tuple(together.shape)} and belonging {belonging.dtype} "
+            f"{tuple(belonging.shape)}; expected (classes, classes) and (classes,), floating point."
         )
     least = torch.finfo(belonging.dtype).tiny
     means = together / belonging.clamp(min=least)[:, None]

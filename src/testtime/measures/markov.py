@@ -17,6 +17,7 @@ from torch import Tensor
 from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError, OptionError, unknown
 from testtime._core.options import in_range, whole
+from testtime._core.seeds import check_generator
 
 Smoothing = float | Literal["braess-sauer"]
 Divergence = Literal["kl", "chi-squared", "hellinger"]
@@ -257,8 +258,11 @@ def sample_path(
     matrix = check_rows(transitions, "transitions")
     if matrix.dim() != 2:
         raise InputError(f"transitions are {tuple(matrix.shape)}; expected one chain (k, k).")
-    if start is not None and start.is_complex():
-        raise InputError(f"start is {start.dtype}; expected real numbers.")
+    check_generator(generator)
+    if start is not None:
+        check_tensors(start=start)
+        if start.is_complex():
+            raise InputError(f"start is {start.dtype}; expected real numbers.")
     law = stationary_law(matrix) if start is None else start.double()
     if law.shape != transitions.shape[:1] or not bool(
         (law >= 0).all() & ((law.sum() - 1).abs() < 1e-6)

@@ -14,7 +14,6 @@ A model that has learned its training set by heart draws from that set. Scores t
 # torch leaves some types open
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -26,10 +25,10 @@ from torch import Tensor, nn
 from testtime._core.arrays import check_tensors, magnitude
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
-from testtime._core.seeds import generator
+from testtime._core.seeds import check_generator, generator
 from testtime.measures.entropy import mutual_information
 from testtime.measures.information.estimate import Estimate, checked, mean_estimate
-from testtime.measures.information.networks import Averaged, adam, mlp, training
+from testtime.measures.information.networks import Averaged, adam, mlp, trainable, training
 from testtime.measures.information.variational import HELD_OUT, LEAST, check_training, finite
 
 Draw = Callable[[int], Tensor]
@@ -116,12 +115,7 @@ def network_divergence(
     known, model = _source(real, "real", random), _source(fake, "fake", random)
     with training():
         first = known(batch_size)
-        critic = _usual_critic(first, random) if critic is None else copy.deepcopy(critic)
-        if not any(weight.requires_grad for weight in critic.parameters()):
-            raise InputError(
-                f"the critic, a {type(critic).__name__}, has no weight that may be trained; expected "
-                "at least one. Call requires_grad_() on it, or leave it out for the default."
-            )
+        critic = trainable(_usual_critic(first, random) if critic is None else critic)
         critic.to(first.device)
         averaged = Averaged(critic, decay=decay)
         descend = adam(critic, lr=lr, betas=(0.0, 0.9), decay_over=steps)
@@ -173,15 +167,24 @@ def penalised(
             f"a batch of real samples has the shape {tuple(real.shape)} on {real.device}, one of the "
             f"model's {tuple(fake.shape)} on {fake.device}; expected samples of one shape and device."
         )
-    place = torch.rand(len(real), generator=generator, device="cpu").to(real)
+    fits = real.ndim > 0 and real.numel() > 0 and real.is_floating_point()
+    if not fits or fake.dtype != real.dtype:
+        raise InputError(
+            f"samples are {real.dtype} and {fake.dtype} of the shape {tuple(real.shape)}; expected "
+            "both as (n, ...) in one floating point type, at least one."
+        )
+    check_generator(generator)
+    place = torch.rand(len(real), generator=generator, dtype=torch.float32, device="cpu").to(real)
     place = place.reshape(-1, *[1] * (real.ndim - 1))
     between = (place * real + (1 - place) * fake).requires_grad_()
-    of_real, of_fake, of_between = critic(torch.cat([real, fake, between])).split(len(real))
-    if of_real.numel() != len(real):
+    scores = critic(torch.cat([real, fake, between]))
+    several = isinstance(scores, Tensor) and scores.ndim > 0
+    if not several or scores.numel() != 3 * len(real) or len(scores) != 3 * len(real):
+        told = f"the shape {tuple(scores[: len(real)].shape)}" if several else "no batch"
         raise InputError(
-            f"the critic answers the shape {tuple(of_real.shape)} for {len(real)} samples; expected "
-            "one score for each."
+            f"the critic answers {told} for {len(real)} samples; expected one score for each."
         )
+    of_real, of_fake, of_between = scores.split(len(real))
     (slope,) = torch.autograd.grad(of_between.sum(), between, create_graph=True)
     length = (slope.flatten(1).square().sum(1) + 1e-8).sqrt()
     return (of_real - of_fake).flatten() - penalty * (length - 1).square()
@@ -204,13 +207,22 @@ def image_critic(shape: tuple[int, int, int], *, generator: torch.Generator) -> 
 
     Reference: Gulrajani, Raffel, Metz, ICLR 2019.
     """
+    if len(shape) != 3:
+        raise InputError(f"shape is {shape}; expected (channels, height, width).")
+    check_generator(generator)
     channels, height, width = shape
     whole(1, channels=channels, height=height, width=width)
     layers: list[nn.Module] = []
     for outputs in (64, 128, 256):
-        layers += [nn.Conv2d(channels, outputs, 5, stride=2, padding=2, device="meta"), nn.SiLU()]
+        layers += [
+            nn.Conv2d(
+                channels, outputs, 5, stride=2, padding=2, device="meta", dtype=torch.float32
+            ),
+            nn.SiLU(),
+        ]
         channels, height, width = outputs, -(-height // 2), -(-width // 2)
-    layers += [nn.Flatten(), nn.Linear(channels * height * width, 1, device="meta")]
+    last = nn.Linear(channels * height * width, 1, device="meta", dtype=torch.float32)
+    layers += [nn.Flatten(), last]
     critic = nn.Sequential(*layers).to_empty(device="cpu")
     for name, parameter in critic.named_parameters():
         if name.endswith("bias"):
@@ -237,8 +249,12 @@ def dequantised(
 
     Reference: Gulrajani, Raffel, Metz, ICLR 2019.
     """
-    noise = torch.rand(images.shape, generator=generator, device="cpu").to(images.device)
-    return (images.float() - 128 + noise) / 128
+    check_tensors(images=images)
+    if images.is_complex() or not bool(images.isfinite().all()):
+        raise InputError(f"images of {images.dtype} are not all finite; expected 0 ... 255.")
+    check_generator(generator)
+    noise = torch.rand(images.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return (images.float() - 128 + noise.to(images.device)) / 128
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
@@ -253,7 +269,8 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
         y: (m, d) or (m,) features.
 
     Raises:
-        InputError: for NaN, fewer than 2 samples, or features that differ in number.
+        InputError: for NaN, fewer than 2 samples, features that differ in number, or a distance beyond
+            float64.
 
     Example:
         >>> x = torch.tensor([[0.0], [2.0]])
@@ -276,7 +293,10 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     root = axes * lengths.clamp(min=0).sqrt() @ axes.T
     common = torch.linalg.eigvalsh(root @ of_y @ root).clamp(min=0).sqrt().sum()
     apart = (x.mean(0) - y.mean(0)).square().sum()
-    return float((apart + of_x.trace() + of_y.trace() - 2 * common).clamp(min=0) * scale**2)
+    found = (apart + of_x.trace() + of_y.trace() - 2 * common).clamp(min=0) * scale * scale
+    if not found.isfinite():
+        raise InputError("the squares of the features overflow; scale x and y down alike.")
+    return float(found)
 
 
 def inception_score(logits: Float[Tensor, "samples classes"]) -> float:
@@ -329,6 +349,11 @@ def _source(samples: Tensor | Draw, name: str, random: torch.Generator) -> Draw:
             ]
 
         return drawn
+    if not callable(samples):
+        said = type(samples).__name__
+        raise InputError(
+            f"{name} is of type {said}; expected a tensor (n, ...), or a function of n."
+        )
     draw = samples
 
     def asked(n: int) -> Tensor:

@@ -102,6 +102,8 @@ def _check(scores: Tensor, hit: Tensor, unknown: Tensor) -> None:
             raise InputError(
                 f"{name} is {flags.dtype}; expected bool. Pass for instance labels == -1."
             )
+    if scores.is_complex():
+        raise InputError(f"scores are {scores.dtype}; expected real numbers, which can be ranked.")
     if bool(scores.isnan().any()):
         raise InputError(
             f"{int(scores.isnan().sum())} of {len(scores)} scores are NaN and cannot be ranked. "

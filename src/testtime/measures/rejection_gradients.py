@@ -32,6 +32,7 @@ from torch import Tensor
 from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import whole
+from testtime._core.seeds import check_generator
 
 LEAST, MOST = 1e-30, 1e30
 """The shapes between which samples and gradients are finite in double precision."""
@@ -194,6 +195,7 @@ def _drawn(
     draw: Callable[..., Tensor], like: Tensor, kind: torch.dtype, generator: torch.Generator
 ) -> Tensor:
     """Numbers in the shape of a tensor, drawn where the generator is and moved to the tensor."""
+    check_generator(generator)
     drawn = draw(like.shape, generator=generator, dtype=kind, device=generator.device)
     return drawn.to(like.device)
 
@@ -216,14 +218,14 @@ def accepted_noise(shape: Tensor, generator: torch.Generator) -> Tensor:
     """
     _check_shape(shape, "shape", least=1.0)
     shape = at_least_single(shape.detach())
-    b = shape - 1 / 3
+    b = shape.double() - 1 / 3  # in single precision v has no digits left for large shapes
     c = (9 * b).rsqrt()
     noise, open_ = torch.zeros_like(shape), torch.ones_like(shape, dtype=torch.bool)
     while open_.any():  # each round accepts more than 95 %
         e = _drawn(torch.randn, shape, shape.dtype, generator)
         u = _drawn(torch.rand, shape, shape.dtype, generator)
         v = (1 + c * e) ** 3
-        within = u.log() < 0.5 * e**2 + b * (1 - v + v.clamp(min=1e-30).log())
+        within = u.double().log() < 0.5 * e.double() ** 2 + b * (1 - v + v.clamp(min=1e-30).log())
         now = open_ & (v > 0) & within
         noise, open_ = torch.where(now, e, noise), open_ & ~now
     return noise
@@ -242,8 +244,10 @@ def gamma_from_noise(shape: Tensor, noise: Tensor) -> Draw:
         tensor(1.0000)
     """
     _check_shape(shape, "shape", least=1.0)
-    c = (9 * shape.detach() - 3).rsqrt()
-    if noise.is_complex() or not bool(((1 + c * noise > 0) & noise.isfinite()).all()):
+    _check_together(shape, noise, "noise")
+    shape, noise = at_least_single(shape), at_least_single(noise)
+    v = 1 + (9 * shape.detach() - 3).rsqrt() * noise.detach()
+    if not bool(((v > 0) & (v**3).isfinite()).all()):
         raise InputError("noise holds numbers that the sampler never accepts; see accepted_noise")
     return _of_noise(shape, noise)
 
@@ -269,10 +273,23 @@ def noise_of_gamma(sample: Tensor, shape: Tensor) -> Tensor:
         tensor(0.)
     """
     _check_shape(shape, "shape", least=1.0)
-    check_tensors(sample=sample)
-    if sample.is_complex() or not bool(((sample >= 0) & sample.isfinite()).all()):
+    _check_together(shape, sample, "sample")
+    if not bool(((sample >= 0) & sample.isfinite()).all()):
         raise InputError("sample holds numbers below 0 or not finite; no gamma has those")
-    return (9 * shape - 3).sqrt() * ((sample / (shape - 1 / 3)).pow(1 / 3) - 1)
+    kind = torch.promote_types(at_least_single(sample).dtype, at_least_single(shape).dtype)
+    exact = shape.double()  # a root near 1 less 1
+    noise = (9 * exact - 3).sqrt() * ((sample.double() / (exact - 1 / 3)).pow(1 / 3) - 1)
+    return noise.to(kind)
+
+
+def _check_together(shape: Tensor, other: Tensor, name: str) -> None:
+    check_tensors(**{name: other})
+    pairs = zip(reversed(shape.shape), reversed(other.shape), strict=False)
+    if other.is_complex() or not all(a == b or 1 in (a, b) for a, b in pairs):
+        raise InputError(
+            f"{name} is {other.dtype} {tuple(other.shape)} and shape {tuple(shape.shape)}; expected "
+            "real numbers that broadcast: one for each."
+        )
 
 
 def _check_shape(shape: Tensor, name: str, *, least: float) -> None:

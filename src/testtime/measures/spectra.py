@@ -64,7 +64,8 @@ def spectrum(features: Float[Tensor, "rows features"]) -> Spectrum:
     References: Li et al., Large Language Model Evaluation via Matrix Nuclear-Norm, 2024. Wei et al.,
         Diff-eRank, 2024. Roy, Vetterli, The Effective Rank, 2007.
     """
-    z = normalised_rows(features)
+    check_tensors(features=features)
+    z = normalised_rows(features.detach())
     values = torch.linalg.svdvals(z)
     total = float(values.sum())
     entropy = float(_entropy(values.square())) / math.log(max(2, z.shape[1]))
@@ -191,4 +192,4 @@ def _column_norm(z: Tensor) -> Tensor:
 
 def _entropy(weights: Tensor) -> Tensor:
     p = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
-    return torch.special.entr(p).sum()
+    return torch.special.entr(torch.where(p > 0, p, 1)).sum()  # the slope at 0 is infinite

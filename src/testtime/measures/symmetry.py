@@ -24,6 +24,8 @@ from testtime.measures.lipschitz import lipschitz_divergence
 
 LARGEST = 50_000
 """Elements of a group at most."""
+AT_ONCE = 2**22
+"""Products of a sample and an element of the group that are held at one time."""
 
 
 def sign_flips(dims: int) -> Float[Tensor, "group dims dims"]:
@@ -188,8 +190,13 @@ def fundamental_domain(
             "more than one element of the group leaves (1, √2, √3, ...) where it is; expected each "
             "element once, and a group that acts on every coordinate. Turn the samples and the group."
         )
-    closest = (x @ (group.mT @ anchor).mT).argmax(1)
-    return torch.einsum("nij,nj->ni", group[closest], x)
+    images, scale = (group.mT @ anchor).mT, magnitude(x.abs().max())
+    size = max(1, AT_ONCE // len(group))
+    parts = [
+        torch.einsum("nij,nj->ni", group[(part / scale @ images).argmax(1)], part)
+        for part in torch.split(x, size)
+    ]
+    return torch.cat(parts)
 
 
 def invariant_mmd(

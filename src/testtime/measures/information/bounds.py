@@ -15,7 +15,8 @@ one and the gradient of the other.
     SMILE    mean_i F_ii - ln mean_{i!=j} e^clip(F_ij, -tau, tau); gradient of J
 
 DV and NWJ average e^F over few pairs: their variance grows like e^I. SMILE clips it, at the price of a
-bias, upwards too: it is no lower bound. They are losses: a score that is NaN makes them NaN.
+bias, upwards too: it is no lower bound. They are losses: a score that is NaN makes them NaN. Half
+precision is computed, and answered, in float32.
 """
 
 # torch leaves some types open
@@ -28,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from testtime._core.arrays import check_tensors
+from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError
 from testtime._core.options import in_range
 
@@ -47,7 +48,8 @@ def donsker_varadhan(scores: Scores) -> Float[Tensor, ""]:
 
     Reference: Donsker, Varadhan, 1983; Belghazi et al., MINE, ICML 2018.
     """
-    return _check(scores).diagonal().mean() - _log_mean_exp_apart(scores)
+    scores = _check(scores)
+    return scores.diagonal().mean() - _log_mean_exp_apart(scores)
 
 
 def nwj(scores: Scores) -> Float[Tensor, ""]:
@@ -83,13 +85,14 @@ def tuba(scores: Scores, log_baseline: Float[Tensor, "batch"]) -> Float[Tensor, 
     Reference: Poole et al., On Variational Bounds of Mutual Information, ICML 2019.
     """
     check_tensors(log_baseline=log_baseline)
-    fits = log_baseline.shape == _check(scores).shape[:1] and log_baseline.is_floating_point()
+    scores = _check(scores)
+    fits = log_baseline.shape == scores.shape[:1] and log_baseline.is_floating_point()
     if not fits:
         raise InputError(
             f"log_baseline is {log_baseline.dtype} {tuple(log_baseline.shape)} and scores have the "
             f"shape {tuple(scores.shape)}; expected one number for each row, in floating point."
         )
-    return nwj(scores - log_baseline[:, None] + 1)
+    return nwj(scores - at_least_single(log_baseline)[:, None] + 1)
 
 
 def infonce(scores: Scores) -> Float[Tensor, ""]:
@@ -104,7 +107,8 @@ def infonce(scores: Scores) -> Float[Tensor, ""]:
 
     Reference: van den Oord, Li, Vinyals, Contrastive Predictive Coding, 2018.
     """
-    return math.log(len(_check(scores))) + (scores.diagonal() - scores.logsumexp(1)).mean()
+    scores = _check(scores)
+    return math.log(len(scores)) + (scores.diagonal() - scores.logsumexp(1)).mean()
 
 
 def jensen_shannon_bound(scores: Scores) -> Float[Tensor, ""]:
@@ -121,7 +125,8 @@ def jensen_shannon_bound(scores: Scores) -> Float[Tensor, ""]:
 
     Reference: Nowozin, Cseke, Tomioka, f-GAN, NeurIPS 2016.
     """
-    together = F.softplus(-_check(scores).diagonal()).mean()
+    scores = _check(scores)
+    together = F.softplus(-scores.diagonal()).mean()
     return -together - _apart(F.softplus(scores)).mean()
 
 
@@ -160,7 +165,8 @@ def smile_bound(scores: Scores, *, clip: float = 5.0) -> Float[Tensor, ""]:
     """
     if clip != math.inf:
         in_range(0, clip=clip)
-    value = _check(scores).diagonal().mean() - _log_mean_exp_apart(scores.clamp(-clip, clip))
+    scores = _check(scores)
+    value = scores.diagonal().mean() - _log_mean_exp_apart(scores.clamp(-clip, clip))
     return _shown(value, jensen_shannon_bound(scores))
 
 
@@ -188,4 +194,4 @@ def _check(scores: Tensor) -> Tensor:
         )
     if not scores.is_floating_point():
         raise InputError(f"scores are {scores.dtype}; expected floating point numbers of a critic.")
-    return scores
+    return at_least_single(scores)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from testtime.measures.information.estimate import Estimator, paired
+from testtime._core.errors import InputError
+from testtime.measures.information.estimate import Estimator, checked, paired
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,14 @@ def self_consistency(
     x, y = paired(x, y, least=4)
     half = len(x) // 2
     (x, other_x), (y, other_y) = ((v[:half], v[half : 2 * half]) for v in (x, y))
+    told = checked(process(y), "process(y)")
+    if len(told) != len(y) or told.device != y.device:
+        raise InputError(
+            f"process answers {len(told)} samples on {told.device} for {len(y)} on {y.device}; expected "
+            "h(y_i) of each."
+        )
     base = torch.tensor(estimator(x, y).value, dtype=torch.float64, device="cpu")
     independent = estimator(x, other_y).value
-    processed = estimator(x, torch.cat([y, process(y)], 1)).value
+    processed = estimator(x, torch.cat([y, told], 1)).value
     twice = estimator(torch.cat([x, other_x], 1), torch.cat([y, other_y], 1)).value
     return Consistency(float(base), independent, float(processed / base), float(twice / base))

@@ -19,10 +19,14 @@ from torch import Tensor
 
 from testtime._core.arrays import magnitude
 from testtime._core.errors import InputError
-from testtime._core.seeds import generator
+from testtime._core.options import whole
+from testtime._core.seeds import check_generator
+from testtime._core.seeds import generator as seeded
 from testtime.measures.information.estimate import Estimate, checked, mean_estimate, standardised
+from testtime.measures.information.networks import single
 from testtime.measures.information.noise import (
     Training,
+    check_samples,
     diffused,
     normal_like,
     sampled_times,
@@ -73,7 +77,7 @@ def minde_entropy(
     log_scale = (x / unit).std(0).log() + unit.log()
     if not bool(log_scale.isfinite().all()) or bool((standardised(x) == 0).all(0).any()):
         raise InputError("a coordinate of x is constant, so x has no density; leave it out.")
-    random = generator(seed, "minde entropy")
+    random = seeded(seed, "minde entropy")
     known, held = _apart(standardised(x), random)
     noise, values = _trained([known], options, random)
     gap = diffusion_gap(
@@ -126,7 +130,7 @@ def minde_divergence(
             f"x has {x.shape[1]} coordinates on {x.device} and y {y.shape[1]} on {y.device}; "
             "expected the same coordinates of both."
         )
-    random = generator(seed, "minde divergence")
+    random = seeded(seed, "minde divergence")
     both = standardised(torch.cat([x, y]))
     (known, held), (other, _) = (_apart(own, random) for own in (both[: len(x)], both[len(x) :]))
     noise, values = _trained([known, other], options, random)
@@ -155,13 +159,20 @@ def diffusion_gap(
         draws: of noise and time for every sample.
         generator: of these, on the CPU.
 
+    Raises:
+        InputError: for samples that are no finite (n, d) in floating point.
+        OptionError: without draws.
+
     Example:
         >>> zero = lambda z, t: 0 * z
         >>> diffusion_gap(zero, zero, torch.ones(3, 1), draws=2, generator=torch.Generator())
         tensor([0., 0., 0.], dtype=torch.float64)
     """
+    whole(1, draws=draws)
+    check_generator(generator)
+    check_samples(x, "x")
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    with torch.no_grad():
+    with torch.no_grad(), single():
         for _ in range(draws):
             drawn = sampled_times(len(x), generator, importance=importance)
             weight = time_weight(drawn, importance=importance).to(x.device)

@@ -118,11 +118,15 @@ def constant(x: Tensor) -> bool:
 def standardised(x: Tensor) -> Tensor:
     """Each coordinate with mean 0 and standard deviation 1, in float32; constant ones become 0.
 
+    Raises:
+        InputError: as `checked`.
+
     Example:
         >>> standardised(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
         tensor([[-0.7071,  0.0000],
                 [ 0.7071,  0.0000]])
     """
+    x = checked(x, "x")
     x = x / magnitude(x.abs().amax(0))
     scale = x.std(0)
     varies = scale > 1e-12 * x.abs().amax(0)

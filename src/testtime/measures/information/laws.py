@@ -11,6 +11,7 @@ from torch import Tensor
 
 from testtime._core.errors import OptionError
 from testtime._core.options import in_range, whole
+from testtime._core.seeds import check_generator
 
 
 class Pairs(NamedTuple):
@@ -69,6 +70,7 @@ def uniform(n: int, *, dims: int, noise: float, generator: torch.Generator) -> P
     in_range(0, noise=noise)
     if noise == 0:
         raise OptionError("noise is 0; expected more, as the information is infinite without it")
+    check_generator(generator)
     x, e = (
         torch.rand(n, dims, generator=generator, dtype=torch.float64, device="cpu")
         for _ in range(2)
@@ -134,6 +136,7 @@ def multimodal(n: int, *, dims: int, generator: torch.Generator) -> Pairs:
         0.8248
     """
     whole(1, n=n, dims=dims)
+    check_generator(generator)
     mode = torch.randint(len(CENTRES), (n, dims), generator=generator, device="cpu")
     noise = torch.stack([_normal(n, dims, generator) for _ in range(2)], -1)
     x, y = (CENTRES[mode] + WIDTH * noise).unbind(-1)
@@ -153,4 +156,5 @@ def _multimodal_information() -> float:
 
 
 def _normal(n: int, dims: int, generator: torch.Generator) -> Tensor:
+    check_generator(generator)
     return torch.randn(n, dims, generator=generator, dtype=torch.float64, device="cpu")

@@ -27,8 +27,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from testtime._core.errors import OptionError
-from testtime._core.seeds import generator
+from testtime._core.arrays import check_tensors
+from testtime._core.errors import InputError, OptionError
+from testtime._core.options import whole
+from testtime._core.seeds import check_generator, generator
 from testtime.measures.information.estimate import (
     Estimate,
     constant,
@@ -36,8 +38,10 @@ from testtime.measures.information.estimate import (
     paired,
     standardised,
 )
+from testtime.measures.information.networks import single
 from testtime.measures.information.noise import (
     Training,
+    check_samples,
     diffused,
     normal_like,
     sampled_times,
@@ -107,10 +111,7 @@ def minde(
         importance=importance, width=width, steps=steps, batch_size=batch_size, lr=lr,
         decay=decay, draws=draws, trace=trace,
     )  # fmt: skip
-    if kind not in ("c", "j"):
-        raise OptionError(f"kind is {kind!r}; expected 'c' or 'j'")
-    if difference not in ("inside", "outside"):
-        raise OptionError(f"difference is {difference!r}; expected 'inside' or 'outside'")
+    _check_kind(kind, difference)
     x, y = paired(x, y, least=LEAST)
     if constant(x) or constant(y):
         return Estimate(0.0, 0.0)
@@ -152,6 +153,10 @@ def diffusion_information(
         draws: of noise and time for every sample.
         generator: of these, on the CPU.
 
+    Raises:
+        InputError: for samples that are no finite (n, d) in floating point, or do not go together.
+        OptionError: for another kind or difference, or no draws.
+
     Example:
         >>> terms = diffusion_information(
         ...     lambda z, tau: tau.sum(1, keepdim=True) * z, torch.ones(4, 1), torch.ones(4, 1),
@@ -161,9 +166,20 @@ def diffusion_information(
 
     Reference: Franzese, Bounoua, Michiardi, ICLR 2024.
     """
+    _check_kind(kind, difference)
+    whole(1, draws=draws)
+    check_generator(generator)
+    check_tensors(x=x, y=y)
+    for name, own in (("x", x), ("y", y)):
+        check_samples(own, name)
+    if x.shape[:1] != y.shape[:1] or x.dtype != y.dtype or x.device != y.device:
+        raise InputError(
+            f"x is {tuple(x.shape)} of {x.dtype} on {x.device} and y {tuple(y.shape)} of {y.dtype} on "
+            f"{y.device}; expected pairs (x_i, y_i): as many of each, of one type on one device."
+        )
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     d = x.shape[1]
-    with torch.no_grad():
+    with torch.no_grad(), single():
         for _ in range(draws):
             drawn = sampled_times(len(x), generator, importance=importance)
             weight = time_weight(drawn, importance=importance).to(x.device)
@@ -183,6 +199,13 @@ def diffusion_information(
                 gap = (given - normal).double().square() - (alone - normal).double().square()
             total += weight * gap.sum(1)
     return total / 2 / draws
+
+
+def _check_kind(kind: Kind, difference: Difference) -> None:
+    if kind not in ("c", "j"):
+        raise OptionError(f"kind is {kind!r}; expected 'c' or 'j'")
+    if difference not in ("inside", "outside"):
+        raise OptionError(f"difference is {difference!r}; expected 'inside' or 'outside'")
 
 
 MASKS = {"c": ("x", "x|y"), "j": ("xy", "xy", "x|y", "y|x")}

@@ -14,13 +14,14 @@ The gradient of V itself divides by the mean over the batch, which is biased; `m
 # torch leaves some types open
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import copy
 import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from testtime._core.arrays import check_tensors
+from testtime._core.errors import InputError
 from testtime._core.options import in_range
 from testtime._core.seeds import generator
 from testtime.measures.information.estimate import (
@@ -30,7 +31,14 @@ from testtime.measures.information.estimate import (
     paired,
     standardised,
 )
-from testtime.measures.information.networks import JointCritic, adam, mlp, training
+from testtime.measures.information.networks import (
+    JointCritic,
+    adam,
+    mlp,
+    single,
+    trainable,
+    training,
+)
 from testtime.measures.information.variational import (
     LEAST,
     batches,
@@ -79,7 +87,8 @@ def mine(
         trace: whether V of each step is kept.
 
     Raises:
-        InputError: for NaN, lengths that differ, or fewer than 32 samples.
+        InputError: for NaN, lengths that differ, fewer than 32 samples, or a critic without weights,
+            or that does not give one score for each pair.
         OptionError: for an option out of its range.
 
     Example:
@@ -100,18 +109,18 @@ def mine(
         known, held = split(standardised(x), standardised(y), random)
         if critic is None:
             critic = JointCritic(mlp([x.shape[1] + y.shape[1], 64, 64, 1], random, nn.ELU))
-        critic = copy.deepcopy(critic).to(x.device)
+        critic = trainable(critic).to(x.device)
         descend = adam(critic, lr=lr)
         log_mean, values = None, list[float]()
         for index in batches(len(known[0]), batch_size, steps, random):
             a, b = (v[index] for v in known)
-            together = critic(a, b)
-            apart = critic(a, b[partners(len(b), random)])
+            together = _scored(critic, a, b)
+            apart = _scored(critic, a, b[partners(len(b), random)])
             log_mean = running_log_mean(log_mean, apart, rate=rate)
             descend(-mine_objective(together, apart, log_mean))
             if trace:
                 values.append(float(mine_value(together, apart).detach()))
-    with torch.no_grad():
+    with torch.no_grad(), single():
         return finite(_held_out(critic, held[0], held[1], tuple(values)))
 
 
@@ -146,6 +155,7 @@ def mine_value(
 
     Reference: Belghazi et al., ICML 2018.
     """
+    _check_scores(together=together, apart=apart)
     return together.mean() - apart.logsumexp(0) + math.log(len(apart))
 
 
@@ -158,6 +168,8 @@ def running_log_mean(
         >>> running_log_mean(torch.tensor(0.0), torch.tensor([math.log(3.0)]), rate=0.5).exp()
         tensor(2.)
     """
+    in_range(0, 1, rate=rate)
+    _check_scores(apart=apart)
     new = (apart.logsumexp(0) - math.log(len(apart))).detach()
     return new if log_mean is None else torch.logaddexp(
         log_mean + math.log1p(-rate) if rate < 1 else new - math.inf,
@@ -183,6 +195,8 @@ def mine_objective(
 
     Reference: Belghazi et al., ICML 2018, section 3.2.
     """
+    _check_scores(together=together, apart=apart)
+    check_tensors(log_mean=log_mean)
     return together.mean() - (apart - log_mean.detach()).exp().mean()
 
 
@@ -197,16 +211,42 @@ def adaptive_clip(gradient: Tensor, limit: Tensor) -> Tensor:
 
     Reference: Belghazi et al., ICML 2018, section 5.1.
     """
+    check_tensors(gradient=gradient, limit=limit)
+    if not (gradient.is_floating_point() and limit.is_floating_point()):
+        raise InputError(
+            f"gradient is {gradient.dtype} and limit {limit.dtype}; expected floating point numbers."
+        )
     length = gradient.norm()
     return gradient * (limit.norm() / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1)
+
+
+def _check_scores(**scores: Tensor) -> None:
+    check_tensors(**scores)
+    for name, own in scores.items():
+        if own.ndim != 1 or not len(own) or not own.is_floating_point():
+            raise InputError(
+                f"{name} is {own.dtype} of the shape {tuple(own.shape)}; expected the scores of a "
+                "critic, (n,) in floating point, at least one."
+            )
+
+
+def _scored(critic: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """One score for each pair, (n,)."""
+    scores = critic(x, y)
+    if not isinstance(scores, Tensor) or scores.numel() != len(x):
+        said = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise InputError(
+            f"the critic answers {said} for {len(x)} pairs; expected one score for each, (n,)."
+        )
+    return scores.reshape(-1)
 
 
 def _held_out(critic: nn.Module, x: Tensor, y: Tensor, trace: tuple[float, ...]) -> Estimate:
     """V, and the standard error of its linearisation: each sample counts as x, as y, and as pair."""
     n = len(x)
-    together = critic(x, y).double()
+    together = _scored(critic, x, y).double()
     shifts = range(1, min(PARTNERS, n - 1) + 1)
-    apart = torch.stack([critic(x, y.roll(-s, 0)) for s in shifts]).double()
+    apart = torch.stack([_scored(critic, x, y.roll(-s, 0)) for s in shifts]).double()
     log_mean = apart.logsumexp((0, 1)) - math.log(apart.numel())
     ratio = (apart - log_mean).exp()
     as_y = torch.stack([row.roll(s, 0) for s, row in zip(shifts, ratio, strict=True)])

@@ -42,6 +42,9 @@ def ksg(x: Tensor, y: Tensor, *, k: int = 3, variant: Literal[1, 2] = 1) -> Esti
     bounded memory. A few repeated pairs only add bias; with more than k copies of one pair there is
     no density, and no answer. With fewer samples than coordinates the value says little.
 
+    The standard error counts samples as independent. Those that share neighbours are not: over draws of
+    300 Gaussian pairs values spread 1.2 to 1.5 times as far with k = 3, up to 1.8 times with k = 10.
+
     Args:
         x: (n, dx) or (n,), in units like those of y; `normal_scores` of both where tails are heavy.
         y: (n, dy) or (n,), the partner of each.
@@ -89,7 +92,9 @@ def kozachenko_leonenko(x: Tensor, *, k: int = 3) -> Estimate:
     """Differential entropy of x in nats, which may be negative. Costs O(n^2) time, bounded memory.
 
     With fewer samples than coordinates the value says little. A constant coordinate is no error by
-    itself, but x then has no density and the value depends on the number of samples.
+    itself, but x then has no density and the value depends on the number of samples; so it does where
+    coordinates are functions of others, as copies are. The standard error counts samples as independent:
+    over draws of 300 Gaussian ones values spread 1.1 to 1.35 times as far.
 
     Args:
         x: (n, d) or (n,).

@@ -1,7 +1,7 @@
 """Small networks that an estimator trains for itself, with a generator of its own.
 
-Whatever the caller's mode is (`no_grad`, `inference_mode`) and wherever the global random state
-stands: training inside `training()` works, and touches neither.
+Whatever the caller's mode is (`no_grad`, `inference_mode`, `autocast`, a default type) and wherever the
+global random state stands: training inside `training()` works, in float32, and touches none of them.
 """
 
 # torch leaves some types open
@@ -10,22 +10,40 @@ stands: training inside `training()` works, and touches neither.
 import copy
 import itertools
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from testtime._core.errors import InputError
+
 
 @contextmanager
 def training() -> Generator[None]:
-    """Gradients, also within the caller's `no_grad` or `inference_mode`.
+    """Gradients and full precision, also within the caller's `no_grad`, `inference_mode` or `autocast`.
 
     Example:
         >>> with torch.inference_mode(), training():
         ...     torch.ones(1).requires_grad_().exp().requires_grad
         True
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), single():
+        yield
+
+
+@contextmanager
+def single() -> Generator[None]:
+    """No autocast inside: networks compute in the type of their weights.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16), single():
+        ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        torch.float32
+    """
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -36,7 +54,7 @@ def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
         >>> linear(4, 2, torch.Generator().manual_seed(0)).weight.shape
         torch.Size([2, 4])
     """
-    layer = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
+    layer = nn.Linear(inputs, outputs, device="meta", dtype=torch.float32).to_empty(device="cpu")
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5, generator=generator)
     return layer
@@ -55,6 +73,27 @@ def mlp(
     for inputs, outputs in itertools.pairwise(widths):
         layers += [linear(inputs, outputs, generator), activation()]
     return nn.Sequential(*layers[:-1])
+
+
+def trainable(critic: object) -> nn.Module:
+    """A copy of a caller's critic to be trained.
+
+    Raises:
+        InputError: for what is no module, or has no weight that may be trained.
+
+    Example:
+        >>> critic = nn.Linear(1, 1)
+        >>> trainable(critic) is critic
+        False
+    """
+    if not isinstance(critic, nn.Module):
+        raise InputError(f"the critic is of type {type(critic).__name__}; expected a torch module.")
+    if not any(weight.requires_grad for weight in critic.parameters()):
+        raise InputError(
+            f"the critic, a {type(critic).__name__}, has no weight that may be trained; expected "
+            "at least one. Call requires_grad_() on it, or leave it out for the default."
+        )
+    return copy.deepcopy(critic)
 
 
 class JointCritic(nn.Module):

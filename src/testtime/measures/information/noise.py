@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from testtime._core.errors import OptionError
+from testtime._core.arrays import check_tensors
+from testtime._core.errors import InputError, OptionError
 from testtime._core.options import in_range, whole
+from testtime._core.seeds import check_generator
 from testtime.measures.information.networks import Averaged, adam, linear, training
 from testtime.measures.information.variational import batches, check_training
 
@@ -67,6 +69,8 @@ def sampled_times(n: int, generator: torch.Generator, *, importance: bool = True
         >>> bool((sampled_times(9, torch.Generator().manual_seed(0)) <= 1).all())
         True
     """
+    whole(0, n=n)
+    check_generator(generator)
     v = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
     if not importance:
         return EARLIEST + (1 - EARLIEST) * v
@@ -75,6 +79,23 @@ def sampled_times(n: int, generator: torch.Generator, *, importance: bool = True
     b = F.softplus(v - start + _log_growth(HELD))  # ln(e^B - 1) = G
     late = ((LOW**2 + 2 * (HIGH - LOW) * b).sqrt() - LOW) / (HIGH - LOW)
     return torch.where(v < start, v / _held_rate(), late)
+
+
+def check_samples(samples: Tensor, name: str) -> None:
+    """Refuses what is no finite (n, d) in floating point.
+
+    Example:
+        >>> check_samples(torch.ones(3), "x")
+        Traceback (most recent call last):
+        testtime._core.errors.InputError: x is torch.float32 of the shape (3,); expected finite ...
+    """
+    check_tensors(**{name: samples})
+    floating = samples.ndim == 2 and samples.is_floating_point()
+    if not floating or not bool(samples.isfinite().all()):
+        raise InputError(
+            f"{name} is {samples.dtype} of the shape {tuple(samples.shape)}; expected finite samples "
+            "(n, d) in floating point. Give one coordinate as x[:, None]."
+        )
 
 
 def time_weight(t: Tensor, *, importance: bool) -> Tensor:
@@ -94,6 +115,12 @@ def diffused(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         >>> diffused(torch.ones(1, 2), torch.zeros(1, 2), torch.zeros(1))
         tensor([[1., 1.]])
     """
+    check_tensors(clean=clean, noise=noise, t=t)
+    if clean.ndim != 2 or noise.shape != clean.shape or t.shape != clean.shape[:1]:
+        raise InputError(
+            f"samples are {tuple(clean.shape)}, noise {tuple(noise.shape)} and times "
+            f"{tuple(t.shape)}; expected (n, d), (n, d) and (n,)."
+        )
     m, s = signal_and_noise(t)
     return m[:, None] * clean + s[:, None] * noise
 
@@ -188,22 +215,18 @@ class NoiseNetwork(nn.Module):
             nn.SiLU(),
             linear(width, 2 * width, generator),
         )
-        self.first = nn.Sequential(
-            nn.GroupNorm(8, width, device="cpu"), nn.SiLU(), linear(width, width, generator)
-        )
+        self.first = nn.Sequential(_norm(width), nn.SiLU(), linear(width, width, generator))
         self.second = nn.Sequential(
-            nn.GroupNorm(8, 2 * width, device="cpu"), nn.SiLU(), linear(2 * width, width, generator)
+            _norm(2 * width), nn.SiLU(), linear(2 * width, width, generator)
         )
-        self.third = nn.Sequential(
-            nn.GroupNorm(8, width, device="cpu"), nn.SiLU(), linear(width, width, generator)
-        )
-        self.leave = nn.Sequential(
-            nn.GroupNorm(8, width, device="cpu"), nn.SiLU(), linear(width, dims, generator)
-        )
+        self.third = nn.Sequential(_norm(width), nn.SiLU(), linear(width, width, generator))
+        self.leave = nn.Sequential(_norm(width), nn.SiLU(), linear(width, dims, generator))
         for parameter in self.leave[2].parameters():
             nn.init.zeros_(parameter)
         self.register_buffer(
-            "frequencies", math.pi * torch.logspace(-1, 7, FREQUENCIES, base=2.0, device="cpu")
+            "frequencies",
+            math.pi
+            * torch.logspace(-1, 7, FREQUENCIES, base=2.0, dtype=torch.float32, device="cpu"),
         )
 
     def forward(self, z: Tensor, tau: Tensor) -> Tensor:
@@ -213,6 +236,10 @@ class NoiseNetwork(nn.Module):
         h = skip + self.first(skip) + early
         h = h + self.third(self.second(torch.cat([h, skip], 1)) + late)
         return self.leave(h)
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(8, width, device="cpu", dtype=torch.float32)
 
 
 def _log_growth(t: float) -> float:

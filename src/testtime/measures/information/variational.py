@@ -10,7 +10,6 @@ value: mean of bound(F) over blocks of the held-out samples
 # torch leaves some types open
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
-import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -28,7 +27,14 @@ from testtime.measures.information.estimate import (
     paired,
     standardised,
 )
-from testtime.measures.information.networks import SeparableCritic, adam, mlp, training
+from testtime.measures.information.networks import (
+    SeparableCritic,
+    adam,
+    mlp,
+    single,
+    trainable,
+    training,
+)
 
 HELD_OUT = 0.25
 """Share of the samples that no critic is trained on and the value is of."""
@@ -113,7 +119,7 @@ def variational(
         trace: whether the value of each step is kept.
 
     Raises:
-        InputError: for NaN, lengths that differ, or fewer than 32 samples.
+        InputError: for NaN, lengths that differ, fewer than 32 samples, or a critic without weights.
         OptionError: for an option out of its range.
 
     Example:
@@ -134,7 +140,7 @@ def variational(
         if critic is None:
             of_x, of_y = (mlp([v.shape[1], 256, 256, 256, 32], random) for v in known)
             critic = SeparableCritic(of_x, of_y)
-        critic = copy.deepcopy(critic).to(x.device)
+        critic = trainable(critic).to(x.device)
         descend = adam(critic, lr=lr)
         values: list[float] = []
         for index in batches(len(known[0]), batch_size, steps, random):
@@ -143,7 +149,7 @@ def variational(
             descend(-value)
             if trace:
                 values.append(float(value.detach()))
-    with torch.no_grad():
+    with torch.no_grad(), single():
         blocks = torch.arange(len(held[0]), device="cpu").tensor_split(
             max(4, -(-len(held[0]) // BLOCK))
         )
