@@ -64,11 +64,16 @@ def _weighs(entry: Entry) -> bool:
     return hasattr(entry.build().procedure, "read")
 
 
+def _needed(entry: Entry) -> tuple[str, ...]:
+    """Names of what a method must know of source data."""
+    return tuple(need.name for need in entry.build().needs)
+
+
 def _other_model(entry: Entry) -> str:
     """What makes the model where a method does not take the embedded one."""
     if _weighs(entry):
         return EXPERTS
-    return TRANSFORMER if "cls_moments" in entry.needs else ""
+    return TRANSFORMER if "cls_moments" in _needed(entry) else ""
 
 
 def nav() -> list[dict[str, str]]:
@@ -85,7 +90,7 @@ def pages() -> dict[str, str]:
 def index() -> str:
     """The table of all methods."""
     lines = [
-        f"| [`{name}`]({name}.md) | {entry.summary} | {', '.join(entry.needs) or 'nothing'} |"
+        f"| [`{name}`]({name}.md) | {entry.summary} | {', '.join(_needed(entry)) or 'nothing'} |"
         for name, entry in entries("method").items()
     ]
     return "\n".join(
@@ -159,7 +164,7 @@ The method as a value, [`{entry.factory.__name__}`][{where}]:
 
 
 def _build(entry: Entry) -> str:
-    if not entry.needs:
+    if not _needed(entry):
         return f'>>> adapter = tt.adapt(model, "{entry.name}")'
     return (
         f'>>> known = tt.fit_source(model, [(images, labels)], methods=["{entry.name}"])\n'
@@ -194,8 +199,8 @@ def _needs(entry: Entry) -> str:
     pixels = any(getattr(getattr(recipe, f.name), "pixels", False) for f in fields(recipe))
     scope = (inspect.getdoc(recipe.scope) or describe(recipe.scope)).partition("\n")[0]
     lines = [
-        f"of the source data: {', '.join(entry.needs)}, from `tt.fit_source`"
-        if entry.needs
+        f"of the source data: {', '.join(_needed(entry))}, from `tt.fit_source`"
+        if _needed(entry)
         else "no source data",
         f"tensors that may change ([`{describe(recipe.scope)}`][{_home(recipe.scope)}]): {scope}"
         if recipe.learns
@@ -219,7 +224,7 @@ def _cost(entry: Entry, images: int) -> str:
     batches = [batch.inputs for batch in _stream()][: math.ceil(images / 16)]
     batches[0] = batches[0][:images]
     try:
-        source = tt.fit_source(model, batches, methods=[entry.name]) if entry.needs else None
+        source = tt.fit_source(model, batches, methods=[entry.name]) if _needed(entry) else None
     except ScopeError:  # it takes other models alone
         forwards, backwards = entry.build().passes or ("?", "?")
         return (

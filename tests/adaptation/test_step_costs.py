@@ -85,7 +85,7 @@ def test_memory_is_bounded(name):
     def go(steps: int) -> int:
         for step in range(steps):
             adapter(xs[step % 4])
-        adapter.events.clear()
+        adapter._events.clear()
         return tensors()
 
     go(10)  # fills memories

@@ -211,10 +211,10 @@ class Adapter:
     # --- what was done ------------------------------------------------------------------------
 
     @property
-    def events(self) -> deque[Event]:
-        """A copy of the latest thousand steps, oldest first. Waits for an update that runs."""
+    def events(self) -> tuple[Event, ...]:
+        """The latest steps, oldest first; a thousand are kept. Waits for an update that runs."""
         self._behind.settle()
-        return self._events.copy()
+        return tuple(self._events)
 
     @property
     def counts(self) -> Counts:
