@@ -335,9 +335,9 @@ def main() -> int:
         page(chosen.page, json.loads(chosen.out.read_text()))
         return 0
     if chosen.overhead:
-        told_of = {"machine": where(), **overhead()}
-        print("overhead of a call, ms:", told_of)
-        keep(chosen.out, {"rows": [], "overhead_ms": told_of})
+        spent = {"machine": where(), **overhead()}
+        print("overhead of a call, ms:", spent)
+        keep(chosen.out, {"rows": [], "overhead_ms": spent})
         return 0
     rows: list[dict[str, Any]] = []
     for name in chosen.models.split(","):

@@ -61,7 +61,7 @@ def streams_of(model: str) -> Sequence[str]:
 def source_of(model: str) -> torch.nn.Module:
     """The source model of that name."""
     norm = model.removeprefix("digits:")
-    return load_model(model) if norm == model else trained(0, norm=norm)  # type: ignore[arg-type]
+    return load_model(model) if norm == model else trained(0, norm=norm)
 
 
 def sent(model: str, stream: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, bool]]:

@@ -26,9 +26,8 @@ def run(
 
     Each finished cell is written at once, so that the same call goes on after an interruption of
     any kind. A piece that cannot be read, or is of other weights than a model's file holds now, is
-    made again. Two runs in one folder do no harm but
-    double work. A cell that fails does not keep the others from running, but for the source model:
-    where that cannot run, nothing can.
+    made again. Two runs in one folder do no harm but double work. A cell that fails does not keep
+    the others from running, but for the source model: where that cannot run, nothing can.
 
     Args:
         cells: from `plan`.

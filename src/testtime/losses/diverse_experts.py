@@ -54,8 +54,10 @@ def diverse_experts_loss(
     elif isinstance(logits, Sequence):
         experts = list(logits)
     else:
-        check_tensors(logits=logits)
-        raise AssertionError
+        raise InputError(
+            f"logits is of type {type(logits).__name__}; expected three tensors (n, classes), or one "
+            "(n, 3, classes)."
+        )
     check_tensors(
         labels=labels, prior=prior, **{f"logits[{i}]": each for i, each in enumerate(experts)}
     )

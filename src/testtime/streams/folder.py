@@ -21,8 +21,8 @@ def image_folder(
 
     The shorter side is resized to `resize` (bilinear, antialiased) and the centre cropped to
     `crop`: what torchvision's ImageNet models expect, without their normalisation, which belongs
-    into the model. Grey, palette and transparent images become RGB; those of 16 or 32 bits are refused. Labels are the places of the
-    class folders in sorted order.
+    into the model. Grey, palette and transparent images become RGB; those of 16 or 32 bits are
+    refused. Labels are the places of the class folders in sorted order.
 
     Args:
         path: the folder with the classes, which is then the test split; or one with a folder
