@@ -57,7 +57,7 @@ def _make(name: str, batch: int) -> tuple[nn.Module, Tensor]:
     library, _, own = name.partition(":")
     build = torchvision.models.get_model if library == "torchvision" else timm.create_model
     model = build(own)
-    return model.eval(), torch.rand(batch, 3, 224, 224)
+    return model.eval(), torch.randn(batch, 3, 224, 224)
 
 
 def latency(

@@ -17,7 +17,7 @@ from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import NormLayer, bound, hooked, on_input
 from testtime.adaptation.lean import Lean, kept_as
 from testtime.adaptation.modes import learnable
-from testtime.adaptation.moments import InGroups
+from testtime.adaptation.moments import InGroups, Quick
 from testtime.adaptation.normaliser import Normaliser
 from testtime.adaptation.parts.statistics import (
     Averages,
@@ -193,13 +193,15 @@ class Loan:
         with self.lock, self.traces.hidden(self.named_modules), lent:
             worth_it = lean and self.own_functions and x.numel() >= MANY
             keeping = Lean() if worth_it else nullcontext()
+            of_batch = self.own_functions and isinstance(statistics, BatchStatistics)
+            quick = Quick() if of_batch and x.is_cpu and x.numel() >= MANY else nullcontext()
             shorter = activations is not None and self.own_functions and torch.is_grad_enabled()
             short = kept_as(activations, self.parameters) if shorter else nullcontext()  # pyright: ignore[reportArgumentType]
             apart = InGroups(groups) if groups > 1 else nullcontext()
             others = () if isinstance(statistics, SourceStatistics) else self.lent_statistics
             watched = self.traces.watched_once(self.named_modules, x, others)
             tapped = tap() if tap is not None else nullcontext()
-            with keeping, short, apart, tapped, watched, self._heard(), learnable():
+            with keeping, quick, short, apart, tapped, watched, self._heard(), learnable():
                 return self.model(x), fresh
 
     def _heard(self) -> Any:

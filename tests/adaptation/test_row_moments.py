@@ -1,0 +1,143 @@
+"""Moments that are added up row by row, against sums in double precision and torch's own kernel."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import testtime as tt
+from testtime.adaptation.moments import FAR, InGroups, Quick, of_batch
+
+SHAPES = [(16, 5, 300), (3, 7, 31, 17), (1, 4, 9, 9), (2, 3, 5, 4, 3)]
+
+
+def draw(*shape: int, **options) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), **options)
+
+
+def exact(x: Tensor) -> tuple[Tensor, Tensor]:
+    channels = x.double().movedim(1, 0).flatten(1)
+    return channels.mean(1), channels.var(1, correction=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 0.99 * FAR, 1.01 * FAR, 100.0, -1e4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_variance_is_right_however_far_the_mean_is_from_zero(shape, offset):
+    x = draw(*shape)
+    x[:, 0] += offset
+    mean, var = exact(x)
+    found = of_batch(x, least=1)
+    assert found.mean.dtype == found.var.dtype == torch.float32
+    torch.testing.assert_close(found.mean.double(), mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.var.double(), var, rtol=1e-5, atol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.integers(2, 2000),
+    scale=st.sampled_from([1e-15, 1e-3, 1.0, 1e4, 1e15]),
+    offset=st.floats(-50, 50),
+)
+def test_of_any_size_and_place(values, scale, offset):
+    x = scale * (draw(2, 3, values) + offset)
+    mean, var = exact(x)
+    found = of_batch(x, least=1)
+    torch.testing.assert_close(found.mean.double() / scale, mean / scale, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(found.var.double() / scale**2, var / scale**2, rtol=2e-5, atol=0)
+
+
+def test_channels_that_are_constant_have_no_variance_and_those_that_are_not_finite_are_torchs():
+    x = draw(4, 6, 50)
+    x[:, 0], x[:, 1] = 0.3, 0.0
+    x[1, 2, 3], x[1, 3, 3] = float("nan"), float("inf")
+    mean, var = of_batch(x, least=1)
+    assert var[:2].tolist() == [0.0, 0.0]
+    assert mean[0] == pytest.approx(0.3, rel=1e-7)
+    assert not mean[2].isfinite()
+    assert not mean[3].isfinite()
+    assert not var[2:4].isfinite().any()
+    torch.testing.assert_close(var[4:].double(), exact(x)[1][4:], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normalises_and_learns_as_torch_does(shape, affine):
+    x = (1 + 2 * draw(*shape)).requires_grad_()
+    pair = draw(2, shape[1]).unbind() if affine else (None, None)
+    weight, bias = (value if value is None else value.requires_grad_() for value in pair)
+    learn = [value for value in (x, weight, bias) if value is not None]
+
+    def seen() -> tuple[Tensor, ...]:
+        y = F.batch_norm(x, None, None, weight, bias, True, 0.1, 1e-3)
+        first = torch.autograd.grad(y.cos().sum(), learn, create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), learn)
+        return y, *first, *second
+
+    with Quick(least=1):
+        ours = seen()
+    assert type(ours[0].grad_fn).__name__ == "_OfBatchBackward"
+    torch.testing.assert_close(ours, seen(), rtol=1e-4, atol=1e-3)
+
+
+def test_parts_of_a_joined_batch_are_what_they_are_alone():
+    parts = [draw(4, 3, 8, 8), 5 + draw(4, 3, 8, 8)]
+    with Quick(least=1), InGroups(2):
+        joined = F.batch_norm(torch.cat(parts), None, None, training=True)
+    with Quick(least=1):
+        alone = [F.batch_norm(part, None, None, training=True) for part in parts]
+    assert torch.equal(joined, torch.cat(alone))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: x.double(),
+        lambda x: x.to(memory_format=torch.channels_last),
+        lambda x: x[:, :, 0, 0].contiguous(),
+        lambda x: x.bfloat16(),
+    ],
+)
+def test_what_does_not_lie_in_rows_of_single_precision_is_torchs_to_the_last_bit(other):
+    x = other(3 + draw(8, 3, 6, 6))
+    with Quick(least=1):
+        ours = F.batch_norm(x, None, None, training=True)
+    assert torch.equal(ours, F.batch_norm(x, None, None, training=True))
+
+
+def test_calls_that_take_given_moments_or_move_them_are_torchs():
+    x, moments = draw(8, 3, 6, 6), [torch.zeros(3), torch.ones(3)]
+    theirs = [moment.clone() for moment in moments]
+    for training in (False, True):
+        with Quick(least=1):
+            ours = F.batch_norm(x, *moments, training=training, momentum=0.3)
+        assert torch.equal(ours, F.batch_norm(x, *theirs, training=training, momentum=0.3))
+    assert torch.equal(torch.stack(moments), torch.stack(theirs))
+
+
+def test_a_model_answers_and_learns_by_them_where_a_batch_is_large():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+    x = draw(16, 3, 112, 112)
+    seen = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        adapter = tt.adapt(model, "tent", lr=0.1)
+        answers = [adapter(x.contiguous(memory_format=layout)) for _ in range(3)]
+        seen.append(torch.stack([*answers, adapter.predict(x)]))
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(seen[0][0], seen[0][2])
+    assert torch.equal(tt.adapt(model, "bn-adapt")(x), seen[0][0])
+    names: list[str] = []
+
+    class Named(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Named():
+        adapter(x)
+    assert "aten::linalg_vector_norm" in names
