@@ -230,9 +230,9 @@ def test_pooled_bins_are_those_of_the_joined_samples():
     assert pooled([a, b]) == [{"count": 4, "confidence": 0.98, "accuracy": 0.25}]
 
 
-def test_thirteen_methods_look_different():
-    look = styles(["source", *map(str, range(12))])
-    assert len({tuple(s.values()) for s in look.values()}) == 13
+def test_thirty_methods_look_different():
+    look = styles(["source", *map(str, range(30))])
+    assert len({tuple(s.values()) for s in look.values()}) == 31
 
 
 def test_bad_rows_leave_an_old_report_as_it_was(tmp_path):

@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 from rows import make
 from testtime._core.errors import WorkFailed
 from testtime._core.registry import Entry
+from testtime.bench import runner
 from testtime.bench.store import write_cell
+from testtime.bench.workers import Failure
 from testtime.cli.bench import print_summary
 from testtime.cli.main import app
 from testtime.papers.reproduction import reproduce
@@ -194,6 +196,26 @@ def test_work_that_failed_ends_with_one_and_names_the_cell(tmp_path, monkeypatch
     done = call(app, ["bench", "--methods", "tent", "--out", str(tmp_path)])
     assert done.exit_code == 1
     assert "tent[a] on m: memory" in done.stderr
+
+
+def test_what_finished_is_shown_beside_what_failed(tmp_path, monkeypatch):
+    attempt = runner.attempt
+
+    def some(cell, notice):
+        return Failure(text="no memory") if cell.method == "tent" else attempt(cell, notice)
+
+    monkeypatch.setattr(runner, "run_all", lambda cells, jobs, notice: (
+        (cell, some(cell, notice)) for cell in cells))  # fmt: skip
+    words = ["bench", "--methods", "bn-adapt,tent", "--seeds", "1", "--out", str(tmp_path / "run"),
+             "--stream", "stationary,samples=20"]  # fmt: skip
+    done = call(app, words)
+    assert done.exit_code == 1
+    assert "1 of 3 cells failed" in done.stderr
+    assert "bn-adapt" in done.stdout
+    assert "report --partial" in done.stdout
+    again = call(app, [*words, "--json"])
+    assert again.exit_code == 1
+    assert {row["method"] for row in json.loads(again.stdout)} == {"source", "bn-adapt"}
 
 
 @pytest.mark.parametrize(("name", "says"), [("reproduce", False), ("bench", True)])

@@ -35,7 +35,7 @@ class Section:
         look: colour and dash of each method, from `styles`.
     """
 
-    def __init__(self, rows: Rows, look: dict[str, dict[str, int]]) -> None:
+    def __init__(self, rows: Rows, look: dict[str, dict[str, Any]]) -> None:
         self.rows = rows
         self.look = look
         self.name = (

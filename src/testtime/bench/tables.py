@@ -8,6 +8,7 @@ from typing import Any
 from testtime.bench.cells import label
 
 SLOTS = 6
+DASHES = ("solid", "6px,3px", "2px,3px", "9px,3px,2px,3px", "9px,3px,2px,3px,2px,3px")
 """Colours besides the grey of the source model; further methods repeat them with another dash."""
 
 COLUMNS = (
@@ -53,16 +54,19 @@ DIGITS = {"nll": 3, "brier": 3, "ece": 3, "peak_memory_mb": 1} | {
 }
 
 
-def styles(labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Colour slot and round of each method; 0 is the source's, and stays its own.
+def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour slot and dash of each method, as Plotly and SVG read it; slot 0 stays the source's own.
 
     Example:
         >>> styles(["source", "tent", "sar"])["sar"]
-        {'slot': 2, 'round': 0}
+        {'slot': 2, 'dash': 'solid'}
     """
     others = [name for name in dict.fromkeys(labels) if name != "source"]
-    own = {name: {"slot": i % SLOTS + 1, "round": i // SLOTS} for i, name in enumerate(others)}
-    return {"source": {"slot": 0, "round": 0}} | own
+    own = {
+        name: {"slot": i % SLOTS + 1, "dash": DASHES[i // SLOTS % len(DASHES)]}
+        for i, name in enumerate(others)
+    }
+    return {"source": {"slot": 0, "dash": DASHES[0]}} | own
 
 
 def number(value: float, digits: int, *, sign: bool = False) -> str:
@@ -78,16 +82,16 @@ def number(value: float, digits: int, *, sign: bool = False) -> str:
     return text.replace("-", "−")  # noqa: RUF001
 
 
-def swatch(style: dict[str, int]) -> str:
+def swatch(style: dict[str, Any]) -> str:
     """The line of a method as it is drawn in the plots."""
-    dash = ("", ' stroke-dasharray="6 3"', ' stroke-dasharray="2 3"')[min(style["round"], 2)]
+    dash = "" if style["dash"] == "solid" else f' stroke-dasharray="{style["dash"]}"'
     return (
         '<svg class="swatch" width="22" height="10" aria-hidden="true"><path d="M0 5H22" '
         f'style="stroke:var(--m{style["slot"]})"{dash}/></svg>'
     )
 
 
-def summary(records: Sequence[dict[str, Any]], look: dict[str, dict[str, int]]) -> str:
+def summary(records: Sequence[dict[str, Any]], look: dict[str, dict[str, Any]]) -> str:
     """The summary table: a line for each method. Headings are buttons that sort it."""
     columns = [
         *COLUMNS[:5],
@@ -109,7 +113,7 @@ def summary(records: Sequence[dict[str, Any]], look: dict[str, dict[str, int]]) 
     )
 
 
-def _line(record: dict[str, Any], keys: Sequence[str], style: dict[str, int]) -> str:
+def _line(record: dict[str, Any], keys: Sequence[str], style: dict[str, Any]) -> str:
     cells = "".join(
         f'<td data-key="{key}" data-value="{record.get(key, math.nan)!r}">{_cell(key, record)}</td>'
         for key in keys
@@ -134,7 +138,7 @@ def _cell(key: str, record: dict[str, Any]) -> str:
 
 
 def heat(
-    errors: dict[str, dict[str, float]], domains: Sequence[str], look: dict[str, dict[str, int]]
+    errors: dict[str, dict[str, float]], domains: Sequence[str], look: dict[str, dict[str, Any]]
 ) -> str:
     """Error of each method in each domain, the colour going with the number.
 

@@ -60,7 +60,9 @@ def bench(
 
     Exit codes: 0 done, 1 a cell failed (the others are kept), 2 the call was wrong.
     """
+    from testtime._core.errors import WorkFailed  # noqa: PLC0415
     from testtime.bench.cells import split_methods  # noqa: PLC0415
+    from testtime.bench.store import read_cell  # noqa: PLC0415
 
     names = split_methods(methods)
     cells = cells_of(
@@ -68,14 +70,20 @@ def bench(
         device=device, threads=threads, paced=paced,
     )  # fmt: skip
     unfit: dict[str, str] = {}
-    rows = execute(cells, out, jobs=jobs, unfit=unfit if "all" in names else None)
+    try:
+        rows, failure = execute(cells, out, jobs=jobs, unfit=unfit if "all" in names else None), None
+    except WorkFailed as error:
+        rows, failure = [row for cell in cells for row in read_cell(out, cell.key) or ()], error
     if json:
         print_json(rows)
-    else:
+    elif rows:
         print_summary(rows)
         for method, why in unfit.items():
             typer.echo(f"\nLeft out, {method}: {why}")
-        typer.echo(f"\nHTML report with plots: testtime report {quote(str(out))}")
+        partial = " --partial" if failure else ""
+        typer.echo(f"\nHTML report with plots: testtime report{partial} {quote(str(out))}")
+    if failure:
+        raise failure
 
 
 def cells_of(

@@ -3,7 +3,6 @@
   const { styles, sections } = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const DASH = ["solid", "dash", "dot"];
   const SYMBOL = ["circle", "diamond", "square"];
   const mode = sections.map(() => "running");
   let shown = 0;
@@ -12,7 +11,6 @@
   const place = (name, i, j) => document.getElementById([name, i, j].filter((x) => x !== undefined).join("-"));
   const part = (i) => document.querySelectorAll("section.run")[i];
   const color = (name) => css(`--m${styles[name].slot}`);
-  const round = (name) => Math.min(styles[name].round, 2);
   // Plotly reads a little HTML in texts; names are shown as they are.
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const finite = (values) => values.filter((v) => v !== null && Number.isFinite(v));
@@ -44,7 +42,7 @@
     const traces = methods.map(({ name, time }) => ({
       type: "scatter", mode: time.batch.length > 1 ? "lines" : "markers", name: plain(name),
       x: time.batch.map((b) => b + 1), y: time[mode[i]], opacity: on.has(name) ? 1 : 0.28,
-      line: { color: color(name), width: on.has(name) ? (name === "source" ? 2.6 : 2) : 1, dash: DASH[round(name)] },
+      line: { color: color(name), width: on.has(name) ? (name === "source" ? 2.6 : 2) : 1, dash: styles[name].dash },
       marker: { color: color(name), size: 9, symbol: SYMBOL[round(name)] },
       hoverinfo: on.has(name) ? undefined : "skip", hovertemplate: on.has(name) ? "%{y:.1f} %" : undefined,
     }));
@@ -144,7 +142,7 @@
     draw(node, [
       { type: "scatter", mode: "lines", x: [0, 1], y: [0, 1], hoverinfo: "skip", line: { color: css("--soft"), width: 1, dash: "dot" } },
       { type: "scatter", mode: "lines+markers", x: bins.map((b) => b.confidence), y: bins.map((b) => b.accuracy),
-        line: { color: color(name), width: 1.6, dash: DASH[round(name)] }, customdata: bins.map((b) => b.count), cliponaxis: false,
+        line: { color: color(name), width: 1.6, dash: styles[name].dash }, customdata: bins.map((b) => b.count), cliponaxis: false,
         marker: { color: color(name), opacity: 1, size: bins.map((b) => 3 + 9 * Math.sqrt(b.count / most)) },
         hovertemplate: "confidence %{x:.2f}<br>accuracy %{y:.2f}<br>%{customdata:,d} samples<extra></extra>" },
     ], layout({ height: Math.min(node.clientWidth, 230), margin: { l: small ? 26 : 32, r: 8, t: 8, b: 24 },
