@@ -59,6 +59,13 @@ def test_a_late_change_costs_starting_little():
     assert run(Mixture(), values)[-1] < -200
 
 
+def test_no_more_than_the_limit_is_bet_and_nothing_on_a_loser():
+    for bets, first in ((OnlineNewton(limit=0.2), 0.0), (Grapa(limit=0.2), 1e-3)):
+        expected = math.log1p(first) + 4 * math.log(1.2)
+        assert run(bets, [1.0] * 5)[-1] == pytest.approx(expected)
+        assert run(bets, [-1.0] * 5)[-1] == pytest.approx(math.log1p(-first))
+
+
 def test_fractions_that_can_lose_all_are_refused():
     for bad in (
         lambda: Mixture(fractions=(1.0,)),

@@ -154,6 +154,15 @@ def test_a_state_that_could_never_alarm_is_refused(bad):
     assert monitor.update(torch.ones(100))
 
 
+def test_a_state_that_was_given_or_taken_is_a_copy():
+    monitor = Monitor(Risk(bound=0.5))
+    taken = monitor.state_dict()
+    monitor.load_state_dict(taken)
+    for state in (taken, monitor.state_dict()):
+        state["log_peak"].fill_(100.0)
+    assert not monitor.update(torch.zeros(3))
+
+
 def test_an_alarm_is_raised_where_wealth_is_just_enough():
     assert Monitor(Risk(bound=1 / 3, alpha=0.5, bets=Mixture(fractions=(0.5,)))).update(
         torch.ones(1)

@@ -14,6 +14,7 @@ from testtime._core.errors import InputError, OptionError
 from testtime.guard.betting import Mixture, Starting
 from testtime.guard.collapse import Collapse
 from testtime.guard.exchangeability import Exchangeability
+from testtime.guard.independence import Independence
 from testtime.guard.monitor import Monitor
 from testtime.guard.risk import Risk, upper_bound
 from testtime.guard.two_sample import TwoSample
@@ -130,6 +131,32 @@ def test_the_upper_bound_covers_the_mean_and_tightens():
     assert below == (upper_bound(coins[0], alpha=0.05) > 0.35)
 
 
+def test_the_source_and_the_stream_share_alpha():
+    scores = draw(0, 300).sigmoid()
+    risk = Risk.fit(scores, tolerance=0.1, alpha=0.2)
+    assert risk.alpha == 0.1
+    assert risk.bound == pytest.approx(upper_bound(scores, alpha=0.1) + 0.1)
+
+
+def test_an_alarm_is_not_missed_where_wealth_has_fallen_again_within_a_batch():
+    scores = torch.cat([torch.ones(20), torch.zeros(100)])
+    said = Monitor(Risk(bound=0.5, bets=Mixture(fractions=(0.5,)))).update(scores)
+    x = draw(0, 120, 1)
+    y = torch.cat([x[:60], -x[60:]])
+    bets = Mixture(fractions=(0.5,))
+    also = Monitor(Independence(witness="linear", bets=bets)).update(x, y)
+    values, bets = draw(1, 64, 1), Mixture(fractions=(0.9,))
+    values[:8] = 9
+    third = Monitor(Exchangeability.fit(draw(0, 500, 1), bets=bets)).update(values)
+    source = torch.arange(640) % 10
+    adapted = torch.cat([torch.zeros(128).long(), source[128:]])
+    test = Collapse(classes=10, block=8, bets=Mixture(fractions=(0.5,)))
+    last = Monitor(test).update(logits(adapted), logits(source))
+    for alarm in (said, also, third, last):
+        assert alarm.log_wealth < 1
+        assert alarm
+
+
 def test_risk_asks_for_scores_in_the_unit_interval_and_for_enough_of_them():
     for bad, said in (
         (torch.tensor([2.0]), "Divide"), (torch.tensor([math.nan]), "NaN"),
@@ -193,6 +220,26 @@ def test_collapse_is_told_from_rare_classes_and_from_useful_changes():
         for a, s in zip(logits(adapted).split(50), logits(beside).split(50), strict=True):
             alarm = monitor.update(a, s)
         assert bool(alarm) == expected
+
+
+def test_collapse_bets_on_what_its_statistics_exceed_their_limits_by():
+    adapted, source = draw(0, 64, 3), draw(1, 64, 3)
+    limits = {"share": 0.2, "narrowness": 0.05, "disagreement": 0.3}
+    test = Collapse(classes=3, block=32, bets=Mixture(fractions=(0.5,)), **limits)
+    wealth = torch.ones(5, dtype=torch.float64)
+    for ours, theirs in zip(adapted.split(32), source.split(32), strict=True):
+        a, s = ours.argmax(1), theirs.argmax(1)
+        p, q = (each.softmax(1).mean(0) for each in (ours, theirs))
+        narrow = float((p * p.log()).sum() - (q * q.log()).sum()) / math.log(3)
+        differ = float((a != s).double().mean())
+        shares = [float(((a == c).double() - (s == c).double()).mean()) for c in range(3)]
+        payoffs = [(each - 0.2) / 1.2 for each in shares]
+        payoffs += [(narrow - 0.05) / 1.05, (differ - 0.3) / 0.3]
+        wealth *= 1 + torch.tensor(payoffs, dtype=torch.float64) / 2
+    parts = torch.stack([wealth[:3].mean(), wealth[3], wealth[4]])
+    alarm = Monitor(test).update(adapted, source)
+    torch.testing.assert_close(alarm.parts.exp(), parts)
+    torch.testing.assert_close(alarm.log_wealth.exp(), parts.mean())
 
 
 def test_collapse_collects_blocks_whatever_the_batches():
