@@ -56,6 +56,18 @@ def test_p_values_equal_those_of_all_values_kept():
         assert p[t, 0] == pytest.approx(float(expected))
 
 
+def test_exchangeability_bets_on_place_and_width_of_the_p_values():
+    test = Exchangeability.fit(draw(0, 20, 2), bets=Mixture(fractions=(0.5,)))
+    stream = draw(1, 30, 2) + 1
+    p = test.p_values(test.init(), stream)[1]
+    f, g = 1 - 2 * p, 4 * (p - 0.5).abs() - 1
+    wealth = torch.stack([1 + each / 2 for each in (f, -f, g, -g)]).cumprod(1).mean(0)
+    state, alarm = test.step(test.init(), stream)
+    torch.testing.assert_close(alarm.parts.exp(), wealth[-1])
+    torch.testing.assert_close(alarm.log_wealth.exp(), wealth[-1].mean())
+    torch.testing.assert_close(state["log_peak"].exp(), wealth.mean(1).max().clamp(min=1))
+
+
 @settings(max_examples=15, deadline=None)
 @given(cuts=st.lists(st.integers(1, 90), min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_counts_do_not_depend_on_batches_and_ties_are_broken_evenly(cuts, seed):
@@ -155,6 +167,67 @@ def test_an_alarm_is_not_missed_where_wealth_has_fallen_again_within_a_batch():
     for alarm in (said, also, third, last):
         assert alarm.log_wealth < 1
         assert alarm
+
+
+def test_one_score_says_little_of_a_mean():
+    """Fractions are 1/2 in the mean: 1 + (m - 0.5) / (1 - m) / 2 = 20."""
+    assert upper_bound(torch.tensor([0.5]), alpha=0.05) == pytest.approx(1 - 0.5 / 39)
+
+
+def test_wealth_is_one_before_the_first_bet():
+    few = draw(0, 2, 4)
+    for test in (Collapse(classes=4), Independence(gamma_x=1.0, gamma_y=1.0)):
+        alarm = Monitor(test).update(few, few)
+        assert alarm.log_wealth == 0
+        assert not alarm
+
+
+def test_nothing_of_a_large_batch_is_kept():
+    large = draw(0, 20_001, 4)
+    for test, batch in (
+        (Exchangeability.fit(large[:9]), (large,)), (Risk(bound=0.5), (large[:, 0].sigmoid(),)),
+        (Collapse(classes=4), (large, large)),
+        (Independence(witness="linear"), (large[:4001], large[:4001])),
+        (TwoSample(gamma=1.0, memory=4), (large[:101], large[:101])),
+    ):  # fmt: skip
+        state, _ = test.step(test.init(), *batch)
+        assert sum(each.untyped_storage().nbytes() for each in state.values()) < 10_000
+
+
+def test_options_of_a_fit_are_those_of_the_test():
+    x, y = draw(0, 9, 1), draw(1, 9, 1)
+    options = {"alpha": 0.1, "bets": Mixture(), "memory": 8}
+    pair = Independence.fit(x, y, witness="kcc", **options)
+    assert pair.witness == "kcc"
+    for test in (pair, TwoSample.fit(x, **options)):
+        assert {name: getattr(test, name) for name in options} == options
+    risk = Risk.fit(x.sigmoid()[:, 0], bets=Mixture())
+    fitted = Exchangeability.fit(x, alpha=0.1, bets=Mixture())
+    assert fitted.bets == risk.bets == Mixture()
+    assert fitted.alpha == 0.1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Exchangeability.fit(draw(0, 9, 1), bins=1),
+        lambda: Exchangeability.fit(draw(0, 9, 1), alpha=0.0),
+        lambda: Risk(bound=0.5, alpha=0.0),
+        lambda: Risk.fit(torch.zeros(99), tolerance=-0.1),
+        lambda: upper_bound(torch.zeros(9), alpha=0.0),
+        lambda: Collapse(classes=1),
+        *[
+            lambda name=name, bad=bad: Collapse(classes=3, **{name: bad})
+            for name, bad in (
+                ("block", 0), ("share", 1.0), ("narrowness", -0.1), ("disagreement", 1.0),
+                ("alpha", 0.0),
+            )
+        ],
+    ],
+)  # fmt: skip
+def test_options_under_which_a_test_says_nothing_are_refused(call):
+    with pytest.raises(OptionError):
+        call()
 
 
 def test_risk_asks_for_scores_in_the_unit_interval_and_for_enough_of_them():
