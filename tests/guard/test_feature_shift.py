@@ -205,6 +205,7 @@ def test_a_series_gives_the_feature_and_the_time():
         monitor.load_state_dict(state)
         if found := monitor.update(series[start : start + 50]):
             alarms[start] = found
+        assert (found.change_point is None) == (not found)
     assert min(alarms) >= 1250
     last = alarms[1400]
     assert last.features == (3,)

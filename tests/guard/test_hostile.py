@@ -117,6 +117,12 @@ def test_a_feature_that_never_varies_is_not_the_one_that_shifted():
     assert found.excess[2] == 0
 
 
+def test_copies_of_a_feature_that_its_precision_cannot_part_are_named():
+    density = Gaussian.fit(1e6 * X[:, :1].expand(6, 3))
+    with pytest.raises(InputError, match="singular in their precision"):
+        density.sample(3, torch.Generator())
+
+
 def test_features_too_large_to_train_on_are_refused():
     with pytest.raises(InputError, match="training left the numbers"):
         Fingerprint.fit(nn.Linear(3, 2), [1e30 * torch.rand(40, 3) + 1e30], epochs=2)
