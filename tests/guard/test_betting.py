@@ -59,6 +59,19 @@ def test_a_late_change_costs_starting_little():
     assert run(Mixture(), values)[-1] < -200
 
 
+@pytest.mark.parametrize("bets", ALL, ids=lambda b: type(b).__name__)
+def test_a_state_keeps_no_path(bets):
+    state, _ = bets.run(bets.init(torch.Size()), torch.zeros(2000))
+    assert sum(each.untyped_storage().nbytes() for each in state.values()) < 1000
+
+
+def test_no_more_than_the_limit_is_bet_and_nothing_on_a_loser():
+    for bets, first in ((OnlineNewton(limit=0.2), 0.0), (Grapa(limit=0.2), 1e-3)):
+        expected = math.log1p(first) + 4 * math.log(1.2)
+        assert run(bets, [1.0] * 5)[-1] == pytest.approx(expected)
+        assert run(bets, [-1.0] * 5)[-1] == pytest.approx(math.log1p(-first))
+
+
 def test_fractions_that_can_lose_all_are_refused():
     for bad in (
         lambda: Mixture(fractions=(1.0,)),

@@ -174,6 +174,23 @@ def test_the_rejector_takes_any_network_leaves_it_alone_and_repeats():
     Rejector.fit(torch.ones(8, 2), torch.arange(8) > 3, cost=0.3, steps=3).score(torch.ones(2, 2))
 
 
+def test_the_rejector_sees_all_samples_before_any_comes_again():
+    seen = []
+
+    class Noting(nn.Linear):
+        def forward(self, x):
+            seen.append(x[:, 0].tolist())
+            return super().forward(x)
+
+    x = torch.arange(10.0)[:, None]
+    options = {"cost": 0.3, "network": Noting(1, 1), "steps": 6, "batch_size": 4, "lr": 0.0}
+    Rejector.fit(x, x[:, 0] > 4, **options)
+    assert [len(each) for each in seen] == [4, 4, 2] * 2
+    first, second = ([x for part in half for x in part] for half in (seen[:3], seen[3:]))
+    assert sorted(first) == sorted(second) == x[:, 0].tolist()
+    assert first != second
+
+
 def test_fitting_works_inside_inference_mode():
     with torch.inference_mode():
         logits, labels = LOGITS.clone(), LABELS.clone()

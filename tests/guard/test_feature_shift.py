@@ -75,6 +75,18 @@ def test_the_deep_density_is_one_and_its_samples_follow_it():
     torch.testing.assert_close(density.score(at)[:, 0], slope, rtol=1e-4, atol=1e-4)
 
 
+def test_a_deep_density_of_several_features_is_one_and_its_samples_follow_it():
+    chance = torch.Generator().manual_seed(0)
+    x = draw(0, n=3000, d=3, correlation=0.8) * torch.tensor([0.5, 2.0, 1.0])
+    x = x + torch.tensor([1.0, -2.0, 0.0])
+    grid = torch.linspace(-9, 9, 401, dtype=torch.float64)
+    probs = DeepDensity.fit(x[:, :2]).log_prob(torch.cartesian_prod(grid, grid)).exp()
+    assert float(probs.sum()) * 0.045**2 == pytest.approx(1, abs=0.01)
+    drawn = DeepDensity.fit(x).sample(20_000, chance)
+    torch.testing.assert_close(drawn.mean(0), x.mean(0), rtol=0, atol=0.05)
+    torch.testing.assert_close(drawn.T.cov(), x.T.cov(), rtol=0.05, atol=0)
+
+
 def test_the_statistic_is_the_mean_squared_difference_of_scores():
     x, y = draw(0), draw(1)
     value = GaussianScore(samples=50)(x, y, torch.Generator().manual_seed(3))
@@ -134,6 +146,42 @@ def test_p_values_count_the_rounds_that_are_as_large():
     assert found.p_value[2] == 0.01
 
 
+def test_thresholds_are_quantiles_and_the_excess_ranks_the_features():
+    null = torch.rand(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    null *= torch.tensor([1.0, 100.0, 1.0])
+    value = torch.tensor([2.0, 150.0, 0.5], dtype=torch.float64)
+
+    def statistic(x, y, chance):
+        return null if x.dim() > 2 else value
+
+    x = draw(0, n=20, d=3)
+    found = feature_shift(x, x, statistic=statistic, bootstrap=40, alpha=0.3, compromised=2)
+    np.testing.assert_allclose(found.threshold, np.quantile(null, 1 - 0.3 / 3, axis=0))
+    np.testing.assert_allclose(found.excess, (value - null.mean(0)) / null.std(0))
+    assert found.features == (0, 1)
+
+
+def test_the_null_of_a_series_is_of_neighbouring_windows_of_clean_data():
+    cuts = set()
+
+    def statistic(x, y, chance):
+        if x.dim() > 2:
+            for a, b in zip(x[..., 0].long().tolist(), y[..., 0].long().tolist(), strict=True):
+                assert [*a, *b] == list(range(a[0], a[0] + 6))
+                cuts.add(b[0])
+        return x.mean(-2)
+
+    clean = torch.arange(10.0, dtype=torch.float64)[:, None]
+    detector = SeriesShift.fit(clean, window=3, statistic=statistic)
+    assert cuts == {3, 4, 5, 6, 7}
+    assert detector.reference.tolist() == [[7.0], [8.0], [9.0]]
+    assert len(detector.null) == 250
+    early = Monitor(detector).update(clean[:2])
+    assert not early
+    assert early.p_value.tolist() == [1.0]
+    np.testing.assert_allclose(early.threshold, np.quantile(detector.null, 0.95, axis=0))
+
+
 def test_constants_are_finite_and_bad_input_is_refused():
     x, y = draw(0), draw(1)
     x[:, 0] = y[:, 0] = 1.0
@@ -157,6 +205,7 @@ def test_a_series_gives_the_feature_and_the_time():
         monitor.load_state_dict(state)
         if found := monitor.update(series[start : start + 50]):
             alarms[start] = found
+        assert (found.change_point is None) == (not found)
     assert min(alarms) >= 1250
     last = alarms[1400]
     assert last.features == (3,)

@@ -117,6 +117,12 @@ def test_a_feature_that_never_varies_is_not_the_one_that_shifted():
     assert found.excess[2] == 0
 
 
+def test_copies_of_a_feature_that_its_precision_cannot_part_are_named():
+    density = Gaussian.fit(1e6 * X[:, :1].expand(6, 3))
+    with pytest.raises(InputError, match="singular in their precision"):
+        density.sample(3, torch.Generator())
+
+
 def test_features_too_large_to_train_on_are_refused():
     with pytest.raises(InputError, match="training left the numbers"):
         Fingerprint.fit(nn.Linear(3, 2), [1e30 * torch.rand(40, 3) + 1e30], epochs=2)
@@ -152,6 +158,15 @@ def test_a_state_that_could_never_alarm_is_refused(bad):
     with pytest.raises(StateError, match="log_peak"):
         monitor.load_state_dict(monitor.state_dict() | {"log_peak": bad})
     assert monitor.update(torch.ones(100))
+
+
+def test_a_state_that_was_given_or_taken_is_a_copy():
+    monitor = Monitor(Risk(bound=0.5))
+    taken = monitor.state_dict()
+    monitor.load_state_dict(taken)
+    for state in (taken, monitor.state_dict()):
+        state["log_peak"].fill_(100.0)
+    assert not monitor.update(torch.zeros(3))
 
 
 def test_an_alarm_is_raised_where_wealth_is_just_enough():

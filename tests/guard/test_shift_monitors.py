@@ -14,6 +14,7 @@ from testtime._core.errors import InputError, OptionError
 from testtime.guard.betting import Mixture, Starting
 from testtime.guard.collapse import Collapse
 from testtime.guard.exchangeability import Exchangeability
+from testtime.guard.independence import Independence
 from testtime.guard.monitor import Monitor
 from testtime.guard.risk import Risk, upper_bound
 from testtime.guard.two_sample import TwoSample
@@ -53,6 +54,18 @@ def test_p_values_equal_those_of_all_values_kept():
         counts = [1 + int((gap[:t] == j).sum()) for j in range(21)]
         expected = (sum(counts[gap[t] + 1 :]) + blur[t] * counts[gap[t]]) / (21 + t)
         assert p[t, 0] == pytest.approx(float(expected))
+
+
+def test_exchangeability_bets_on_place_and_width_of_the_p_values():
+    test = Exchangeability.fit(draw(0, 20, 2), bets=Mixture(fractions=(0.5,)))
+    stream = draw(1, 30, 2) + 1
+    p = test.p_values(test.init(), stream)[1]
+    f, g = 1 - 2 * p, 4 * (p - 0.5).abs() - 1
+    wealth = torch.stack([1 + each / 2 for each in (f, -f, g, -g)]).cumprod(1).mean(0)
+    state, alarm = test.step(test.init(), stream)
+    torch.testing.assert_close(alarm.parts.exp(), wealth[-1])
+    torch.testing.assert_close(alarm.log_wealth.exp(), wealth[-1].mean())
+    torch.testing.assert_close(state["log_peak"].exp(), wealth.mean(1).max().clamp(min=1))
 
 
 @settings(max_examples=15, deadline=None)
@@ -130,6 +143,93 @@ def test_the_upper_bound_covers_the_mean_and_tightens():
     assert below == (upper_bound(coins[0], alpha=0.05) > 0.35)
 
 
+def test_the_source_and_the_stream_share_alpha():
+    scores = draw(0, 300).sigmoid()
+    risk = Risk.fit(scores, tolerance=0.1, alpha=0.2)
+    assert risk.alpha == 0.1
+    assert risk.bound == pytest.approx(upper_bound(scores, alpha=0.1) + 0.1)
+
+
+def test_an_alarm_is_not_missed_where_wealth_has_fallen_again_within_a_batch():
+    scores = torch.cat([torch.ones(20), torch.zeros(100)])
+    said = Monitor(Risk(bound=0.5, bets=Mixture(fractions=(0.5,)))).update(scores)
+    x = draw(0, 120, 1)
+    y = torch.cat([x[:60], -x[60:]])
+    bets = Mixture(fractions=(0.5,))
+    also = Monitor(Independence(witness="linear", bets=bets)).update(x, y)
+    values, bets = draw(1, 64, 1), Mixture(fractions=(0.9,))
+    values[:8] = 9
+    third = Monitor(Exchangeability.fit(draw(0, 500, 1), bets=bets)).update(values)
+    source = torch.arange(640) % 10
+    adapted = torch.cat([torch.zeros(128).long(), source[128:]])
+    test = Collapse(classes=10, block=8, bets=Mixture(fractions=(0.5,)))
+    last = Monitor(test).update(logits(adapted), logits(source))
+    for alarm in (said, also, third, last):
+        assert alarm.log_wealth < 1
+        assert alarm
+
+
+def test_one_score_says_little_of_a_mean():
+    """Fractions are 1/2 in the mean: 1 + (m - 0.5) / (1 - m) / 2 = 20."""
+    assert upper_bound(torch.tensor([0.5]), alpha=0.05) == pytest.approx(1 - 0.5 / 39)
+
+
+def test_wealth_is_one_before_the_first_bet():
+    few = draw(0, 2, 4)
+    for test in (Collapse(classes=4), Independence(gamma_x=1.0, gamma_y=1.0)):
+        alarm = Monitor(test).update(few, few)
+        assert alarm.log_wealth == 0
+        assert not alarm
+
+
+def test_nothing_of_a_large_batch_is_kept():
+    large = draw(0, 20_001, 4)
+    for test, batch in (
+        (Exchangeability.fit(large[:9]), (large,)), (Risk(bound=0.5), (large[:, 0].sigmoid(),)),
+        (Collapse(classes=4), (large, large)),
+        (Independence(witness="linear"), (large[:4001], large[:4001])),
+        (TwoSample(gamma=1.0, memory=4), (large[:101], large[:101])),
+    ):  # fmt: skip
+        state, _ = test.step(test.init(), *batch)
+        assert sum(each.untyped_storage().nbytes() for each in state.values()) < 10_000
+
+
+def test_options_of_a_fit_are_those_of_the_test():
+    x, y = draw(0, 9, 1), draw(1, 9, 1)
+    options = {"alpha": 0.1, "bets": Mixture(), "memory": 8}
+    pair = Independence.fit(x, y, witness="kcc", **options)
+    assert pair.witness == "kcc"
+    for test in (pair, TwoSample.fit(x, **options)):
+        assert {name: getattr(test, name) for name in options} == options
+    risk = Risk.fit(x.sigmoid()[:, 0], bets=Mixture())
+    fitted = Exchangeability.fit(x, alpha=0.1, bets=Mixture())
+    assert fitted.bets == risk.bets == Mixture()
+    assert fitted.alpha == 0.1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: Exchangeability.fit(draw(0, 9, 1), bins=1),
+        lambda: Exchangeability.fit(draw(0, 9, 1), alpha=0.0),
+        lambda: Risk(bound=0.5, alpha=0.0),
+        lambda: Risk.fit(torch.zeros(99), tolerance=-0.1),
+        lambda: upper_bound(torch.zeros(9), alpha=0.0),
+        lambda: Collapse(classes=1),
+        *[
+            lambda name=name, bad=bad: Collapse(classes=3, **{name: bad})
+            for name, bad in (
+                ("block", 0), ("share", 1.0), ("narrowness", -0.1), ("disagreement", 1.0),
+                ("alpha", 0.0),
+            )
+        ],
+    ],
+)  # fmt: skip
+def test_options_under_which_a_test_says_nothing_are_refused(call):
+    with pytest.raises(OptionError):
+        call()
+
+
 def test_risk_asks_for_scores_in_the_unit_interval_and_for_enough_of_them():
     for bad, said in (
         (torch.tensor([2.0]), "Divide"), (torch.tensor([math.nan]), "NaN"),
@@ -193,6 +293,26 @@ def test_collapse_is_told_from_rare_classes_and_from_useful_changes():
         for a, s in zip(logits(adapted).split(50), logits(beside).split(50), strict=True):
             alarm = monitor.update(a, s)
         assert bool(alarm) == expected
+
+
+def test_collapse_bets_on_what_its_statistics_exceed_their_limits_by():
+    adapted, source = draw(0, 64, 3), draw(1, 64, 3)
+    limits = {"share": 0.2, "narrowness": 0.05, "disagreement": 0.3}
+    test = Collapse(classes=3, block=32, bets=Mixture(fractions=(0.5,)), **limits)
+    wealth = torch.ones(5, dtype=torch.float64)
+    for ours, theirs in zip(adapted.split(32), source.split(32), strict=True):
+        a, s = ours.argmax(1), theirs.argmax(1)
+        p, q = (each.softmax(1).mean(0) for each in (ours, theirs))
+        narrow = float((p * p.log()).sum() - (q * q.log()).sum()) / math.log(3)
+        differ = float((a != s).double().mean())
+        shares = [float(((a == c).double() - (s == c).double()).mean()) for c in range(3)]
+        payoffs = [(each - 0.2) / 1.2 for each in shares]
+        payoffs += [(narrow - 0.05) / 1.05, (differ - 0.3) / 0.3]
+        wealth *= 1 + torch.tensor(payoffs, dtype=torch.float64) / 2
+    parts = torch.stack([wealth[:3].mean(), wealth[3], wealth[4]])
+    alarm = Monitor(test).update(adapted, source)
+    torch.testing.assert_close(alarm.parts.exp(), parts)
+    torch.testing.assert_close(alarm.log_wealth.exp(), parts.mean())
 
 
 def test_collapse_collects_blocks_whatever_the_batches():

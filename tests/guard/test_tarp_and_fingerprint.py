@@ -50,6 +50,21 @@ def test_coverage_is_that_of_the_definition(metric):
     assert bool((found.band[1:-1] > 0).all())
 
 
+def test_units_change_nothing_and_the_band_is_that_of_shares():
+    samples, truth = posterior(0, n=200, count=50, d=2)
+    scale, shift = torch.tensor([1e3, 0.5]), torch.tensor([-7.0, 20.0])
+    plain = tarp(samples, truth, bootstrap=400, seed=3)
+    other = tarp(scale * samples + shift, scale * truth + shift, bootstrap=400, seed=3)
+    torch.testing.assert_close(other.ranks, plain.ranks)
+    share = plain.coverage[1:-1]
+    expected = (share * (1 - share) / 200).sqrt()
+    torch.testing.assert_close(plain.band[1:-1], expected, rtol=0.2, atol=0)
+    assert len(plain.levels) == 21
+    bent = plain.coverage - plain.levels
+    assert plain.deviation == float(bent.abs().max())
+    assert plain.area == pytest.approx(float(bent[11:].mean() - bent[:10].mean()))
+
+
 def test_ranks_on_a_level_are_not_below_it():
     """0.29 * 100 is below 29; ranks here are 0, 1 / 100, ... 1."""
     samples = torch.arange(100.0)[:, None, None].expand(100, 101, 1) + 0.5

@@ -62,6 +62,24 @@ def test_the_first_value_is_that_of_the_batch_and_large_energies_are_no_trouble(
     assert math.isfinite(float(moving_average(torch.tensor(-1e4), log_g)))
 
 
+def test_what_is_tracked_is_no_function_of_the_parameters():
+    log_g = torch.tensor(0.5, requires_grad=True)
+    for log_u in (log_g, 2 * log_g):
+        loss = compositional_likelihood(ZERO, log_g, log_u)
+        (slope,) = torch.autograd.grad(loss, log_g)
+        assert float(slope) == pytest.approx(math.exp(0.5 - float(log_u.detach())))
+    assert not moving_average(log_g, log_g).requires_grad
+    assert not storm(log_g, log_g, log_g).requires_grad
+    with pytest.raises(OptionError, match="rate"):
+        storm(ZERO[0], ZERO[0], ZERO[0], rate=-0.5)
+
+
+def test_a_tenth_of_the_batch_is_taken_where_no_rate_is_given():
+    u, g, before = (torch.tensor(math.log(v)) for v in (2.0, 3.0, 1.0))
+    assert float(moving_average(u, g).exp()) == pytest.approx(0.9 * 2 + 0.1 * 3)
+    assert float(storm(u, g, before).exp()) == pytest.approx(3 + 0.9 * (2 - 1))
+
+
 def test_nce_finds_the_normaliser():
     random = torch.Generator().manual_seed(0)
     data, noise = torch.randn(4000, generator=random), 2 * torch.randn(4000, generator=random)

@@ -52,3 +52,12 @@ def test_bad_calls_are_refused():
     for bad in (torch.ones(3), torch.tensor([1.0, -1.0]), torch.zeros(2)):
         with pytest.raises(InputError, match="number of training samples"):
             diverse_experts_loss(torch.zeros(2, 3, 2), labels, bad)
+    for bad in (labels[:1], labels.float(), torch.tensor([0, 2]), torch.tensor([-100, 0])):
+        with pytest.raises(InputError, match="labels"):
+            diverse_experts_loss(torch.zeros(2, 3, 2), bad, prior)
+
+
+def test_labels_of_any_whole_type_will_do():
+    logits, labels, prior = torch.zeros(2, 3, 2), torch.tensor([0, 1]), torch.tensor([2.0, 1.0])
+    small = diverse_experts_loss(logits, labels.int(), prior)
+    assert small == diverse_experts_loss(logits, labels, prior)

@@ -56,6 +56,13 @@ def test_errors_equal_the_references(dtype, bins):
         assert got.item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_fifteen_bins_are_what_an_error_means_where_none_are_said():
+    logits, labels = draws(1)
+    for measure, known in (*((each, answers(0)) for each in BINNED),
+                           (classwise_calibration_error, (logits.softmax(-1), labels))):  # fmt: skip
+        assert str(measure(*known)) == str(measure(*known, bins=15))
+
+
 def test_brier_and_likelihood_equal_scikit_learn_and_their_definitions():
     logits, labels = draws(2)
     probs = logits.softmax(-1)

@@ -45,6 +45,16 @@ def test_all_equal_scikit_learn(distinct):
     assert fpr_at_95_tpr(scores, positive).item() == pytest.approx(false[true >= 0.95][0])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float16])
+def test_scores_of_any_type_are_ranked(dtype):
+    scores, positive = (
+        torch.tensor([0, 3, 1, 2, 2]),
+        torch.tensor([False, True, False, True, False]),
+    )
+    for measure in (*DETECTIONS, aurc):
+        torch.testing.assert_close(measure(scores.to(dtype), positive), measure(scores, positive))
+
+
 @settings(max_examples=40, deadline=None)
 @given(samples, st.randoms(use_true_random=False))
 def test_order_and_monotone_maps_change_nothing(pair, chance):

@@ -209,6 +209,14 @@ def test_the_two_formulas_meet_where_they_change(edge):
         assert torch.allclose(inside, outside, atol=1e-7)
 
 
+@pytest.mark.parametrize("order", [0.01, 0.2, 0.95, 3.0])
+def test_impossible_classes_count_nothing_in_any_order(order):
+    logits = normal(6, 20, 4).float()
+    masked = torch.cat([logits, torch.full((20, 3), -math.inf)], 1)
+    for measure in (renyi_entropy, tsallis_entropy):
+        torch.testing.assert_close(measure(masked, order=order), measure(logits, order=order))
+
+
 def test_limits_of_the_orders():
     logits = torch.tensor([2.0, 1.0, -1e4, -math.inf])
     assert renyi_entropy(logits, order=0).item() == pytest.approx(math.log(3))
@@ -262,6 +270,8 @@ def test_mutual_information_keeps_its_digits_where_predictions_agree():
 def test_orders_that_do_not_exist_are_refused(measure, order):
     with pytest.raises(OptionError, match="order is"):
         measure(torch.zeros(3), order=order)
+    with pytest.raises(OptionError, match="order is 0"):
+        tsallis_entropy(torch.zeros(3), order=0)
 
 
 def test_shapes_without_a_softmax_or_a_mean_are_refused():

@@ -90,6 +90,9 @@ def test_the_semi_supervised_risk_weighs_its_three_terms():
         + 0.1 * reference.risk(strong.softmax(1), "squared")
     )
     torch.testing.assert_close(squared, expected)
+    usual = semi_supervised_risk(LOGITS[:2], labels.int(), weak, strong)
+    options = {"trade_off": 0.1, "strong_share": 0.1, "distance": "absolute"}
+    assert usual == semi_supervised_risk(LOGITS[:2], labels, weak, strong, **options)
 
 
 @pytest.mark.parametrize(
@@ -103,3 +106,5 @@ def test_other_shapes_are_refused(bad):
 def test_weights_are_checked():
     with pytest.raises(OptionError, match="trade_off is -1"):
         semi_supervised_risk(LOGITS, torch.arange(4) % 3, LOGITS, LOGITS, trade_off=-1)
+    with pytest.raises(OptionError, match="distance is 'cosine'"):
+        label_encoding_risk(LOGITS, distance="cosine")

@@ -98,12 +98,23 @@ def test_gradients_of_equal_rows_and_constant_columns_are_finite():
     assert torch.equal(torch.autograd.grad(matrix_nuclear_norm(same), same)[0], torch.zeros(4, 3))
 
 
+def test_the_size_and_the_sign_of_features_change_nothing():
+    x = normal(0, 9, 4).float().abs()
+    for scale in (-1.0, 1e30, -1e30, 1e-30):
+        torch.testing.assert_close(
+            normalised_rows(scale * x), normalised_rows(x) * math.copysign(1, scale)
+        )
+    below = torch.tensor([[-3e30, 0.0], [-1e30, 0.0]])
+    torch.testing.assert_close(normalised_rows(below), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+
+
 def test_texts():
     table = normal(0, 256, 16)
     said = []
 
     def model(input_ids):
         said.append(input_ids.shape)
+        assert not torch.is_grad_enabled()
         return SimpleNamespace(last_hidden_state=table[input_ids])
 
     def tokenizer(text):

@@ -9,7 +9,7 @@ from scipy import ndimage
 from pictures import SIZES, pictures, run
 from reference import corruptions as reference
 from testtime._core.seeds import generator
-from testtime.streams import digital, spatter
+from testtime.streams import blur, digital, geometry, light, noise, spatter, weather
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -36,6 +36,59 @@ def test_noise_has_the_published_moments(size, severity):
         assert out.std().item() == pytest.approx(expected, rel=0.03), name
     neighbours = run(images, "gaussian_noise", severity)[:, :2].transpose(0, 1).flatten(1)
     assert abs(torch.corrcoef(neighbours)[0, 1]) < 0.02
+
+
+PUBLISHED = {  # of ImageNet-C and of CIFAR-10-C; severities 1 to 5
+    "gaussian_noise": ((0.08, 0.12, 0.18, 0.26, 0.38), (0.04, 0.06, 0.08, 0.09, 0.10)),
+    "shot_noise": ((60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
+    "impulse_noise": ((0.03, 0.06, 0.09, 0.17, 0.27), (0.01, 0.02, 0.03, 0.05, 0.07)),
+    "speckle_noise": ((0.15, 0.2, 0.35, 0.45, 0.6), (0.06, 0.1, 0.12, 0.16, 0.2)),
+    "glass_blur": (
+        ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+        ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
+    ),
+    "motion_blur": (
+        ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+        ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
+    ),
+    "snow": (
+        ((0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
+         (0.55, 0.3, 4, 0.9, 12, 8, 0.7), (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
+         (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55)),
+        ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+         (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+         (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
+    ),
+    "frost": (
+        ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)),
+        ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),
+    ),
+    "fog": (
+        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+        ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
+    ),
+    "spatter": (
+        ((0.65, 0.3, 4, 0.69, 0.6, 0), (0.65, 0.3, 3, 0.68, 0.6, 0), (0.65, 0.3, 2, 0.68, 0.5, 0),
+         (0.65, 0.3, 1, 0.65, 1.5, 1), (0.67, 0.4, 1, 0.65, 1.5, 1)),
+        ((0.62, 0.1, 0.7, 0.7, 0.5, 0), (0.65, 0.1, 0.8, 0.7, 0.5, 0), (0.65, 0.3, 1, 0.69, 0.5, 0),
+         (0.65, 0.1, 0.7, 0.69, 0.6, 1), (0.65, 0.1, 0.5, 0.68, 0.6, 1)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_constants_are_the_published_ones_at_each_severity(name, monkeypatch):
+    """Those of what is random; the others are compared with their originals, pixel by pixel."""
+    asked = []
+
+    def noting(images, severity, *, large, small):
+        asked.append((large, small))
+        return (small if images.shape[-1] < 64 else large)[severity - 1]
+
+    for module in (blur, digital, geometry, light, noise, spatter, weather):
+        monkeypatch.setattr(module, "constants", noting, raising=False)
+    run(pictures(1, 3, 8, 8), name, 1)
+    assert asked == [PUBLISHED[name]]
 
 
 @pytest.mark.parametrize(("size", "share"), [(32, 0.07), (64, 0.27)])

@@ -1,5 +1,6 @@
 """Corruptions at their door: images stay images, a seed decides, bad input is refused."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -151,6 +152,28 @@ def test_names_are_those_of_imagenet_c():
         "jpeg_compression",
     )
     assert len(set(NAMES)) == len(NAMES) == 25
+
+
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_affine_changes_are_those_of_their_severity(severity):
+    """A dot is found again where the matrix of MNIST-C sends it."""
+    images = torch.zeros(8, 1, 57, 57)
+    images[:, :, 27:30, 37:40] = 1  # ten to the right of the middle
+    radians = (0.2, 0.4, 0.6, 0.8, 1.0)[severity - 1]
+    share = (0.9, 0.8, 0.7, 0.6, 0.5)[severity - 1]
+    step = (1, 2, 3, 4, 5)[severity - 1] * 57 / 28
+    places = torch.arange(57.0) - 28
+    for name, x, y in (
+        ("rotation", 10 * math.cos(radians), 10 * math.sin(radians)), ("scale", 10 * share, 0.0),
+        ("translation", 10.0, step),
+    ):  # fmt: skip
+        out = run(images, name, severity)[:, 0]
+        mass = out.sum((1, 2))
+        found_x, found_y = (out.sum(1) @ places) / mass, (out.sum(2) @ places) / mass
+        moved = (found_x - x).abs()
+        expected = torch.full((8,), step if name == "translation" else 0.0)
+        torch.testing.assert_close(moved, expected, atol=0.3, rtol=0)
+        torch.testing.assert_close(found_y.abs(), torch.full((8,), y), atol=0.3, rtol=0)
 
 
 @pytest.mark.parametrize("severity", [0, 6, -1, 2.5, 3.0, "3", True, None, [3], torch.tensor([3, 3]),

@@ -129,6 +129,16 @@ def test_noise_is_fresh_at_every_position_visit_and_seed():
     assert len(both.flatten(1).unique(dim=0)) == 1024
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_whole_type_are_sent_as_long(dtype):
+    pixels, labels = toy().tensors
+    (batch,) = Scenario(domains=("clean",), batch_size=30).stream(
+        TensorDataset(pixels, labels.to(dtype))
+    )
+    assert batch.labels.dtype == torch.long
+    assert torch.equal(batch.labels, labels[batch.indices])
+
+
 def test_clean_images_are_untouched():
     (batch,) = Scenario(domains=("clean",), batch_size=30).stream(toy())
     assert torch.equal(batch.inputs, toy().tensors[0][batch.indices])
@@ -268,6 +278,10 @@ def test_parse_combines_presets_and_options():
         samples=9,
     )
     assert Scenario.parse("rounds=5,recurring").rounds == 5
+    assert Scenario.parse("recurring").rounds == 3
+    listed = Scenario(domains=["fog"], unknown=["noise", "class:2"])
+    assert listed == Scenario(domains=("fog",), unknown=("noise", "class:2"))
+    assert len({listed}) == 1
     assert Scenario.parse("continual,labels=sorted,batch_size=16").labels == "sorted"
 
 

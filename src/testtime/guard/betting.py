@@ -129,7 +129,7 @@ class Grapa:
         squares_before = torch.cat([state["squares"][None], squares[:-1]])
         fractions = (sums_before / squares_before).clamp(0, self.limit)
         path = state["log_wealth"] + (fractions * payoffs).log1p().cumsum(0)
-        return {"log_wealth": path[-1], "sum": total[-1], "squares": squares[-1]}, path
+        return _last(log_wealth=path, sum=total, squares=squares), path
 
 
 @final
@@ -166,7 +166,7 @@ class Mixture:
         """The log wealth of all gamblers together."""
         steps = _log_factors(self.fractions, payoffs.to(state["gamblers"]))
         paths = state["gamblers"] + steps.cumsum(0)
-        return {"gamblers": paths[-1]}, paths.logsumexp(1)
+        return _last(gamblers=paths), paths.logsumexp(1)
 
 
 @final
@@ -224,13 +224,18 @@ class Starting:
         paths = gone + begun.logcumsumexp(0)[1:]
         waiting = tail[1:].log().view(-1, *[1] * (payoffs.dim() - 1))
         together = torch.logaddexp(paths.logsumexp(1), waiting)
-        return {"gamblers": paths[-1], "time": time[-1]}, together
+        return _last(gamblers=paths, time=time), together
 
 
 def _log_factors(fractions: tuple[float, ...], payoffs: Tensor) -> Tensor:
     """ln(1 + λ f) for each fraction, of payoffs in float64: (n, fractions, *streams)."""
     column = payoffs.new_tensor(fractions).view(-1, *[1] * (payoffs.dim() - 1))
     return (column * payoffs[:, None]).log1p()
+
+
+def _last(**paths: Tensor) -> State:
+    """Clones of the last rows: a view would keep all of them."""
+    return {name: path[-1].clone() for name, path in paths.items()}
 
 
 def _check_fractions(name: str, fractions: tuple[float, ...]) -> None:

@@ -144,7 +144,7 @@ class Independence:
         together, peak = state["together"], state["log_peak"]
         if payoffs:
             bets, path = self.bets.run(bets, torch.stack(payoffs))
-            together = path[-1]
+            together = path[-1].clone()
             peak = torch.maximum(peak, log_mean(path.reshape(len(path), -1)).max())
         state = (
             witness.state()

@@ -247,9 +247,8 @@ class Linear:
             covariance = self.across / self.seen
             w = torch.einsum("...d,...de,...e->...", x[0] - x[1], covariance, y[0] - y[1])
             scale = (self.squares / max(self.seen // 2 - 1, 1)).sqrt()
-            ratio = w / scale.clamp(min=1e-300)
             # squares that leave the numbers bet nothing
-            payoff = torch.where(scale > 0, ratio.nan_to_num(nan=0.0), 0).tanh()
+            payoff = torch.where(scale > 0, (w / scale).nan_to_num(nan=0.0), 0).tanh()
             self.squares = self.squares + w.square()
         for point, other in zip(x, y, strict=True):
             self.seen += 1
