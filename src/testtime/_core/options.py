@@ -47,13 +47,19 @@ def check_types(options: Mapping[str, Any], annotations: Mapping[str, Any]) -> N
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) is not bool and isinstance(value, Real)
+    """Whether it is a real number, of a size that a float can have."""
+    if type(value) is bool or not isinstance(value, Real):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:
+        return False
 
 
 def _fits(value: Any, kind: Any) -> bool:
     origin = get_origin(kind)
     if kind is float:
-        return _is_number(value) and not math.isnan(value)
+        return _is_number(value)
     if kind is int:
         return type(value) is not bool and isinstance(value, Integral)
     if kind is None:

@@ -167,10 +167,7 @@ def _value(text: str, name: str, value: Any, default: Any) -> Any:
             "form. Leave it out, or register a method of your own that sets it."
         )
     if isinstance(default, float) and number:
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise OptionError(f"{name} is a number of more digits than a real one has.") from error
+        return float(value)
     fits = value is None or number if default is None else type(value) is type(default)
     if not fits:
         kind = "a number or None" if default is None else f"a value like {default!r}"

@@ -71,7 +71,10 @@ def bench(
     )  # fmt: skip
     unfit: dict[str, str] = {}
     try:
-        rows, failure = execute(cells, out, jobs=jobs, unfit=unfit if "all" in names else None), None
+        rows, failure = (
+            execute(cells, out, jobs=jobs, unfit=unfit if "all" in names else None),
+            None,
+        )
     except WorkFailed as error:
         rows, failure = [row for cell in cells for row in read_cell(out, cell.key) or ()], error
     if json:
