@@ -10,6 +10,7 @@ from models import batches, tiny
 from testtime._core.errors import TesttimeWarning
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.guarding import APART, BEGINNING, MARK, PATIENCE
+from testtime.measures.entropy import entropy
 
 
 @pytest.mark.parametrize("deferred", [False, True])
@@ -37,6 +38,25 @@ def test_a_model_that_is_not_answers_as_its_source_and_learns_nothing(name):
     assert adapter.counts.updates == 0
     fresh = tt.adapt(tiny(), name, **more)
     assert same_state(adapter, fresh)
+
+
+@pytest.mark.parametrize("words", [(True,), (True, False)])
+def test_what_is_told_of_an_answer_is_of_the_one_that_was_given(words):
+    adapter = tt.adapt(tiny(), "tent", guard=Says(*words))
+    for x in batches(2):
+        answer = adapter(x)
+        event = adapter.events[-1]
+        assert event.entropy == pytest.approx(float(entropy(answer).mean()), rel=1e-5)
+        assert event.used == 0
+
+
+def test_chance_stays_where_the_stream_was_when_trust_is_lost():
+    adapter = tt.adapt(tiny(), "cotta", views=2, threshold=1.0, guard=Says(False, True))
+    one, two = batches(2)
+    adapter(one)
+    mark = adapter.snapshot()
+    assert outcomes(adapter, [two]) == [Outcome.ROLLED_BACK]  # after copies were drawn for it
+    assert torch.equal(adapter.snapshot().generator, mark.generator)
 
 
 def test_nobody_vouches_for_a_method_before_the_first_call():
