@@ -123,6 +123,36 @@ def test_lost_trust_restores_a_state_of_before_and_then_the_source():
     assert same_state(adapter, tt.adapt(tiny(), "tent"))
 
 
+def test_trust_that_is_lost_before_a_second_mark_restores_the_source():
+    adapter = tt.adapt(tiny(), "tent", lr=1e-2, guard=Says(False, False, True))
+    got = outcomes(adapter, batches(3))
+    assert got == [Outcome.ADAPTED, Outcome.ADAPTED, Outcome.ROLLED_BACK]
+    assert same_state(adapter, tt.adapt(tiny(), "tent"))
+
+
+def test_a_step_that_taught_nothing_says_so_while_nobody_knows():
+    adapter = tt.adapt(tiny(), "eta", margin=0.0, guard=Says(None))
+    assert set(outcomes(adapter, batches(2))) == {Outcome.NOTHING_RELIABLE}
+    assert adapter.counts.updates == 0
+
+
+def test_of_dense_logits_the_guard_is_shown_another_place_each_time():
+    seen = []
+
+    class Looks(Says):
+        def update(self, adapted: Tensor, source: Tensor) -> bool | None:
+            seen.append(source)
+            return super().update(adapted, source)
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Conv2d(3, 5, 1), batches(1)[0]
+    adapter = tt.adapt(model, "source", guard=Looks(True))
+    outcomes(adapter, [x] * 3)
+    pixels = model(x).detach().flatten(2)
+    places = {int((pixels == each[..., None]).all((0, 1)).nonzero()[0, 0]) for each in seen}
+    assert len(places) == 3
+
+
 def test_trust_comes_back_and_learning_with_it():
     adapter = tt.adapt(tiny(), "tent", guard=Says(False, True, True, False))
     got = outcomes(adapter, batches(6))

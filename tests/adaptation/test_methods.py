@@ -250,6 +250,18 @@ def test_episodic_tent_forgets():
     assert torch.equal(adapter(second), alone)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_answer_after_the_last_step_is_of_the_model_that_took_it(steps):
+    after = tt.adapt(tiny(), replace(tent(lr=1e-2, steps=steps), answer_after=True))
+    before = tt.adapt(tiny(), tent(lr=1e-2, steps=steps))
+    for x in batches(3):
+        before(x)
+        answer = after(x)
+        assert torch.equal(answer, before.predict(x))
+        event = after.events[-1]
+        assert event.entropy == pytest.approx(float(entropy(answer).mean()), rel=1e-5)
+
+
 def double() -> torch.nn.Module:
     return tiny().double()
 
