@@ -40,3 +40,17 @@ def test_bn_adapt_moving_average_is_torch_running_statistics():
             other(x)
             other.eval()
             torch.testing.assert_close(adapter(x), other(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "share"), [({"alpha": 0.3}, 0.3), ({"prior": 6}, 0.25), ({}, 1.0)]
+)
+def test_bn_adapt_mixes_in_the_unbiased_variance_as_torch_does(options, share):
+    x = batches(1, 2)[0][..., :2, :2]
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten()).eval()
+    other = torch.nn.BatchNorm2d(3, momentum=share)
+    other(x)
+    expected = other.eval()(x).flatten(1)
+    unbiased = tt.adapt(model, "bn-adapt", unbiased=True, **options)(x)
+    torch.testing.assert_close(unbiased, expected)
+    assert not torch.allclose(tt.adapt(model, "bn-adapt", **options)(x), expected, atol=1e-4)

@@ -69,6 +69,13 @@ def test_operations_before_each_layer_are_counted_in_order_of_execution():
     assert before["norm2"] == pytest.approx(sum(work[:2]) / sum(work))
 
 
+def test_operations_of_a_layer_count_at_every_token():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Flatten(), nn.Linear(28, 5))
+    norms = norm_layers(model)
+    before = executed(Loan(model, norms), torch.rand(6, 7, 3), norms)
+    assert before["1"] == pytest.approx(7 * 12 / (7 * 12 + 140))
+
+
 @pytest.mark.parametrize(
     ("budget", "layers"), [(2.0, 8), (0.9, 8), (0.75, 7), (0.6, 5), (0.5, 5), (0.1, 5), (0, 5)]
 )

@@ -1,9 +1,12 @@
 """What every method owes its user; the battery runs over all that are registered."""
 
 import copy
+import inspect
+import re
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ import testtime as tt
 from battery import ALL, KINDS, SMALL, WEIGHING, adapter_of, each, refuses, suited
 from models import Headed, batches, tiny
 from testtime._core.errors import TesttimeWarning
+from testtime._core.registry import find
 from testtime.adaptation.parts.prediction import from_teacher, student
+from testtime.adaptation.recipe import describe
 
 CORRECTING = ("lame", "adanpc", "vcotta")
 """Methods that answer with something else than what the model says, which no export can hold."""
@@ -246,3 +251,32 @@ def test_events_are_told():
     assert told[0].loss == pytest.approx(told[0].entropy)
     assert [event.step for event in told] == [1, 2, 3]
     assert told[0].used == told[0].samples == 16
+
+
+BESIDE = {"adanpc": {"gamma": 1}, "domainadaptor": {"loss": "gem-aug"}}
+"""What must be asked for so that all other options of a method matter."""
+
+
+@pytest.mark.parametrize("name", tt.methods())
+def test_every_number_that_is_an_option_makes_another_method(name):
+    method, more = find("method", name), BESIDE.get(name, {})
+    for option, default in method.options.items():
+        if type(default) in (int, float) and option not in more:
+            other = default / 2 or 0.5
+            if isinstance(default, int):
+                other = default // 3 if default > 6 else default + 1
+            changed = method.build(**more, **{option: other})
+            assert describe(changed) != describe(method.build(**more)), option
+
+
+@pytest.mark.parametrize("name", tt.methods())
+def test_the_value_that_an_option_is_said_to_have_is_its_default(name):
+    method = find("method", name)
+    args = inspect.getdoc(method.factory).partition("Args:")[2]
+    for option, default in method.options.items():
+        said = re.search(
+            rf"^    {option}: (.*?)(?=^    \w+: |^$|\Z)", args, re.DOTALL | re.MULTILINE
+        )
+        told = re.findall(r"(?:^|; )(\d+(?:\.\d+)?(?:e-\d+|/\d+)?)", said[1])
+        if told and default and type(default) in (int, float):  # 0 leaves something out
+            assert default in [float(Fraction(each)) for each in told], option

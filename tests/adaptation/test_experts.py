@@ -12,7 +12,7 @@ from reference import experts as reference
 from testtime._core.errors import ScopeError
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.methods.sade import aggregate, agreement, read_experts, sade
-from testtime.adaptation.parts.optimizer import SGD
+from testtime.adaptation.parts.optimizer import SGD, Adam
 from testtime.adaptation.parts.views import moco_view
 
 
@@ -153,6 +153,24 @@ def test_sgd_reproduces_torch(options):
     tensor = torch.randn(4, generator=chance, dtype=torch.float64)
     leaf = nn.Parameter(tensor.clone())
     theirs, ours = torch.optim.SGD([leaf], lr=0.1, **options), SGD(lr=0.1, **options)
+    state = ours.init([tensor])
+    for _ in range(5):
+        leaf.grad = torch.randn(4, generator=chance, dtype=torch.float64)
+        before = tensor.clone()
+        (moved,), state = ours.step(state, [tensor], [leaf.grad])
+        assert torch.equal(tensor, before)
+        theirs.step()
+        tensor = moved
+        torch.testing.assert_close(tensor, leaf.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"betas": (0.8, 0.95), "eps": 1e-2}, {"weight_decay": 0.3}])
+def test_adam_reproduces_torch(options):
+    chance = torch.Generator().manual_seed(0)
+    tensor = torch.randn(4, generator=chance, dtype=torch.float64)
+    leaf = nn.Parameter(tensor.clone())
+    theirs = torch.optim.AdamW([leaf], lr=0.1, **{"weight_decay": 0.0, **options})
+    ours = Adam(lr=0.1, **options)
     state = ours.init([tensor])
     for _ in range(5):
         leaf.grad = torch.randn(4, generator=chance, dtype=torch.float64)

@@ -229,7 +229,9 @@ def test_adanpc_behind_a_batch_normalisation(gamma):
     adapter = tt.adapt(model, "adanpc", source=known, **options)
     begin = len(other.memory)
     for x in batches():
+        foretold = adapter.predict(x)
         got, expected = adapter(x), other(x)
+        assert torch.equal(foretold, got) == (gamma == 1)  # of the scale and shift before the step
         torch.testing.assert_close(got.exp(), expected.exp().float(), rtol=0, atol=1e-4)
         state = adapter.snapshot()
         assert state.memory["labels"].tolist() == [c for _, c in other.memory[begin:]]

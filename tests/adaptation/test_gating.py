@@ -243,6 +243,20 @@ def test_a_monitor_of_one_signal_is_a_gate(tmp_path):
     assert one.events[-1].outcome is Outcome.ADAPTED
 
 
+def test_chance_stays_where_the_stream_is_while_the_source_answers():
+    doubts = {float(entropy(tiny()(x).detach()).mean() / math.log(5)): x for x in batches(12)}
+    least, most = min(doubts), max(doubts)
+    calm, wild, gate = doubts[least], doubts[most], Bound()
+    gate.update = lambda values: bool(values.mean() > (least + most) / 2)
+    adapter = tt.adapt(tiny(), "deyo", entropy_margin=1.0, gate=gate)
+    begin = adapter.snapshot()
+    adapter(wild)
+    assert not torch.equal(adapter.snapshot().generator, begin.generator)
+    adapter.restore(begin)
+    assert outcomes(adapter, [calm]) == [Outcome.LIKE_SOURCE]
+    assert torch.equal(adapter.snapshot().generator, begin.generator)
+
+
 def test_an_error_leaves_the_gate_where_it_was(monkeypatch):
     adapter = tt.adapt(trained(), "tent", gate=True)
     outcomes(adapter, clean(2))

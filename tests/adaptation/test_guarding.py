@@ -10,6 +10,7 @@ from models import batches, tiny
 from testtime._core.errors import TesttimeWarning
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.guarding import APART, BEGINNING, MARK, PATIENCE
+from testtime.measures.entropy import entropy
 
 
 @pytest.mark.parametrize("deferred", [False, True])
@@ -37,6 +38,25 @@ def test_a_model_that_is_not_answers_as_its_source_and_learns_nothing(name):
     assert adapter.counts.updates == 0
     fresh = tt.adapt(tiny(), name, **more)
     assert same_state(adapter, fresh)
+
+
+@pytest.mark.parametrize("words", [(True,), (True, False)])
+def test_what_is_told_of_an_answer_is_of_the_one_that_was_given(words):
+    adapter = tt.adapt(tiny(), "tent", guard=Says(*words))
+    for x in batches(2):
+        answer = adapter(x)
+        event = adapter.events[-1]
+        assert event.entropy == pytest.approx(float(entropy(answer).mean()), rel=1e-5)
+        assert event.used == 0
+
+
+def test_chance_stays_where_the_stream_was_when_trust_is_lost():
+    adapter = tt.adapt(tiny(), "cotta", views=2, threshold=1.0, guard=Says(False, True))
+    one, two = batches(2)
+    adapter(one)
+    mark = adapter.snapshot()
+    assert outcomes(adapter, [two]) == [Outcome.ROLLED_BACK]  # after copies were drawn for it
+    assert torch.equal(adapter.snapshot().generator, mark.generator)
 
 
 def test_nobody_vouches_for_a_method_before_the_first_call():
@@ -101,6 +121,36 @@ def test_lost_trust_restores_a_state_of_before_and_then_the_source():
     assert torch.equal(got["norm1.weight"], adapter.snapshot().tensors["norm1.weight"])
     outcomes(adapter, xs[:12])  # trials, and the source
     assert same_state(adapter, tt.adapt(tiny(), "tent"))
+
+
+def test_trust_that_is_lost_before_a_second_mark_restores_the_source():
+    adapter = tt.adapt(tiny(), "tent", lr=1e-2, guard=Says(False, False, True))
+    got = outcomes(adapter, batches(3))
+    assert got == [Outcome.ADAPTED, Outcome.ADAPTED, Outcome.ROLLED_BACK]
+    assert same_state(adapter, tt.adapt(tiny(), "tent"))
+
+
+def test_a_step_that_taught_nothing_says_so_while_nobody_knows():
+    adapter = tt.adapt(tiny(), "eta", margin=0.0, guard=Says(None))
+    assert set(outcomes(adapter, batches(2))) == {Outcome.NOTHING_RELIABLE}
+    assert adapter.counts.updates == 0
+
+
+def test_of_dense_logits_the_guard_is_shown_another_place_each_time():
+    seen = []
+
+    class Looks(Says):
+        def update(self, adapted: Tensor, source: Tensor) -> bool | None:
+            seen.append(source)
+            return super().update(adapted, source)
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Conv2d(3, 5, 1), batches(1)[0]
+    adapter = tt.adapt(model, "source", guard=Looks(True))
+    outcomes(adapter, [x] * 3)
+    pixels = model(x).detach().flatten(2)
+    places = {int((pixels == each[..., None]).all((0, 1)).nonzero()[0, 0]) for each in seen}
+    assert len(places) == 3
 
 
 def test_trust_comes_back_and_learning_with_it():

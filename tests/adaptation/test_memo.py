@@ -10,11 +10,16 @@ from testtime._core.errors import InputError
 from testtime.adaptation.parts.views import augmix_view, plain, small_augmix_view
 
 
-def test_memo_without_augmentation():
+@pytest.mark.parametrize("shades", [[1.0], [1.0, 0.7, 0.2]])
+def test_memo(shades):
+    def darker(copies, generator):
+        return copies * torch.tensor(shades).view(-1, 1, 1, 1)
+
     x = batches(1, 6)[0]
-    adapter = tt.adapt(tiny(), "memo", lr=1e-2, views=1, augment=plain)
-    expected = reference.memo_without_augmentation(tiny(), x, 1e-2, 1 / 17)
+    adapter = tt.adapt(tiny(), "memo", lr=1e-2, views=len(shades), augment=darker)
+    expected = reference.memo(tiny(), x, 1e-2, 1 / 17, shades)
     torch.testing.assert_close(adapter(x), expected, rtol=0, atol=1e-4)
+    assert adapter.counts.forwards == 6 * (len(shades) + 1)
 
 
 def test_small_images_keep_their_size_in_memo_s_copies():

@@ -3,15 +3,18 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import testtime as tt
 from models import batches, tiny, tiny_vit
 from reference import methods as reference
 from testtime._core.errors import OptionError
+from testtime.adaptation.methods.deyo import shuffle_patches
 from testtime.adaptation.methods.eata import eata
 from testtime.adaptation.methods.ostta import ostta
 from testtime.adaptation.methods.sar import sar
@@ -247,6 +250,18 @@ def test_episodic_tent_forgets():
     assert torch.equal(adapter(second), alone)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_answer_after_the_last_step_is_of_the_model_that_took_it(steps):
+    after = tt.adapt(tiny(), replace(tent(lr=1e-2, steps=steps), answer_after=True))
+    before = tt.adapt(tiny(), tent(lr=1e-2, steps=steps))
+    for x in batches(3):
+        before(x)
+        answer = after(x)
+        assert torch.equal(answer, before.predict(x))
+        event = after.events[-1]
+        assert event.entropy == pytest.approx(float(entropy(answer).mean()), rel=1e-5)
+
+
 def double() -> torch.nn.Module:
     return tiny().double()
 
@@ -326,3 +341,36 @@ def test_what_parts_forward_takes_no_short_cut_in_attention(width, size):
     for x in batches(3, size):
         adapter(x)
     assert all(seen)
+
+
+def test_what_taught_before_is_kept_while_nothing_is_reliable():
+    part, flat, sure = ReliableAndNew(margin=0.4, redundancy=0.6), torch.zeros(4, 5), torch.eye(5)
+    part_of = lambda z, state: part(z, entropy(z), 5, Ranks(), state)  # noqa: E731
+    sure = 9 * sure[:2]
+    _, state = part_of(flat, part.init())
+    assert state == {"mean": None}
+    _, state = part_of(sure, state)
+    torch.testing.assert_close(state["mean"], sure.softmax(1).mean(0))
+    weights, after = part_of(flat, state)
+    assert not weights.any()
+    assert torch.equal(after["mean"], state["mean"])
+    assert not part_of(sure, state)[0].any()  # sure, and not new
+
+
+@pytest.mark.parametrize(("classes", "new"), [(10, [True, False]), (100, [False, False])])
+def test_how_new_a_sample_must_be_depends_on_the_number_of_classes(classes, new):
+    part, seen = ReliableAndNew(margin=0.4, redundancy=None), torch.zeros(classes)
+    seen[0] = 1
+    probs = torch.full((2, classes), 1e-9)
+    probs[:, :2] = torch.tensor([[0.2, 0.8], [0.4, 0.6]])  # cosines of 0.24 and 0.55
+    logits = probs.log()
+    weights, _ = part(logits, entropy(logits), classes, Ranks(), {"mean": seen})
+    assert (weights > 0).tolist() == new
+
+
+def test_tiles_of_an_image_that_they_do_not_divide():
+    x, (one, two) = batches(1, 3)[0][..., :7], (torch.Generator().manual_seed(0) for _ in range(2))
+    scaled = partial(F.interpolate, mode="bilinear", antialias=True, align_corners=False)
+    other = reference.Deyo(tiny(), 0.0, 0.0, 0.0, 0.0, two)
+    expected = scaled(other.shuffled(scaled(x, (6, 6)), 3), (8, 7))
+    torch.testing.assert_close(shuffle_patches(x, patches=3, generator=one), expected)

@@ -85,6 +85,7 @@ def test_a_lead_below_its_error_is_none():
     right = wrong[-len(wrong) // 2 :][:: len(wrong) // 4][:2]
     few[right] = labels[right]  # ahead, but by too few to be told from chance
     assert said(few, source)[-1] is None
+    assert said(source, few)[-1] is None  # nor is it one for the other
     few[wrong[::2]] = labels[wrong[::2]]
     assert said(few, source)[-1] is False
 
@@ -148,6 +149,33 @@ def test_who_mends_a_source_of_one_answer_must_be_even_and_sure():
     assert set(told(same, same)) == {None}
 
 
+def test_answers_that_are_more_even_and_less_sure_must_be_told_more_of():
+    labels = drawn(512)
+    crowded = torch.where(labels % 2 == 0, 0, 5)
+    assert told(0.84 * logits(labels), logits(crowded))[-1] is None
+    assert told(0.96 * logits(labels), logits(labels.clamp(max=7)))[-1] is False  # little more even
+    stuck = torch.where(labels == 1, 1, 0)
+    nearly = torch.where(
+        (drawn(512, 3) < 3) & (labels != 1), 0, labels
+    )  # known, and not quite even
+    assert told(0.8 * logits(nearly), logits(stuck))[-1] is False
+
+
+def test_a_surer_model_that_is_no_more_even_is_not_yet_known_to_know():
+    labels = torch.arange(512) * 3 % 10
+    pairs = labels.view(-1, 2).clone()
+    pairs[::3] = pairs[::3].flip(1)  # answers that differ, each as often as before
+    assert set(told(logits(labels), 0.3 * logits(pairs.flatten()))) == {None}
+
+
+def test_the_last_block_alone_suspends_trust():
+    labels = drawn(512)
+    late = (torch.arange(512) >= 448)[:, None]
+    adapted = torch.where(late, 0.02, 1.0) * logits(labels)
+    source = torch.where(late, 1.0, 0.1) * logits(labels // 2 * 2)
+    assert told(adapted, source)[-2:] == [False, None]
+
+
 def test_answers_spread_by_doubt_are_not_better_where_few_classes_come():
     two = drawn(512, classes=2)
     doubted, sure = logits(blurred(two, 0.5)) / 2, logits(two)
@@ -173,7 +201,7 @@ def test_what_is_kept_of_a_stream_is_bounded():
         guard.update(part, part)
     state = guard.state_dict()
     assert state["answers"].shape[1] <= 1024
-    assert len(state["parts"]) <= 5
+    assert len(state["parts"]) == 4  # of the last 256 samples
     assert state["part"].shape == (2, 11)
 
 

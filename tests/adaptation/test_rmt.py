@@ -107,3 +107,32 @@ def test_rmt_replays_only_labelled_samples():
     for wrong in (torch.zeros(15, dtype=torch.long), torch.zeros(16), torch.full((16,), 5)):
         with pytest.raises(InputError, match="whole number from 0 to 4"):
             tt.fit_source(tiny(), [(x, wrong)], methods=["rmt"])
+
+
+def test_rmt_weighs_its_terms():
+    loader, x = labelled(2, seed=5), batches(1)[0]
+
+    def loss(**options) -> float:
+        recipe = rmt(augment=darker, **options)
+        adapter = tt.adapt(tiny(), recipe, source=tt.fit_source(tiny(), loader, methods=[recipe]))
+        adapter(x)
+        return adapter.events[-1].loss
+
+    alone = loss(contrast=0.0)
+    for part in ({"contrast": 1.0}, {"contrast": 0.0, "replay": 1.0}):
+        whole = loss(**part) - alone
+        assert whole > 0.1
+        assert loss(**{name: 0.3 * value for name, value in part.items()}) - alone == pytest.approx(
+            0.3 * whole, rel=1e-4
+        )
+
+
+def test_rmt_contrast_is_its_definition_at_any_temperature():
+    views = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    views = torch.nn.functional.normalize(views, dim=-1)
+    flat, expected = views.flatten(0, 1), []
+    for a in range(12):
+        log_p = (flat @ flat[a] / 0.7)[[b for b in range(12) if b != a]].log_softmax(0)
+        places = [b for b in range(12) if b != a]
+        expected.append(-sum(log_p[places.index(b)] for b in places if b % 4 == a % 4) / 2)
+    close(contrast(views, temperature=0.7), torch.stack(expected), 1e-12)

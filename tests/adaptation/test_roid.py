@@ -33,6 +33,9 @@ def test_roid_weights_loss_and_prior():
     close(state["mean"], 0.9 / 3 + 0.1 * Z.softmax(1).mean(0))
     prior = PriorCorrection(form="logits")
     close(prior.smoothed(Z.softmax(1)), [0.361181, 0.357403, 0.281416])
+    few = Z[:2].softmax(1)  # fewer than classes: smoothed by 1 / 2 and not by 1 / 3
+    own = 0.5 / few.mean(0).max()
+    close(prior.smoothed(few), (few.mean(0) + own) / (1 + 3 * own))
     bayes = PriorCorrection(form="probs")(Z, Ranks()).softmax(1)
     weighed = Z.softmax(1) * prior.smoothed(Z.softmax(1))
     close(bayes, weighed / weighed.sum(1, keepdim=True))

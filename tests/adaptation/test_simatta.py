@@ -116,6 +116,22 @@ def test_simatta_comes_to_an_end_where_no_draw_differs():
     assert adapter.events[-1].measured["steps"] == 2000
 
 
+@pytest.mark.parametrize(("cold_start", "share"), [(0, 0.5), (2, 0.2)])
+def test_the_loss_that_is_told_is_the_mean_over_steps_of_both_terms(cold_start, share):
+    model, x = torch.nn.Linear(4, 3).eval(), torch.ones(1, 4)
+    log_probs = model(x).detach().log_softmax(1)[0]
+    sure = int(log_probs.argmax())
+    adapter = tt.adapt(
+        model, "simatta", oracle=lambda i, x: i * 0 + (sure + 1) % 3, e_high=0.0, e_low=9.0, lr=0.0,
+        steps=7, cold_start=cold_start,
+    )  # fmt: skip
+    adapter(x)  # the only sample of both, so that all draws are alike
+    event = adapter.events[-1]
+    expected = -(1 - share) * log_probs[sure] - share * log_probs[(sure + 1) % 3]
+    assert event.loss == pytest.approx(float(expected), rel=1e-5)
+    assert (event.measured["steps"], event.used) == (7, 2)
+
+
 def test_simatta_keeps_as_many_sure_samples_as_it_may():
     adapter = tt.adapt(tiny(), "simatta", e_low=2.0, steps=1, capacity=24)
     xs = batches(3)

@@ -189,6 +189,14 @@ def test_petal_and_vcotta_can_be_fitted_at_once():
     assert set(known.entries) == {"weight-posterior", "posterior"}
 
 
+def test_what_needs_one_pass_is_the_same_beside_what_needs_several():
+    alone = tt.fit_source(tiny(), labelled(2), methods=["psmt"])
+    known = tt.fit_source(tiny(), labelled(2), methods=["petal", "psmt"])
+    assert known.samples == alone.samples == 32
+    for name, value in alone["fisher"].items():
+        assert torch.equal(known["fisher"][name], value)
+
+
 def test_petal_refuses_a_posterior_that_diverged():
     with pytest.raises(InputError, match="source_lr"):
         tt.fit_source(tiny(), labelled(2), methods=petal(source_lr=1e30))

@@ -1,5 +1,7 @@
 """VCoTTA: against the reference, its parts against torch, and its warm-up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -10,7 +12,7 @@ from models import batches, tiny
 from reference.vcotta import Vcotta
 from testtime._core.errors import InputError, NeedsSource, ScopeError
 from testtime.adaptation.methods.vcotta import certainty, confident_views, vcotta
-from testtime.adaptation.parts.gaussians import Gaussians, kl_gaussians
+from testtime.adaptation.parts.gaussians import Gaussians, WarmUp, kl_gaussians
 from testtime.adaptation.parts.objective import symmetric_cross_entropy
 
 NOISE = "conv2.bias"  # normalisation removes it: its gradient is rounding noise
@@ -150,6 +152,18 @@ def test_the_warm_up_lowers_the_loss_on_source_data():
     means = {n.partition("/")[2]: v for n, v in known.items() if n.startswith("mean/")}
     with torch.no_grad():
         assert loss(means) < loss(dict(tiny().named_parameters())) - 1
+
+
+def test_the_warm_up_is_drawn_to_its_prior():
+    recipe = vcotta(warm_up=1)
+    near = WarmUp(passes=150, lr=0.05, weight=1e3)
+    recipe = replace(recipe, procedure=replace(recipe.procedure, warm_up=near))
+    known = tt.fit_source(tiny(), labelled(1), methods=recipe)["posterior"]
+    for name, value in known.items():
+        if name.startswith("rho/"):
+            torch.testing.assert_close(value, torch.full_like(value, 0.1), rtol=0, atol=0.1)
+            mean = known[f"mean/{name[4:]}"]
+            torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=0.1)
 
 
 def test_a_model_without_gaussians_is_refused():

@@ -329,8 +329,8 @@ def lame(logits: Tensor, features: Tensor, k: int) -> Tensor:
     return y
 
 
-def memo_without_augmentation(model: nn.Module, x: Tensor, lr: float, alpha: float) -> Tensor:
-    """One step of entropy minimisation on all weights for each image, statistics mixed."""
+def memo(model: nn.Module, x: Tensor, lr: float, alpha: float, shades: list[float]) -> Tensor:
+    """One step on all weights for each image, against the entropy of what its copies say on the mean."""
     answers = []
     for image in x.split(1):
         own = copy.deepcopy(model).requires_grad_(True)
@@ -338,7 +338,8 @@ def memo_without_augmentation(model: nn.Module, x: Tensor, lr: float, alpha: flo
             layer = getattr(model, name)
             setattr(own, name, MixedNorm(layer, alpha))
         optimizer = torch.optim.SGD(own.parameters(), lr=lr)
-        entropy(own(image)).mean().backward()
+        p = own(torch.cat([shade * image for shade in shades])).softmax(1).mean(0)
+        (-(p * p.log()).sum()).backward()
         optimizer.step()
         with torch.no_grad():
             answers.append(own(image))
