@@ -65,6 +65,8 @@ OF_BATCH_NORMS = ("bn-adapt", "rotta", "domainadaptor", "dent")
 BATCH = {"embedded": 200, "resnet50": 16, "resnet50_gn": 16, "vit_s": 16}
 TIMM = {"resnet50": "resnet50", "resnet50_gn": "resnet50_gn", "vit_s": "vit_small_patch16_224"}
 VIEWS = 8
+ALONE = ("memo", "textbook memo")
+"""What adapts to one image at a time, and is measured on one."""
 
 
 class Confident(nn.Module):
@@ -193,16 +195,17 @@ def measure(
     """Rows of one model: a contestant, its ratios, its passes."""
     model, x = make(name, size, device)
     steps = contestants(model, x, size, methods)
-    first, second = x.split(size)
+    second = x[size:]
     for key, step in steps.items():
         told(f"{name}, {size}: {key}, first steps")
         for _ in range(2 if "seconds" in wanted or key not in SLOW else 1):
-            step(first[:1] if key == "memo" else second)
+            step(taken(key, second))
     memory: dict[str, float] = {}
     if "memory" in wanted:
+        memory["inference of one"] = peak_megabytes(steps["inference"], second[:1])
         for key, step in steps.items():
             told(f"{name}, {size}: {key}, memory")
-            memory[key] = peak_megabytes(step, first[:1] if key == "memo" else second)
+            memory[key] = peak_megabytes(step, taken(key, second))
     times: dict[str, list[float]] = {key: [] for key in steps}
     single: list[float] = []
     generator = torch.Generator().manual_seed(0)
@@ -215,8 +218,13 @@ def measure(
             key = order[place]
             if any(slow in key for slow in SLOW) and number and device == "cpu":
                 continue
-            times[key].append(seconds(steps[key], second[:1] if key == "memo" else second))
+            times[key].append(seconds(steps[key], taken(key, second)))
     return [row(name, size, key, steps[key], times, single, memory, device) for key in steps]
+
+
+def taken(key: str, x: Tensor) -> Tensor:
+    """Of a batch, what a contestant is given."""
+    return x[:1] if key in ALONE else x
 
 
 def told(text: str) -> None:
@@ -239,23 +247,24 @@ def row(
     if device != "cpu":
         made["device"] = device
     book = f"textbook {key.partition(',')[0]}"  # of a variant, too
-    if key == "memo":
+    if key in ALONE:
         made["batch"] = 1
     if times[key]:
         made["machine"] = where(device)
         made["milliseconds"] = 1000 * statistics.median(times[key])
         made["to_inference"] = against(
-            [statistics.median(single)] if key == "memo" else times["inference"]
+            [statistics.median(single)] if key in ALONE else times["inference"]
         )
-        if key != "memo":
+        if key not in ALONE:
             made["to_minimal"] = against(times["minimal step"])
         if book in times:
             made["to_textbook"] = against(times[book])
     if memory:
         made["megabytes"] = memory[key]
+        plainly = memory["inference of one" if key in ALONE else "inference"]
         # of what the textbook holds beyond inference
-        if beyond := memory.get(book, memory["inference"]) - memory["inference"]:
-            made["memory_to_textbook"] = (memory[key] - memory["inference"]) / beyond
+        if beyond := memory.get(book, plainly) - plainly:
+            made["memory_to_textbook"] = (memory[key] - plainly) / beyond
     if counts and counts.samples:
         made["forwards"] = counts.forwards / counts.samples
         made["backwards"] = counts.backwards / counts.samples

@@ -27,7 +27,11 @@ PAGE = ROOT / "docs/matrix.md"
 COMMAND = r"""testtime bench --methods all --model embedded:batch,embedded:group --seeds 1 --out runs/matrix \
     --stream all,domains=gaussian_noise+motion_blur+fog+jpeg_compression,samples=128,batch_size=32"""
 
-TOP = """# Methods by streams
+TOP = """---
+hide: [toc]
+---
+
+# Methods by streams
 
 Error in percent of the answers given while adapting, with the paper's options, on Fashion-MNIST
 under corruption at severity 5: {domains}, {samples} images of each, in batches of {batch}; {seeds}.

@@ -22,7 +22,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         "reference/": ["reference/index.md", *reference.nav()],
     }
     config.nav = [
-        {title: generated.get(path, path) for title, path in entry.items()}
+        {title: generated.get(str(path), path) for title, path in entry.items()}
         for entry in config.nav or []
     ]
     return config

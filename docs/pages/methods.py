@@ -13,6 +13,7 @@ import testtime as tt
 from pages.docstring import box, parse
 from testtime._core.errors import ScopeError
 from testtime._core.registry import Entry, entries
+from testtime.adaptation.parts.views import needs_pixels
 from testtime.adaptation.recipe import Recipe, describe
 from testtime.bench.models import load_model
 from testtime.papers.catalogue import catalogue
@@ -196,7 +197,8 @@ def _short(value: Any) -> str:
 
 def _needs(entry: Entry) -> str:
     recipe: Recipe = entry.build()
-    pixels = any(getattr(getattr(recipe, f.name), "pixels", False) for f in fields(recipe))
+    own = (getattr(recipe, field.name) for field in fields(recipe))
+    pixels = any(getattr(part, "pixels", False) for part in own) or needs_pixels(recipe.augment)
     scope = (inspect.getdoc(recipe.scope) or describe(recipe.scope)).partition("\n")[0]
     lines = [
         f"of the source data: {', '.join(_needed(entry))}, from `tt.fit_source`"

@@ -97,3 +97,12 @@ def test_a_third_teaches_and_rows_are_whole(cost):
     for name in ("eta", "sar", "deyo"):
         steps[name](x[9:])
         assert int(steps[name].events[-1].used) == 3
+
+
+def test_what_takes_one_image_at_a_time_is_set_against_one_image(cost):
+    rows = cost.measure("embedded", 8, ["memo"], 1, ["seconds", "memory"])
+    memo, book = ({row["name"]: row for row in rows}[name] for name in ("memo", "textbook memo"))
+    assert memo["batch"] == book["batch"] == 1
+    assert memo["to_textbook"][0] == pytest.approx(memo["milliseconds"] / book["milliseconds"])
+    assert memo["to_textbook"][0] > 0.125  # not one image against eight
+    assert memo["memory_to_textbook"] > 0

@@ -1,7 +1,10 @@
 """The pages: what is generated is whole and runs, and every block of Python that is shown runs."""
 
 import doctest
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,10 @@ def test_a_method_has_a_whole_page_whose_examples_run(name):
     page = methods.page(entries("method")[name], images=2)
     for section in SECTIONS:
         assert re.search(rf"^## {section}\n\n\S", page, re.MULTILINE), section
+    if (
+        "nputs are images in [0, 1]" in page
+    ):  # as the docstring says; the list is made from the recipe
+        assert "\n- images in [0, 1], with normalisation" in page
     assert re.search(r"\*\*Use it when\*\* \w", page)
     assert re.search(r"\*\*Not when\*\* \w", page)
     for option in tt.methods()[name].options:
@@ -88,3 +95,29 @@ def test_every_corruption_has_a_picture():
         if name != "clean":
             assert pictures[f"images/{name}.png"].startswith(b"\x89PNG")
             assert f"images/{name}.png" in corruptions.sheet()
+
+
+def test_the_method_of_a_file_that_is_shown_is_known_by_its_entry_point(tmp_path):
+    page = (ROOT / "docs" / "extending.md").read_text("utf-8")
+    (tmp_path / "margin.py").write_text(re.findall(r"```py\n(.*?)```", page, re.DOTALL)[0], "utf-8")
+    about = tmp_path / "margin-0.1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: margin\nVersion: 0.1\n")
+    (about / "entry_points.txt").write_text("[testtime.method]\nmargin = margin\n")
+    code = """
+import torch, testtime as tt
+from testtime.bench.cells import plan, label
+from testtime.streams.scenarios import Scenario
+model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)).eval()
+adapter = tt.adapt(model, "margin", lr=0.1)
+adapter(torch.randn(8, 4))
+cells = plan(methods=["margin(lr=0.01)"], models=["embedded:batch"], streams=[Scenario()],
+             data="fashion-mnist:sample", seeds=1)
+print(adapter.recipe.optimizer.lr, label(vars(cells[1])))
+"""
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "0.1 margin(lr=0.01)"

@@ -1,5 +1,7 @@
 """Models by name: embedded ones, and those of timm, torchvision, Hugging Face and files."""
 
+import runpy
+import sys
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from testtime.bench.networks import Normalised, SmallResNet, group_norm
 
 EMBEDDED = {"batch": nn.BatchNorm2d, "group": group_norm}
 SPECS = ("embedded:batch", "embedded:group", "timm:NAME", "torchvision:NAME",
-         "torchvision:NAME/WEIGHTS", "hf:NAME", "file:PATH@SPEC")  # fmt: skip
+         "torchvision:NAME/WEIGHTS", "hf:NAME", "file:PATH@SPEC", "file:PATH.py@FUNCTION")  # fmt: skip
 
 
 def load_model(spec: str) -> nn.Module:
@@ -27,11 +29,12 @@ def load_model(spec: str) -> nn.Module:
             that were published with them; `torchvision:NAME/WEIGHTS` for other weights than the
             best, as `torchvision:resnet50/IMAGENET1K_V1` that most papers use; `file:PATH@SPEC`,
             weights from a `.safetensors` or `.pt` file (read with weights_only) in the architecture
-            of SPEC.
+            of SPEC; `file:PATH.py@FUNCTION`, what a function in a file of your own returns, called
+            without arguments; its module takes pixels in [0, 1] and normalises them itself.
 
     Raises:
         UnknownName: no such model.
-        InputError: the weights cannot be had, or do not fit.
+        InputError: the weights cannot be had, or do not fit; or a file of your own makes no model.
         MissingExtra: the library is not installed.
 
     Example:
@@ -61,7 +64,8 @@ def _build(spec: str, *, pretrained: bool) -> nn.Module:
     if source == "embedded" and name in EMBEDDED:
         return _embedded(name)
     if source == "file" and "@" in name:
-        return _from_file(*name.rsplit("@", 1))
+        path, _, own = name.rpartition("@")
+        return _from_python(path, own) if path.endswith(".py") else _from_file(path, own)
     makers = {"timm": _timm, "torchvision": _torchvision, "hf": _hugging_face}
     if source not in makers or not name:
         raise unknown("model", spec, SPECS)
@@ -145,4 +149,25 @@ def _from_file(path: str, spec: str) -> nn.Module:
         (model.model if isinstance(model, Normalised) else model).load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"the weights in {path} do not fit {spec}: {error}") from error
+    return model
+
+
+def _from_python(path: str, name: str) -> nn.Module:
+    """What a function in a user's file returns; the file may import those beside it."""
+    place = Path(path).expanduser().resolve()
+    if not place.is_file():
+        raise InputError(f"there is no file {path}; expected Python with a function {name}.")
+    beside = str(place.parent)
+    sys.path.insert(0, beside)
+    try:
+        model = runpy.run_path(str(place))[name]()
+    except Exception as error:  # code of others fails in ways of its own
+        raise InputError(
+            f"{path}@{name} made no model: {type(error).__name__}: {error}. Expected a function "
+            f"{name}() in that file, which returns a module."
+        ) from error
+    finally:
+        sys.path.remove(beside)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{path}@{name} returned a {type(model).__name__}; expected a module.")
     return model

@@ -32,7 +32,8 @@ def bench(
     model: str = typer.Option(
         "embedded:batch",
         help="Models with commas between: embedded:batch, embedded:group, timm:NAME, "
-        "torchvision:NAME, hf:NAME, file:PATH@NAME.",
+        "torchvision:NAME, hf:NAME, file:PATH@NAME with weights for one of these, or "
+        "file:PATH.py@FUNCTION, what a function of your own returns.",
     ),
     stream: list[str] = typer.Option(  # noqa: B008
         ["continual"],
