@@ -7,7 +7,13 @@ import testtime as tt
 from models import batches, tiny
 from reference import methods as reference
 from testtime._core.errors import InputError
-from testtime.adaptation.parts.views import augmix_view, plain, small_augmix_view
+from testtime.adaptation.parts.views import (
+    augmix_view,
+    crop_and_flip,
+    plain,
+    roid_view,
+    small_augmix_view,
+)
 
 
 @pytest.mark.parametrize("shades", [[1.0], [1.0, 0.7, 0.2]])
@@ -39,6 +45,20 @@ def test_small_images_keep_their_size_in_memo_s_copies():
     adapter = tt.adapt(tiny(), "memo", views=2, augment=small_augmix_view)
     with pytest.raises(InputError, match=r"\[0, 1\]"):
         adapter(3 * batches(1)[0])
+
+
+@pytest.mark.parametrize("augment", [roid_view, crop_and_flip, augmix_view])
+def test_no_copy_of_memo_is_another(augment):
+    seen = []
+    model = tiny()
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    adapter = tt.adapt(model, "memo", views=4, augment=augment)
+    adapter(batches(1, 2)[0].clamp(0, 1))
+    copies = [batch for batch in seen if len(batch) == 4]
+    assert len(copies) == 2
+    for four in copies:
+        apart = torch.cdist(four.flatten(1), four.flatten(1)).fill_diagonal_(1)
+        assert float(apart.min()) > 1e-3
 
 
 def test_memo_does_not_remember_order():

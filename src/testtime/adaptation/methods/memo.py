@@ -22,11 +22,35 @@ from testtime.adaptation.parts.objective import marginal_entropy
 from testtime.adaptation.parts.optimizer import SGD
 from testtime.adaptation.parts.scope import all_parameters
 from testtime.adaptation.parts.statistics import MixedStatistics
-from testtime.adaptation.parts.views import Augment, augmix_view, needs_pixels
+from testtime.adaptation.parts.views import (
+    Augment,
+    augmix_view,
+    cotta_view,
+    needs_pixels,
+    roid_view,
+)
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
 from testtime.adaptation.steps import Step
 from testtime.measures.entropy import entropy
+
+ONE_DRAW = (cotta_view, roid_view)
+"""Views that draw once for a whole batch."""
+
+
+def copies_of(image: Tensor, count: int, augment: Augment, generator: torch.Generator) -> Tensor:
+    """Changed copies of one image (1, ...), made together.
+
+    The views of `ONE_DRAW` are called for each copy: together, all would be the same.
+
+    Example:
+        >>> made = copies_of(torch.rand(1, 3, 8, 8), 4, roid_view, torch.Generator())
+        >>> made.shape
+        torch.Size([4, 3, 8, 8])
+    """
+    if augment in ONE_DRAW:
+        return torch.cat([augment(image, generator) for _ in range(count)])
+    return augment(image.expand(count, *image.shape[1:]), generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +83,7 @@ class EachImage:
         losses: list[Tensor] = []
         worst = Outcome.ADAPTED
         for image in x.split(1):
-            copies = self.augment(image.expand(self.count, *image.shape[1:]), engine.generator)
+            copies = copies_of(image, self.count, self.augment, engine.generator)
             evidence = Evidence(engine, state, engine.leaves(state), copies)
             adapted, outcome, measured = engine.learn(evidence)
             worst = outcome if outcome is not Outcome.ADAPTED else worst
@@ -109,7 +133,8 @@ def memo(
         views: V; 64 (code; CIFAR-10: 32).
         prior: N; layers with statistics use 1 / (N + 1) of the batch's; 16 (code).
         augment: makes the copies; for small images, as the code for CIFAR-10,
-            `small_augmix_view` of `adaptation.parts.views`.
+            `small_augmix_view` of `adaptation.parts.views`. One of your own is given the image V
+            times, and has to draw for each.
 
     Example:
         >>> memo(views=8).procedure.count
