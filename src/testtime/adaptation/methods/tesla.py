@@ -358,7 +358,8 @@ def tesla(
     30 degrees (the range is published with equal ends), and the student learns on the view that was
     made hard. Departures: lambda_1 weighs the step on sizes as it weighs that on the selection; a
     queue never holds more than Q of a class; all kinds of normalisation layers count in lambda_1's
-    term; weak copies are cropped without enlarging the image first.
+    term; weak copies are cropped without enlarging the image first; averages of statistics move by
+    0.1 of each batch, in the code by the momentum that each layer has (0.1 is torch's default).
 
     Example:
         >>> tesla(queue=256, operations=4).procedure.queue
