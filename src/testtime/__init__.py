@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from testtime import decode
     from testtime._core.errors import TesttimeError
+    from testtime._core.registry import register
     from testtime.adaptation.adapter import Adapter
     from testtime.adaptation.api import adapt, methods
     from testtime.adaptation.events import Event
@@ -31,6 +32,7 @@ __all__ = [
     "decode",
     "fit_source",
     "methods",
+    "register",
     "replace",
 ]
 
@@ -44,6 +46,7 @@ _HOMES = {
     "decode": "testtime.decode",
     "fit_source": "testtime.adaptation.fitting",
     "methods": "testtime.adaptation.api",
+    "register": "testtime._core.registry",
     "replace": "dataclasses",
 }
 

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -20,6 +21,7 @@ ROOMS = {
 
 _entries: dict[str, dict[str, "Entry"]] = {kind: {} for kind in ROOMS}
 _loaded: set[str] = set()
+EMPTY = inspect.Parameter.empty
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -48,7 +50,10 @@ class Entry:
             if option not in self.options:
                 raise OptionError(f"{self.name}: {unknown('option', option, self.options)}")
         known = inspect.signature(self.factory, eval_str=True).parameters
-        check_types(options, {name: known[name].annotation for name in options})
+        told = {
+            name: value for name, value in options.items() if known[name].annotation is not EMPTY
+        }
+        check_types(told, {name: known[name].annotation for name in told})
         return self.factory(**options)
 
 
@@ -64,19 +69,37 @@ class Info:
 
 
 def register(
-    kind: str, *, paper: str, name: str = "", needs: tuple[str, ...] = ()
+    kind: str, *, paper: str = "", name: str = "", needs: tuple[str, ...] = ()
 ) -> Callable[[F], F]:
     """Decorator: enters a factory under its own name (underscores become hyphens) or `name`.
 
+    Every option of the factory has a default, and its annotation, if any, is what values are checked by.
+
     Args:
-        kind: of entry, a key of `ROOMS`.
+        kind: of entry: "method", "decoding" or "check".
         paper: slug of the catalogue; "" for none.
         name: where it is another than the factory's.
         needs: what a caller gives besides options. A method leaves it out: its recipe says it.
+
+    Raises:
+        UnknownName: no such kind.
+        OptionError: another module has that name; the name is not letters, digits, hyphens and the
+            like; or an option has no default or no name.
+
+    Example:
+        >>> from testtime.adaptation.methods.tent import tent
+        >>> register("method", paper="tent")(tent) is tent  # as its file does; again changes nothing
+        True
     """
+    if kind not in ROOMS:
+        raise unknown("kind of entry", kind, ROOMS)
 
     def enter(factory: F) -> F:
-        entry = Entry(name or factory.__name__.replace("_", "-"), paper, factory, needs)
+        own = name or getattr(factory, "__name__", repr(factory)).replace("_", "-")
+        _check(kind, own, factory)
+        entry = Entry(own, paper, factory, needs)
+        if not factory.__module__.startswith(ROOMS[kind]):
+            _load(kind)  # names of the library are taken, also those that nobody asked for yet
         owner = _entries[kind].setdefault(entry.name, entry)
         if owner.factory.__module__ != factory.__module__:
             raise OptionError(
@@ -88,16 +111,38 @@ def register(
     return enter
 
 
+def _check(kind: str, name: str, factory: Any) -> None:
+    if not callable(factory):
+        raise OptionError(
+            f"{factory!r} cannot be registered; expected a function that makes a {kind}"
+        )
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise OptionError(
+            f"{name!r} is no name for a {kind}; expected letters, digits, '-', '.' and '+' alone, as "
+            f"register({kind!r}, name='my-{kind}')"
+        )
+    for option in inspect.signature(factory).parameters.values():
+        if option.default is option.empty or option.kind is option.POSITIONAL_ONLY:
+            raise OptionError(
+                f"{name}: {option} has no default or no name; expected options as in "
+                f"def {factory.__name__}(*, lr: float = 1e-3)"
+            )
+
+
 def entries(kind: str) -> Mapping[str, Entry]:
     """All entries of a kind: the files of its folder, then entry points `testtime.<kind>`."""
     if kind not in _loaded:
-        folder = importlib.import_module(ROOMS[kind])
-        for module in pkgutil.iter_modules(folder.__path__, f"{ROOMS[kind]}."):
-            importlib.import_module(module.name)
+        _load(kind)
         for point in entry_points(group=f"testtime.{kind}"):
             point.load()
         _loaded.add(kind)
     return dict(sorted(_entries[kind].items()))
+
+
+def _load(kind: str) -> None:
+    folder = importlib.import_module(ROOMS[kind])
+    for module in pkgutil.iter_modules(folder.__path__, f"{ROOMS[kind]}."):
+        importlib.import_module(module.name)
 
 
 def infos(kind: str) -> dict[str, Info]:

@@ -119,6 +119,11 @@ def adapt(
         if budget is not None and "budget" in entry.options:
             options, budget = {**options, "budget": budget}, None
         recipe = entry.build(**options)
+        if not isinstance(recipe, Recipe):
+            raise OptionError(
+                f"the method {method!r} made a {type(recipe).__name__}; expected a tt.Recipe, which "
+                "its function returns"
+            )
         if recipe.needs and source is None:
             given = ", ".join(f"{name}={value!r}" for name, value in options.items())
             usual = recipe.needs == entry.build().needs
