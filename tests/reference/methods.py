@@ -96,6 +96,7 @@ class Sar:
         self.e0, self.rho, self.recover, self.lr = e0, rho, recover, lr
         self.restart()
         self.resets = 0
+        self.told: list[tuple[int, float | None]] = []  # how many taught, and their loss
 
     def restart(self) -> None:
         self.model.load_state_dict(self.start)
@@ -106,6 +107,7 @@ class Sar:
         z = self.model(x)
         first = entropy(z) < self.e0
         if not first.any():
+            self.told.append((0, None))
             return z.detach()
         grads = torch.autograd.grad(entropy(z)[first].mean(), self.learnt)
         norm = sum(g.square().sum() for g in grads).sqrt()
@@ -123,9 +125,11 @@ class Sar:
             for p, o in zip(self.learnt, old, strict=True):
                 p.copy_(o)
         if not second.any():
+            self.told.append((0, None))
             return z.detach()
         self.optimizer.step()
         value = float(loss.detach())
+        self.told.append((int(second.sum()), value))
         self.average = value if self.average is None else 0.9 * self.average + 0.1 * value
         if self.average < self.recover:
             self.restart()

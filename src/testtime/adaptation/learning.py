@@ -58,10 +58,10 @@ def learn(evidence: Evidence) -> Learned:
         with torch.enable_grad():
             again, _ = _select(evidence, state.selection)
             both = again if weights is None else (weights * (again != 0))  # who may here and there
-            loss, measured["used"] = _loss(evidence, both)
+            loss, used = _loss(evidence, both)
+        measured = {"used": used, "loss": None if loss is None else loss.detach()}
         if loss is None:
             return kept, Outcome.NOTHING_RELIABLE, measured
-        measured["loss"] = loss.detach()
         grads = _gradient(loss, evidence)
     moved = _moved(kept, evidence, grads)  # a device has it to do before it is waited for
     value = number(loss, grads)
@@ -162,7 +162,7 @@ def _restored(
     if recipe.recovery is not None:
         average, recovered = recipe.recovery(state.loss_average, loss)
         if recovered:
-            return replace(engine.fresh(), loss_average=None), Outcome.RECOVERED, measured
+            return engine.fresh(), Outcome.RECOVERED, measured
         state = replace(state, loss_average=average)
     return state, Outcome.ADAPTED, measured
 
