@@ -269,3 +269,43 @@ def test_what_is_no_guard_is_refused():
         tt.adapt(tiny(), "tent", guard=NeverWorse)
     with pytest.raises(OptionError, match="has no update"):
         tt.adapt(tiny(), "tent", guard=lambda a, b: True)
+
+
+class Partly(Spoilt):
+    """Answers NaN of dark samples once anything was learnt, or while nothing was, or always."""
+
+    def __init__(self, learnt: bool | None) -> None:
+        super().__init__(learnt is True)
+        self.always = learnt is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed = not torch.equal(self.net.norm2.bias, self.source)
+        spoilt = self.always or changed == self.learnt
+        return self.net(x).masked_fill((x.amax((1, 2, 3)) == 0)[:, None] & spoilt, math.nan)
+
+
+@pytest.mark.parametrize("learnt", [False, None, True])
+def test_samples_that_one_model_alone_answers(learnt):
+    shown = []
+
+    class Looks(Says):
+        def update(self, adapted: Tensor, source: Tensor) -> bool | None:
+            shown.append(torch.stack([adapted, source]))
+            return super().update(adapted, source)
+
+    (first, x), model = batches(2), Partly(learnt)
+    x[3] = 0
+    adapter, plain = (tt.adapt(model, "tent", lr=1e-2, guard=g) for g in (Looks(False), None))
+    adapter(first)
+    plain(first)
+    foretold, own, source = adapter.predict(x), plain.predict(x), model(x).detach()
+    answer, expected = adapter(x), source if learnt else own
+    for given in (foretold, answer):
+        torch.testing.assert_close(given, expected, rtol=0, atol=0, equal_nan=True)
+    if learnt:  # what was learnt does not answer where its source does
+        assert adapter.events[-1].outcome is Outcome.ROLLED_BACK
+        assert len(shown) == 1
+    else:
+        assert shown[-1].shape == (2, 15, 5)
+        assert shown[-1].isfinite().all()
+        assert answer[3].isfinite().all() == (learnt is False)

@@ -1,5 +1,8 @@
 """Never worse than frozen: what is done where a guard trusts, distrusts, or does not know."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +13,7 @@ from models import batches, tiny
 from testtime._core.errors import TesttimeWarning
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.guarding import APART, BEGINNING, MARK, PATIENCE
+from testtime.adaptation.methods.tent import tent
 from testtime.measures.entropy import entropy
 
 
@@ -40,14 +44,15 @@ def test_a_model_that_is_not_answers_as_its_source_and_learns_nothing(name):
     assert same_state(adapter, fresh)
 
 
-@pytest.mark.parametrize("words", [(True,), (True, False)])
+@pytest.mark.parametrize("words", [(True,), (True, False), (None,)])
 def test_what_is_told_of_an_answer_is_of_the_one_that_was_given(words):
-    adapter = tt.adapt(tiny(), "tent", guard=Says(*words))
-    for x in batches(2):
+    adapter = tt.adapt(tiny(), replace(tent(lr=1e-2), outlier=entropy), guard=Says(*words))
+    for x in batches(3):
         answer = adapter(x)
         event = adapter.events[-1]
         assert event.entropy == pytest.approx(float(entropy(answer).mean()), rel=1e-5)
-        assert event.used == 0
+        torch.testing.assert_close(event.measured["outlier"], entropy(answer))
+        assert event.used == (16 if None in words or adapter.counts.updates else 0)
 
 
 def test_chance_stays_where_the_stream_was_when_trust_is_lost():
@@ -207,3 +212,28 @@ def test_all_batches_are_looked_at_again_once_trust_has_come_back():
     before = adapter.counts.forwards
     outcomes(adapter, batches(2 * APART, size=64))
     assert adapter.counts.forwards - before < 1.5 * 2 * APART * 64
+
+
+def test_samples_that_teach_while_nobody_knows_count_between_two_marks():
+    adapter = tt.adapt(tiny("group"), "tent", guard=Says(False, *[None] * 8, False, True))
+    plain = tt.adapt(tiny("group"), "tent")
+    xs = batches(11, size=MARK // 8)
+    plain(xs[0])
+    got = outcomes(adapter, xs)
+    assert got[1:9] == [Outcome.UNSURE] * 8
+    assert got[-2:] == [Outcome.ADAPTED, Outcome.ROLLED_BACK]
+    assert same_state(adapter, plain)  # the older of two marks, of the first batch
+
+
+def test_the_source_is_restored_whenever_patience_ends():
+    adapter = tt.adapt(tiny("group"), "tent", guard=Says(False, False, True))
+    xs, fresh = batches(9, size=MARK), tt.adapt(tiny("group"), "tent")
+    assert outcomes(adapter, xs)[-1] is Outcome.ROLLED_BACK
+    assert not same_state(adapter, fresh)
+    held = [adapter.snapshot().tensors]
+    for x in xs[:4]:
+        adapter(x)
+        held.append(adapter.snapshot().tensors)
+    # PATIENCE is twice a batch here: waited for by the one that cost the trust, and one more
+    assert [one is two for one, two in pairwise(held)] == [True, False, True, False]
+    assert same_state(adapter, fresh)

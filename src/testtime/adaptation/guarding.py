@@ -123,7 +123,9 @@ def guarded(
     if done is None:
         yield theirs[0] if worse is None else output
         done = ended(steps)
-    return _unsure(seen, done, theirs, size) if worse is None else _watched(seen, done, size)
+    return (
+        _unsure(engine, seen, done, theirs, size) if worse is None else _watched(seen, done, size)
+    )
 
 
 def _sizes(engine: Engine, x: Tensor, state: State) -> tuple[float, float]:
@@ -215,18 +217,23 @@ def _tried(
 ) -> Step:
     """A trial that was not lost; where it was not won either, one learns again, unheard."""
     if seen["worse"] is None:
-        seen = {**seen, "since": seen["since"] + size}
         return _given_back(engine, x, state, seen, theirs, Outcome.GUARDED)
     measured: dict[str, Any] = {"entropy": entropy(ours[1]).mean(), "used": 0}
     step = Step(*ours, state, Outcome.TRUSTED, measured)
     return _watched(seen, engine.settled(step, x, state), size)
 
 
-def _unsure(seen: dict[str, Any], done: Step, theirs: tuple[Any, Tensor], size: float) -> Step:
+def _unsure(
+    engine: Engine, seen: dict[str, Any], done: Step, theirs: tuple[Any, Tensor], size: float
+) -> Step:
     """The step was taken, and the source answers. Its state is none to roll back to."""
+    output, logits = theirs[0], rows(theirs[1])
     outcome = Outcome.UNSURE if done.outcome is Outcome.ADAPTED else done.outcome
     state = replace(done.state, guard={**seen, "since": seen["since"] + size})
-    return Step(theirs[0], rows(theirs[1]), state, outcome, done.measured)
+    measured = {**done.measured, "entropy": entropy(logits).mean()}
+    if engine.recipe.outlier is not None:
+        measured["outlier"] = engine.recipe.outlier(logits)
+    return Step(output, logits, state, outcome, measured)
 
 
 def _given_back(
