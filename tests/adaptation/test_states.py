@@ -219,3 +219,67 @@ def test_what_is_loaded_begins_in_memory_where_torch_would_begin_it(tmp_path):
         adapter.save(tmp_path / "state")
         adapter.load(tmp_path / "state")
         assert not any(t.data_ptr() % 64 for t in adapter.snapshot().tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("tent", "tensors"), ("adanpc", "beside"), ("rotta", "averages"), ("cotta", "teacher"),
+        ("rotta", "teacher_averages"),
+    ],
+)  # fmt: skip
+def test_a_state_that_holds_what_is_no_number_is_refused_wherever_that_is(name, field):
+    adapter = adapter_of(name, **({"gamma": 2} if name == "adanpc" else {}))
+    adapter(batches(1)[0])
+    mark = adapter.snapshot()
+    held = getattr(mark, field)
+    last = list(held)[-1]
+    for wrong in (math.nan, math.inf):
+        spoilt = {**held, last: held[last] + wrong}
+        with pytest.raises(StateError, match=f"NaN or infinite values of {last}"):
+            adapter.restore(replace(mark, **{field: spoilt}))
+    assert adapter.snapshot() is mark
+
+
+@pytest.mark.parametrize("other", [lambda t: t[1:], lambda t: t.to("meta")])
+def test_a_state_of_other_shapes_or_of_another_device_is_refused(other):
+    adapter = adapter_of("tent")
+    adapter(batches(1)[0])
+    mark = adapter.snapshot()
+    spoilt = {**mark.tensors, "norm2.bias": other(mark.tensors["norm2.bias"])}
+    with pytest.raises(StateError, match=r"another model: it adapts norm2.bias of shape"):
+        adapter.restore(replace(mark, tensors=spoilt))
+    assert adapter.snapshot() is mark
+
+
+def test_what_is_loaded_lies_in_memory_as_it_did(tmp_path):
+    """Kernels round by that, too."""
+    model = tiny().to(memory_format=torch.channels_last)
+    adapter = tt.adapt(model, "cotta", views=2, restore=0.0)
+    adapter(batches(1)[0])
+    turned = adapter.snapshot().tensors["conv2.weight"].mT
+    adapter.restore(replace(adapter.snapshot(), memory={"turned": turned, "part": turned[:, ::2]}))
+    mark = adapter.snapshot()
+    adapter.save(tmp_path / "state")
+    adapter.load(tmp_path / "state")
+    now = adapter.snapshot()
+    strides = {name: t.stride() for name, t in mark.tensors.items()}
+    assert strides["conv2.weight"] != torch.empty(8, 6, 3, 3).stride()
+    assert {name: t.stride() for name, t in now.tensors.items()} == strides
+    assert now.memory["turned"].stride() == turned.stride()
+    assert alike(now.memory, mark.memory)
+
+
+def test_chance_of_a_state_without_steps_is_its_own():
+    xs = batches(3, 8)
+    first, second = (
+        adapter_of("deyo", blocks_registered_backwards(), seed=seed, entropy_margin=0.9)
+        for seed in (1, 2)
+    )
+    mark = first.snapshot()
+    second.restore(mark)  # before a batch has shown in which order layers run
+    assert not torch.equal(mark.generator, adapter_of("deyo").snapshot().generator)
+    for x in xs:
+        assert torch.equal(second(x), first(x))
+        assert torch.equal(second.snapshot().generator, first.snapshot().generator)
+    assert not torch.equal(second.snapshot().generator, mark.generator)

@@ -157,9 +157,9 @@ def _flatten(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
         while prefix in tensors:  # names within may hold what joins them
             prefix += "/"
         tensors[prefix] = tree
-        order = sorted(range(tree.dim()), key=lambda d: -tree.stride(d))
-        if tree.is_contiguous() or not tree.permute(order).is_contiguous():
+        if tree.is_contiguous():
             return {"tensor": prefix}
+        order = sorted(range(tree.dim()), key=lambda d: -tree.stride(d))
         return {"laid": [prefix, order]}
     if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
         return {"dict": {k: _flatten(v, f"{prefix}/{k}", tensors) for k, v in tree.items()}}
