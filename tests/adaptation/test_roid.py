@@ -1,11 +1,15 @@
 """ROID against its reference, step by step over ten batches."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 
 import testtime as tt
 from following import T, Z, assert_follows, close, darker
-from models import batches, tiny
+from models import batches, tiny, tiny_vit
 from reference import teachers as reference
 from testtime.adaptation.methods.roid import (
     CertainAndDiverse,
@@ -26,9 +30,11 @@ def test_symmetric_cross_entropy():
 
 def test_roid_weights_loss_and_prior():
     part = CertainAndDiverse(temperature=1 / 3, momentum=0.9)
-    weights, state = part(Z, entropy(Z), Ranks(), part.init())
+    weights, state = part(Z, Z, entropy(Z), Ranks(), part.init())
     close(weights / 0.5, [3.835425, 0, 20.085537, 0])  # half of the batch teaches
     close(soft_likelihood_ratio(Z), [-0.575430, 0.511337, -1.821900, 0.685637])
+    certain = soft_likelihood_ratio(torch.tensor([[90.0, 0.0]], dtype=torch.double))
+    assert float(certain) == pytest.approx(-0.99 * math.log(99 + 1e-5), abs=1e-9)
     close(Z.softmax(1).mean(0), [0.426478, 0.413843, 0.159680])
     close(state["mean"], 0.9 / 3 + 0.1 * Z.softmax(1).mean(0))
     prior = PriorCorrection(form="logits")
@@ -49,6 +55,16 @@ def test_roid(kind):
     assert [event.used for event in adapter.events] == other.taught
     assert all(0 < used < 16 for used in other.taught)
     assert adapter.counts.forwards == 160 + sum(other.taught)
+
+
+def rows() -> nn.Module:
+    """Batches of equal rows have no variance: what is left of them is rounding, enlarged."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Flatten(), nn.Linear(192, 10), nn.BatchNorm1d(10), nn.ReLU()]
+        return nn.Sequential(
+            *layers, nn.Linear(10, 10), nn.BatchNorm1d(10), nn.Linear(10, 5)
+        ).eval()
 
 
 def test_roid_draws_its_views_from_the_adapters_generator():
@@ -75,11 +91,27 @@ def test_roid_keeps_to_the_source():
     assert roid(momentum=1.0).restoration([Z], [T])[0] is Z
 
 
-def test_roid_learns_from_a_batch_of_equal_samples():
-    adapter = tt.adapt(tiny("group"), "roid", augment=darker)
-    x = batches(1)[0][:1].expand(4, -1, -1, -1)
-    assert adapter(x).isfinite().all()
-    assert adapter.events[-1].used == 4
+@pytest.mark.parametrize("size", [2, 3, 5, 13])
+@pytest.mark.parametrize("make", [tiny, partial(tiny, "group"), tiny_vit, rows])
+def test_roid_learns_from_a_batch_of_equal_samples(make, size):
+    adapter = tt.adapt(make(), "roid", augment=darker)
+    for x in batches(2):
+        assert adapter(x[:1].expand(size, -1, -1, -1)).isfinite().all()
+        assert adapter.events[-1].used == size
+
+
+def test_samples_that_are_alike_weigh_the_same_however_their_answers_were_rounded():
+    part = CertainAndDiverse(temperature=1 / 3, momentum=0.9)
+    noise = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    logits, same = Z[:1] + 1e-3 * noise, torch.rand(1, 3, 8, 8).expand(16, -1, -1, -1).clone()
+    weights, _ = part(same, logits, entropy(logits), Ranks(), part.init())
+    assert weights.tolist() == [1.0] * 16
+    same[3, 2, 1, 0] += 1e-6
+    weights, _ = part(same, logits, entropy(logits), Ranks(), part.init())
+    assert 0 < int((weights > 0).sum()) < 16
+    mirrored = torch.tensor([[2.0, 0.0], [0.0, 2.0]])  # as sure, and as unlike the mean
+    weights, _ = part(mirrored, mirrored, entropy(mirrored), Ranks(), part.init())
+    assert weights.tolist() == [1.0, 1.0]
 
 
 def test_roid_view_neither_blurs_nor_adds_noise():

@@ -58,14 +58,19 @@ class CertainAndDiverse:
         return {"mean": None}
 
     def __call__(
-        self, logits: Tensor, entropies: Tensor, ranks: Ranks, state: dict[str, Any]
+        self,
+        inputs: Tensor,
+        logits: Tensor,
+        entropies: Tensor,
+        ranks: Ranks,
+        state: dict[str, Any],
     ) -> tuple[Tensor, dict[str, Any]]:
         probs = at_least_single(logits.detach()).softmax(-1)
         mean = state["mean"]
         if mean is None:
             mean = torch.full_like(probs[0], 1 / probs.shape[-1])
         unlike = 1 - F.cosine_similarity(mean[None], probs, dim=1)
-        diversity = _unit(ranks.gather(unlike))
+        diversity = _differ(inputs, ranks) * _unit(ranks.gather(unlike))
         certainty = _unit(ranks.gather(-entropies.detach()))
         common = diversity < diversity.mean()
         weights = torch.exp(diversity * certainty / self.temperature).masked_fill(common, 0)
@@ -73,6 +78,13 @@ class CertainAndDiverse:
         weights = weights * (1 - common.to(weights.dtype).mean())
         fresh = self.momentum * mean + (1 - self.momentum) * ranks.mean(probs)
         return ranks.own(weights, len(probs)), {"mean": fresh}
+
+
+def _differ(inputs: Tensor, ranks: Ranks) -> Tensor:
+    """Whether samples differ at all. Answers to equal ones may: rows of a product round each its own
+    way, and normalised by a batch without variance that is all there is."""
+    other = inputs != ranks.gather(inputs[:1])[:1]
+    return ranks.sum(other.any().float()) > 0
 
 
 def _unit(values: Tensor) -> Tensor:
@@ -184,7 +196,7 @@ def roid(
 
     Departures from the code: B is the size of the batch at hand, in the code the configured one,
     also for a shorter last batch; a batch of samples that are all alike teaches with weights of
-    one, where the code divides zero by zero.
+    one, where the code divides zero by zero, or takes for weights how their answers were rounded.
 
     Example:
         >>> roid(momentum=0.9).restoration.momentum
