@@ -40,7 +40,10 @@ def cotta(
     Use when: domains come and go for a long time, and compute and memory are at hand.
 
     Not when: answers must be quick: it takes three forwards, and 32 more for batches whose source
-    confidence is low; all weights adapt, and are held three times.
+    confidence is low; all weights adapt, and are held three times. Nor where views are never
+    averaged, with `threshold=0` or on batches that are surer than it from the first on: teacher and
+    student then say the same, the gradient is zero, and what moves the weights is its rounding, of
+    which Adam makes whole steps.
 
     Args:
         lr: step size of Adam; 1e-3 for CIFAR (code; ImageNet: SGD 0.01).
