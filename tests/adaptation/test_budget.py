@@ -213,3 +213,12 @@ def test_what_a_guard_takes_between_answer_and_update_is_no_cost_of_the_update(c
             adapter(x)
     assert guarded.plan().spending == plain.plan().spending
     assert guarded.counts.updates == plain.counts.updates
+
+
+def test_updates_that_took_no_longer_than_an_answer_took_nothing(costs):
+    costs.update(plain=2.0, step=1.0)
+    adapter = tt.adapt(deep(), "tent", budget=0.0)
+    for x in batches(6):
+        adapter(x)
+    told = adapter.plan().spending
+    assert (told.update, told.total, told.learnt) == (0, 0, 4 / 6)

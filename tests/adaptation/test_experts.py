@@ -58,6 +58,10 @@ def test_weights_and_answers_follow_the_reference(floor):
         list(zip(seen[::2], seen[1::2], strict=True)) + [(None, None)] * (8 - len(seen) // 2),
         experts=3, lr=0.5, momentum=0.9, decay=5e-4, floor=floor,
     )  # fmt: skip
+    before = [np.full(3, 1 / 3), *path]
+    for step, (one, two) in enumerate(zip(seen[::2], seen[1::2], strict=True)):
+        expected = -reference.agreement(one, two, before[step])
+        assert adapter.events[step].loss == pytest.approx(expected, abs=1e-7)
     for answer, experts, w in zip(answers, plain, path, strict=True):
         expected = np.tensordot(experts, softmax(w), (1, 0))
         np.testing.assert_allclose(answer.numpy(), expected, atol=1e-7)

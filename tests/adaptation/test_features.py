@@ -23,7 +23,7 @@ from testtime._core.errors import (
     StateError,
 )
 from testtime._core.outcomes import Outcome
-from testtime.adaptation.methods.cafa import cafa, intra_and_inter, mahalanobis
+from testtime.adaptation.methods.cafa import ClassAlignment, cafa, intra_and_inter, mahalanobis
 
 
 def labelled(count: int, *, seed: int = 5) -> list[tuple[Tensor, Tensor]]:
@@ -147,6 +147,13 @@ def test_a_feature_on_its_mean_has_a_finite_loss_and_gradient():
     loss = (intra.log() - inter.log()).sum()
     assert loss.isfinite()
     assert torch.autograd.grad(loss, g)[0].isfinite().all()
+
+
+def test_features_that_do_not_vary_at_all_have_a_factor_all_the_same():
+    part = ClassAlignment(tied=True, shrinkage=0.01)
+    zeros = torch.zeros(2, 2, dtype=torch.double)
+    factor = part.factor({"covariance": zeros, "count": torch.ones(3)})
+    torch.testing.assert_close(factor, 1e-6 * torch.eye(2, dtype=torch.double))
 
 
 @pytest.mark.parametrize("reduction", ["sample", "batch"])

@@ -15,7 +15,7 @@ from models import batches, tiny, tiny_vit
 from reference import features as reference
 from testtime._core.errors import InputError, ScopeError, StateError
 from testtime._core.outcomes import Outcome
-from testtime.adaptation.methods.foa import foa
+from testtime.adaptation.methods.foa import discrepancy, foa
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.evolution import CovarianceAdaptation
 
@@ -121,6 +121,8 @@ def test_predict_changes_nothing_and_is_the_source_at_first():
 def test_a_batch_of_one_and_bad_input():
     adapter = adapter_of()
     assert adapter(batches(1, 1)[0]).isfinite().all()
+    assert adapter.events[-1].outcome is Outcome.ADAPTED  # by the mean alone
+    assert float(discrepancy(torch.tensor([[3.0, 4.0]]), torch.zeros(2), torch.ones(2))) == 25
     mark = adapter.snapshot()
     with pytest.raises(InputError, match="NaN"):
         adapter(batches(1)[0] * math.nan)

@@ -257,3 +257,10 @@ def test_a_class_that_is_left_out_is_no_answer_missing():
 def test_options_out_of_range_are_refused(option):
     with pytest.raises(OptionError):
         NeverWorse(**option)
+
+
+def test_two_models_that_are_as_sure_but_for_rounding():
+    labels = drawn(512) % 6  # too few classes to be called even
+    source = logits(labels // 3 * 3)
+    trusted = {scale: told(scale * logits(labels), source)[-1] for scale in (1, 0.9999, 0.999)}
+    assert trusted == {1: False, 0.9999: False, 0.999: None}

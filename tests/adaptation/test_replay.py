@@ -167,3 +167,14 @@ def test_linear_layers_of_what_lies_otherwise_are_computed():
     with Recorded(6, dear=1, least=1) as recorded:
         layer(torch.randn(6, 8, 2).transpose(1, 2))
     assert not recorded.kept
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs", "kept"),
+    [(32, 256, 1024, 1), (31, 256, 1024, 0), (33, 255, 1020, 0), (32, 256, 1025, 0)],
+)
+def test_what_is_kept_took_many_multiplications_and_is_not_wide(tokens, inputs, outputs, kept):
+    layer = nn.Linear(inputs, outputs).requires_grad_(False)
+    with torch.no_grad(), Recorded(2) as recorded:
+        layer(torch.zeros(2, tokens, inputs))
+    assert len(recorded.kept) == kept

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import testtime as tt
+from testtime.adaptation import moments
 from testtime.adaptation.moments import FAR, InGroups, Quick, of_batch
 
 SHAPES = [(16, 5, 300), (3, 7, 31, 17), (1, 4, 9, 9), (2, 3, 5, 4, 3)]
@@ -141,3 +142,27 @@ def test_a_model_answers_and_learns_by_them_where_a_batch_is_large():
     with Named():
         adapter(x)
     assert "aten::linalg_vector_norm" in names
+
+
+@pytest.mark.parametrize(("values", "rows"), [(1 << 14, True), ((1 << 14) - 1, False)])
+def test_small_tensors_are_torchs(values, rows):
+    x = draw(2, 4, values).requires_grad_()
+    with Quick():
+        y = F.batch_norm(x, None, None, training=True)
+    assert (type(y.grad_fn).__name__ == "_OfBatchBackward") == rows
+
+
+def test_a_single_value_of_a_channel_is_refused_as_torch_does():
+    with Quick(least=1), pytest.raises(ValueError, match="more than 1 value per channel"):
+        F.batch_norm(draw(1, 3, 1), None, None, training=True)
+
+
+def test_rows_are_added_up_where_the_mean_is_near_zero_and_by_torch_where_it_is_not(monkeypatch):
+    asked, by_torch = [], moments._by_torch
+    monkeypatch.setattr(moments, "_by_torch", lambda x: (asked.append(x), by_torch(x))[1])
+    x = draw(4, 3, 3000)
+    x[:, 1] += 3.8
+    x[:, 2] += 4.2
+    of_batch(x, least=1)
+    assert [each.shape[1] for each in asked] == [1]
+    assert torch.equal(asked[0], x[:, 2:])

@@ -244,3 +244,15 @@ def test_data_that_no_rule_describes_are_told_of_before_the_model_adapts():
         source = tt.fit_source(model, [(values, labels)], methods=["sqrl"])
     adapter = tt.adapt(model, "sqrl", source=source)
     assert torch.equal(adapter(values), model(values))
+
+
+def test_every_third_sample_validates_and_batches_are_groups():
+    values, labels = table()
+    _, source = linear(values, labels)
+    place = torch.arange(150)
+    expected = class_rules(
+        values, labels, (place >= 80).long(), place % 3 == 2,
+        purity=0.9, validated=0.8, limit=1000,
+    )  # fmt: skip
+    assert len(expected["label"]) > 2
+    assert as_set(source["rules"]) == as_set(expected)

@@ -1,5 +1,7 @@
 """STAMP against its reference; its memory, its scores, and the parts that it brought."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -73,6 +75,11 @@ def test_what_leaves_is_always_the_oldest_of_its_class(labels, capacity):
         held.append((place, label))
     assert held == sorted(held)
     assert len(held) == min(capacity, len(labels))
+
+
+def test_doubt_of_one_who_is_certain_is_what_keeps_the_logarithm_finite():
+    sure = torch.tensor([[900.0, 0.0, 0.0]], dtype=torch.float64)
+    assert float(doubt(sure)) == pytest.approx(-math.log(1 + 1e-5), rel=1e-6)
 
 
 def test_recorded_weights():

@@ -125,7 +125,7 @@ def affords(account: Account, samples: int, budget: float) -> bool:
     if len(account["step"]) < 2:
         return True
     plain, step = _held(account["plain"]), _held(account["step"])
-    spent = (account["learnt"] + samples) * max(step - plain, 0.0)
+    spent = (account["learnt"] + samples) * (step - plain)
     return spent <= budget * plain * (account["samples"] + samples) * (1 + 1e-9)
 
 

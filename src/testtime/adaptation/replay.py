@@ -24,7 +24,7 @@ WIDE = 4
 """Values of an output for each of what it was computed from, up to which it is kept for a few: what the
 blocks of residual networks and transformers widen to, but not what mobile networks do."""
 LEAST = 1 << 13
-"""Values of a sample's output below which looking it up costs as much as computing it."""
+"""Values of a sample's input below which looking its output up costs as much as computing it."""
 
 
 class Kept(NamedTuple):
