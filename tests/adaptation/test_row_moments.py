@@ -152,9 +152,28 @@ def test_small_tensors_are_torchs(values, rows):
     assert (type(y.grad_fn).__name__ == "_OfBatchBackward") == rows
 
 
-def test_a_single_value_of_a_channel_is_refused_as_torch_does():
+def test_what_torch_refuses_is_refused():
     with Quick(least=1), pytest.raises(ValueError, match="more than 1 value per channel"):
         F.batch_norm(draw(1, 3, 1), None, None, training=True)
+    with Quick(least=1), pytest.raises(RuntimeError, match="running_mean must be defined"):
+        F.batch_norm(draw(2, 3, 4), None, None)
+
+
+def test_transforms_of_functions_are_torchs():
+    def slope(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: F.batch_norm(x, None, None, training=True).cos().sum())(x)
+
+    x = draw(4, 3, 5)
+    with Quick(least=1):
+        ours = slope(x)
+    assert torch.equal(ours, slope(x))
+
+
+def test_rows_are_joined_in_double_precision():
+    values = (256 * (3 + draw(5000, 2, 1))).round() / 256  # of few digits: sums of a row are exact
+    x = values.expand(-1, -1, 4).contiguous()
+    found = of_batch(x, least=1)
+    assert all(torch.equal(one, two.float()) for one, two in zip(found, exact(x), strict=True))
 
 
 def test_rows_are_added_up_where_the_mean_is_near_zero_and_by_torch_where_it_is_not(monkeypatch):

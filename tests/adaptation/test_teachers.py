@@ -12,12 +12,10 @@ from models import batches, tiny
 from reference import teachers as reference
 from reference.methods import configured
 from testtime._core.errors import InputError, NeedsSource
-from testtime.adaptation.methods.petal import Posterior, PosteriorPenalty, petal
-from testtime.adaptation.methods.psmt import SelectiveTeacher
+from testtime.adaptation.methods.petal import petal
 from testtime.adaptation.methods.vcotta import vcotta
 from testtime.adaptation.parts.objective import symmetric_cross_entropy, symmetric_with_teacher
 from testtime.adaptation.parts.preservation import FisherPenalty, LeastImportant, quantile
-from testtime.adaptation.parts.teacher import MovingTeacher
 from testtime.bench.models import load_model
 from testtime.streams.data import load_data, stack
 
@@ -202,20 +200,3 @@ def test_what_needs_one_pass_is_the_same_beside_what_needs_several():
 def test_petal_refuses_a_posterior_that_diverged():
     with pytest.raises(InputError, match="source_lr"):
         tt.fit_source(tiny(), labelled(2), methods=petal(source_lr=1e30))
-
-
-def test_entries_of_the_teacher_return_to_the_source_where_the_student_s_do():
-    part = SelectiveTeacher(chosen=LeastImportant(share=0.5), teacher=MovingTeacher(momentum=0.9))
-    student, teacher = part(
-        [torch.tensor([5.0, 6, 7, 8])], [torch.zeros(4)], [torch.tensor([1.0, 9, -8, -2])],
-        [torch.full((4,), 10.0)],
-    )  # fmt: skip
-    close(student[0], [0.0, 6, 7, 0])
-    close(teacher[0], [0.0, 9.6, 9.7, 0])
-
-
-def test_the_posterior_holds_by_half_of_its_precision():
-    part = PosteriorPenalty(weight=4.0, posterior=Posterior(passes=2, lr=0.1))
-    found = {"mean a": torch.tensor([1.0, 1]), "var a": torch.tensor([0.5, 0.0])}
-    value = part({"a": torch.tensor([3.0, 1.001])}, {"weight-posterior": found})
-    assert float(value) == pytest.approx(2 * (4 / (0.5 + 1e-6) + 0.001**2 / 1e-6), rel=1e-3)

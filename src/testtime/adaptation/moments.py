@@ -257,8 +257,7 @@ class Quick(Watching):
         running_var: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None,
         training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
     ) -> Tensor:  # fmt: skip
-        quick = training and running_mean is None and running_var is None
-        quick = quick and _in_rows(input, self.least)
+        quick = training and running_mean is None and _in_rows(input, self.least)
         if not quick or torch._C._are_functorch_transforms_active():
             more = running_mean, running_var, weight, bias, training, momentum, eps
             return go_on(input, *more)

@@ -183,7 +183,7 @@ class Recovery:
     def __post_init__(self) -> None:
         in_range(-math.inf, threshold=self.threshold)
 
-    def __call__(self, average: float | None, loss: float) -> tuple[float | None, bool]:
-        """The average after this loss (None after a recovery), and whether to recover."""
+    def __call__(self, average: float | None, loss: float) -> tuple[float, bool]:
+        """The average after this loss, and whether to recover, which forgets it."""
         average = loss if average is None else 0.9 * average + 0.1 * loss
-        return (None, True) if average < self.threshold else (average, False)
+        return average, average < self.threshold
