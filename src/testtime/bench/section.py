@@ -32,7 +32,7 @@ class Section:
 
     Args:
         rows: of this model and stream.
-        look: colour and dash of each method, from `styles`.
+        look: colour, dash and symbol of each method, from `styles`.
     """
 
     def __init__(self, rows: Rows, look: dict[str, dict[str, Any]]) -> None:

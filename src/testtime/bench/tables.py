@@ -8,8 +8,12 @@ from typing import Any
 from testtime.bench.cells import label
 
 SLOTS = 6
-DASHES = ("solid", "6px,3px", "2px,3px", "9px,3px,2px,3px", "9px,3px,2px,3px,2px,3px")
-"""Colours besides the grey of the source model; further methods repeat them with another dash."""
+"""Colours besides the grey of the source model; further methods repeat them in another line."""
+LINES = (
+    ("solid", "circle"), ("6px,3px", "diamond"), ("2px,3px", "square"), ("9px,3px,2px,3px", "cross"),
+    ("9px,3px,2px,3px,2px,3px", "triangle-up"),
+)  # fmt: skip
+"""Dash and symbol of each round of colours, as Plotly and SVG read them."""
 
 COLUMNS = (
     ("error", "Error", "%", "Mean error over domains, then seeds; ± standard deviation over seeds"),
@@ -55,18 +59,19 @@ DIGITS = {"nll": 3, "brier": 3, "ece": 3, "peak_memory_mb": 1} | {
 
 
 def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour slot and dash of each method, as Plotly and SVG read it; slot 0 stays the source's own.
+    """Colour slot, dash and symbol of each method; slot 0 stays the source's own.
 
     Example:
         >>> styles(["source", "tent", "sar"])["sar"]
-        {'slot': 2, 'dash': 'solid'}
+        {'slot': 2, 'dash': 'solid', 'symbol': 'circle'}
     """
     others = [name for name in dict.fromkeys(labels) if name != "source"]
-    own = {
-        name: {"slot": i % SLOTS + 1, "dash": DASHES[i // SLOTS % len(DASHES)]}
-        for i, name in enumerate(others)
-    }
-    return {"source": {"slot": 0, "dash": DASHES[0]}} | own
+    look: dict[str, dict[str, Any]] = {}
+    for place, name in enumerate(("source", *others)):
+        dash, symbol = LINES[max(place - 1, 0) // SLOTS % len(LINES)]
+        slot = (place - 1) % SLOTS + 1 if place else 0
+        look[name] = {"slot": slot, "dash": dash, "symbol": symbol}
+    return look
 
 
 def number(value: float, digits: int, *, sign: bool = False) -> str:

@@ -3,7 +3,6 @@
   const { styles, sections } = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const SYMBOL = ["circle", "diamond", "square"];
   const mode = sections.map(() => "running");
   let shown = 0;
 
@@ -43,7 +42,7 @@
       type: "scatter", mode: time.batch.length > 1 ? "lines" : "markers", name: plain(name),
       x: time.batch.map((b) => b + 1), y: time[mode[i]], opacity: on.has(name) ? 1 : 0.28,
       line: { color: color(name), width: on.has(name) ? (name === "source" ? 2.6 : 2) : 1, dash: styles[name].dash },
-      marker: { color: color(name), size: 9, symbol: SYMBOL[round(name)] },
+      marker: { color: color(name), size: 9, symbol: styles[name].symbol },
       hoverinfo: on.has(name) ? undefined : "skip", hovertemplate: on.has(name) ? "%{y:.1f} %" : undefined,
     }));
     traces.sort((a, b) => a.opacity - b.opacity || (a.name === "source") - (b.name === "source"));
@@ -118,7 +117,7 @@
     let low = Infinity;
     const front = [...points].sort((a, b) => a.x - b.x || a.y - b.y).filter((p) => p.y < low && (low = p.y, true));
     const dots = points.map((p) => ({ type: "scatter", mode: "markers", x: [p.x], y: [p.y], name: plain(p.name),
-      marker: { color: color(p.name), symbol: SYMBOL[round(p.name)], size: 12, line: { color: css("--page"), width: 1 } },
+      marker: { color: color(p.name), symbol: styles[p.name].symbol, size: 12, line: { color: css("--page"), width: 1 } },
       error_y: { type: "data", array: [p.std ?? 0], visible: p.std > 0, color: color(p.name), thickness: 1.2, width: 3 },
       hovertemplate: `<b>${plain(p.name)}</b><br>error ${p.y.toFixed(2)} %<br>${key === "time" ? p.x.toFixed(2) + " × the time of source" : (p.x * 1000).toFixed(1) + " ms per batch"}<extra></extra>` }));
     draw(node, [{ type: "scatter", mode: "lines", x: front.map((p) => p.x), y: front.map((p) => p.y), hoverinfo: "skip",
