@@ -199,10 +199,10 @@ def test_work_that_failed_ends_with_one_and_names_the_cell(tmp_path, monkeypatch
 
 
 def test_what_finished_is_shown_beside_what_failed(tmp_path, monkeypatch):
-    attempt = runner.attempt
+    attempt, failing = runner.attempt, ["tent"]
 
     def some(cell, notice):
-        return Failure(text="no memory") if cell.method == "tent" else attempt(cell, notice)
+        return Failure(text="no memory") if cell.method in failing else attempt(cell, notice)
 
     monkeypatch.setattr(runner, "run_all", lambda cells, jobs, notice: (
         (cell, some(cell, notice)) for cell in cells))  # fmt: skip
@@ -216,6 +216,10 @@ def test_what_finished_is_shown_beside_what_failed(tmp_path, monkeypatch):
     again = call(app, [*words, "--json"])
     assert again.exit_code == 1
     assert {row["method"] for row in json.loads(again.stdout)} == {"source", "bn-adapt"}
+    monkeypatch.setattr(runner, "_weights", lambda model: "of a file that has changed")
+    failing.append("bn-adapt")
+    last = call(app, [*words, "--json"])  # what it gave with the old weights is no result of this
+    assert {row["method"] for row in json.loads(last.stdout)} == {"source"}
 
 
 @pytest.mark.parametrize(("name", "says"), [("reproduce", False), ("bench", True)])

@@ -63,7 +63,6 @@ def bench(
     """
     from testtime._core.errors import WorkFailed  # noqa: PLC0415
     from testtime.bench.cells import split_methods  # noqa: PLC0415
-    from testtime.bench.store import read_cell  # noqa: PLC0415
 
     names = split_methods(methods)
     cells = cells_of(
@@ -71,13 +70,13 @@ def bench(
         device=device, threads=threads, paced=paced,
     )  # fmt: skip
     unfit: dict[str, str] = {}
+    finished: dict[str, list[dict[str, Any]]] = {}
+    failure = None
     try:
-        rows, failure = (
-            execute(cells, out, jobs=jobs, unfit=unfit if "all" in names else None),
-            None,
-        )
+        execute(cells, out, jobs=jobs, finished=finished, unfit=unfit if "all" in names else None)
     except WorkFailed as error:
-        rows, failure = [row for cell in cells for row in read_cell(out, cell.key) or ()], error
+        failure = error
+    rows = [row for cell in cells for row in finished.get(cell.key, ())]
     if json:
         print_json(rows)
     elif rows:
@@ -106,11 +105,17 @@ def cells_of(
 
 
 def execute(
-    cells: "Sequence[Cell]", out: Path, *, jobs: int = 1, unfit: dict[str, str] | None = None
+    cells: "Sequence[Cell]",
+    out: Path,
+    *,
+    jobs: int = 1,
+    finished: dict[str, list[dict[str, Any]]] | None = None,
+    unfit: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Runs the cells while telling of it on standard error, and returns their rows.
 
-    Methods that are not for a model are noted in `unfit`, with the reason; without it they fail.
+    Rows are noted by key in `finished`, so that they are known where others fail. Methods that are not
+    for a model are noted in `unfit`, with the reason; without it they fail.
     """
     from testtime.bench.cells import label  # noqa: PLC0415
     from testtime.bench.runner import run  # noqa: PLC0415
@@ -133,6 +138,8 @@ def execute(
                 said = "was finished before"
             else:
                 said = f"{sum(row['error'] for row in rows) / len(rows):.2f} % error"
+            if rows is not None and finished is not None:
+                finished[cell.key] = rows
             watch.end(cell.key, f"{name(cell)}: {said}")
 
         def note(cell: "Cell", why: str) -> None:
