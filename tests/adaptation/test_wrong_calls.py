@@ -88,6 +88,8 @@ def test_options_that_are_no_numbers_are_refused(name, option):
         ("tent", {"steps": 1.5}),
         ("tent", {"episodic": "yes"}),
         ("tent", {"lr": math.inf}),
+        ("tent", {"lr": 10**5000}),
+        ("tent", {"steps": -(10**5000)}),
         ("sar", {"batch_size": 0}),
         ("sar", {"rho": -1.0}),
         ("sar", {"scope": "norm"}),

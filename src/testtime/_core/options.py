@@ -21,7 +21,7 @@ def in_range(low: float, high: float = math.inf, /, **options: Any) -> None:
     for name, value in options.items():
         if not (_is_number(value) and math.isfinite(value) and low <= value <= high):
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise OptionError(f"{name} is {value!r}; expected a number, {bounds}")
+            raise OptionError(f"{name} is {shown(value)}; expected a number, {bounds}")
 
 
 def whole(low: int, /, **options: Any) -> None:
@@ -34,7 +34,7 @@ def whole(low: int, /, **options: Any) -> None:
     """
     for name, value in options.items():
         if not (_fits(value, int) and value >= low):
-            raise OptionError(f"{name} is {value!r}; expected a whole number, at least {low}")
+            raise OptionError(f"{name} is {shown(value)}; expected a whole number, at least {low}")
 
 
 def check_types(options: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
@@ -43,7 +43,21 @@ def check_types(options: Mapping[str, Any], annotations: Mapping[str, Any]) -> N
         kind = annotations[name]
         kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
         if not any(_fits(value, kind) for kind in kinds):
-            raise OptionError(f"{name} is {value!r}; expected {' or '.join(map(_say, kinds))}")
+            said = " or ".join(map(_say, kinds))
+            raise OptionError(f"{name} is {shown(value)}; expected {said}")
+
+
+def shown(value: Any) -> str:
+    """The value as it is written; Python writes out no whole number of more than 4300 digits.
+
+    Example:
+        >>> shown(0.5), shown(10**5000)
+        ('0.5', 'int too long to be shown')
+    """
+    try:
+        return repr(value)
+    except ValueError:
+        return f"{type(value).__name__} too long to be shown"
 
 
 def _is_number(value: Any) -> bool:
