@@ -194,7 +194,8 @@ class Loan:
             worth_it = lean and self.own_functions and x.numel() >= MANY
             keeping = Lean() if worth_it else nullcontext()
             of_batch = self.own_functions and isinstance(statistics, BatchStatistics)
-            quick = Quick() if of_batch and x.is_cpu and x.numel() >= MANY else nullcontext()
+            large = x.is_cpu and x.numel() >= groups * MANY  # as each batch would alone
+            quick = Quick() if of_batch and large else nullcontext()
             shorter = activations is not None and self.own_functions and torch.is_grad_enabled()
             short = kept_as(activations, self.parameters) if shorter else nullcontext()  # pyright: ignore[reportArgumentType]
             apart = InGroups(groups) if groups > 1 else nullcontext()
