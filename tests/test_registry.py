@@ -35,6 +35,13 @@ def test_a_function_without_annotations_gets_its_name_and_options():
     assert torch.equal(first, second)
 
 
+def test_a_function_that_is_defined_anew_takes_the_place_of_the_old_one():
+    for rate in (0.1, 0.2):
+        tt.register("method", name="mine")(lambda *, lr=rate: tent(lr=lr))
+        assert tt.methods()["mine"].options == {"lr": rate}
+        assert tt.adapt(MODEL, "mine").recipe.optimizer.lr == rate
+
+
 def _nothing(*, lr: float = 1.0) -> None:
     return None
 

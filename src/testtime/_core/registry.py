@@ -74,6 +74,7 @@ def register(
     """Decorator: enters a factory under its own name (underscores become hyphens) or `name`.
 
     Every option of the factory has a default, and its annotation, if any, is what values are checked by.
+    A function that is defined anew, as in a notebook, takes the place of the old one.
 
     Args:
         kind: of entry: "method", "decoding" or "check".
@@ -106,6 +107,7 @@ def register(
                 f"two owners of the {kind} {entry.name!r}: "
                 f"{owner.factory.__module__} and {factory.__module__}. Rename one."
             )
+        _entries[kind][entry.name] = entry
         return factory
 
     return enter
