@@ -115,6 +115,28 @@ def test_each_statistic_names_the_feature_that_was_permuted(statistic):
     assert found.statistic[2] > found.threshold[2]
 
 
+def test_inference_mode_changes_no_statistic():
+    x, y = draw(0, n=60), draw(1, n=60)
+    expected = feature_shift(x, y, statistic=DeepScore(), bootstrap=2)
+    with torch.inference_mode():
+        found = feature_shift(x * 1, y * 1, statistic=DeepScore(), bootstrap=2)
+        slopes = DeepDensity.fit(x * 1).score(y * 1)
+    assert torch.equal(found.statistic, expected.statistic)
+    assert torch.equal(slopes, DeepDensity.fit(x).score(y))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_densities_of_half_precision_are_those_of_single(kind):
+    x = draw(0, n=60).to(kind)
+    for fit in (Gaussian.fit, DeepDensity.fit):
+        densities = [fit(each) for each in (x, x.float())]
+        scores = [density.score(x.float()) for density in densities]
+        drawn = [density.sample(3, torch.Generator().manual_seed(0)) for density in densities]
+        assert torch.equal(*scores)
+        assert torch.equal(*drawn)
+    assert torch.equal(densities[0].log_prob(x), densities[0].log_prob(x.float()))
+
+
 @pytest.mark.parametrize("statistic", [GaussianScore(), DeepScore(), ModelKS(samples=5), KnnKS()])
 def test_a_statistic_is_computed_where_its_samples_lie(statistic, monkeypatch):
     x, y = draw(0, n=60), draw(1, n=60)
