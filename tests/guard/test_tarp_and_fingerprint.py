@@ -243,8 +243,9 @@ def test_the_two_bands_are_those_of_the_same_fingerprints():
     np.testing.assert_allclose(
         (bands[1].low, bands[1].high), (mean - 3 * std, mean + 3 * std), rtol=1e-6
     )
-    with pytest.raises(OptionError, match="band"):
-        Fingerprint.fit(model, [x], band="mean")
+    for option, value in (("band", "mean"), ("outside", 1.5), ("outside", -0.1)):
+        with pytest.raises(OptionError, match=option):
+            Fingerprint.fit(model, [x], **{option: value})
 
 
 def test_the_fault_monitor_counts_the_latest_window():
@@ -261,3 +262,26 @@ def test_the_fault_monitor_counts_the_latest_window():
         monitor.update(torch.zeros(2, 2))
     with pytest.raises(OptionError):
         FaultMonitor(low=2.0, high=1.0)
+
+
+def test_drift_is_relative_to_each_value_and_to_the_spread_of_all():
+    values = 3 + 5 * torch.randn(20_000, generator=chance(), dtype=torch.float64)
+    factor = Drift(multiplicative=0.2)(values, chance()) / values - 1
+    shift = Drift(additive=0.1)(values, chance()) - values
+    assert float(factor.std()) == pytest.approx(0.2, rel=0.03)
+    assert float(shift.std()) == pytest.approx(0.5, rel=0.03)
+    both = Drift(additive=0.1, multiplicative=0.2)(values, chance())
+    torch.testing.assert_close(both, values * (1 + factor) + shift)
+    assert abs(float(torch.corrcoef(torch.stack([factor, shift]))[0, 1])) < 0.03
+
+
+@pytest.mark.parametrize("bit", [0, 1])
+def test_bits_of_an_int8_memory_are_stuck_one_of_each_value(bit):
+    values = torch.arange(-127.0, 128.0).repeat(4)
+    stuck = StuckAt(bit=bit, rate=1.0, memory="int8")(values, chance()).round().to(torch.int8)
+    changed = set()
+    for old, new in zip(values.to(torch.int8).tolist(), stuck.tolist(), strict=True):
+        assert (old | new if bit else old & new) == new  # bits are set, or cleared, alone
+        changed.add((old ^ new) % 256)
+    assert changed == {0, *(1 << place for place in range(8))}
+    assert not StuckAt(bit=0, rate=1.0, memory="int8")(torch.zeros(3), chance()).any()

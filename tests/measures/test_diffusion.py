@@ -118,3 +118,40 @@ def test_it_learns_the_entropy_and_the_divergence_of_gaussians():
     assert minde_entropy(x, steps=1000).value == pytest.approx(truth, abs=0.15)
     found = minde_divergence(draw(1, 5000, 2), draw(2, 5000, 2) + 1, steps=1000)
     assert found.value == pytest.approx(1.0, rel=0.15)
+
+
+def test_each_law_is_told_apart_and_the_value_is_of_the_first_and_held_out(monkeypatch):
+    """Numbers of x lie above those of y, so that each says of which law it is."""
+    x, clean, told = torch.arange(44.0), [], []
+    plain, naming = diffusion.diffused, diffusion._told
+
+    def spy(samples, noise, t):
+        clean.append(samples[:, 0].tolist())
+        return plain(samples, noise, t)
+
+    def name(t, k):
+        told.append(k)
+        return naming(t, k)
+
+    monkeypatch.setattr(diffusion, "diffused", spy)
+    monkeypatch.setattr(diffusion, "_told", name)
+    options = {"steps": 24, "width": 8, "batch_size": 8, "draws": 2}
+    middle = float(torch.arange(88.0).mean() - 44) / float(torch.arange(88.0).std())
+    for call, laws in (
+        (partial(minde_divergence, y=x - 44), {0, 1}),
+        (minde_entropy, {0}),
+    ):
+        clean.clear()
+        told.clear()
+        call(x, **options)
+        assert set(told[:24]) == laws
+        if laws == {0, 1}:
+            for values, k in zip(clean[:24], told[:24], strict=True):
+                assert all((v > middle) == (k == 0) for v in values)
+            assert all(v > middle for v in clean[24])
+        trained = {
+            v for values, k in zip(clean[:24], told[:24], strict=True) for v in values if k == 0
+        }
+        assert clean[24] == clean[25]
+        assert len(set(clean[24])) == 11
+        assert not trained & set(clean[24])

@@ -188,6 +188,7 @@ def test_images():
     assert critic(real).shape == (40, 1)
     shapes = [tuple(w.shape) for w in critic.parameters() if w.ndim > 1]
     assert shapes == [(64, 3, 5, 5), (128, 64, 5, 5), (256, 128, 5, 5), (1, 256 * 2 * 1)]
+    assert not any(w.any() for name, w in critic.named_parameters() if name.endswith("bias"))
     wide = next(w for w in critic.parameters() if w.shape[:2] == (128, 64)).detach()
     assert float(wide.std()) == pytest.approx(math.sqrt(2 / (64 * 25)), rel=0.02)
 
