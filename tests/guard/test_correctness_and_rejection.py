@@ -176,6 +176,32 @@ def test_the_rejector_takes_any_network_leaves_it_alone_and_repeats():
     Rejector.fit(torch.ones(8, 2), torch.arange(8) > 3, cost=0.3, steps=3).score(torch.ones(2, 2))
 
 
+def test_a_frozen_network_in_eval_mode_is_trained_as_a_copy():
+    modes = []
+
+    class Noting(nn.Linear):
+        def forward(self, x):
+            modes.append(self.training)
+            return super().forward(x)
+
+    own = Noting(3, 1).requires_grad_(False).eval()
+    x = draw(0, 40, 3).float()
+    rejector = Rejector.fit(x, x[:, 0] > 0, cost=0.3, network=own, steps=2)
+    assert not torch.equal(rejector.network.weight, own.weight)
+    rejector.score(x)
+    assert modes == [True, True, False]
+    assert not own.weight.requires_grad
+
+
+def test_units_of_features_do_not_matter_and_a_score_of_nought_rejects():
+    x = draw(0, 60, 3, scale=1.0)
+    good, moved = x[:, 0] > 0, torch.tensor([1e-6, 1.0, 1e6]) * x + torch.tensor([0.0, 9.0, 1e6])
+    plain, other = (Rejector.fit(each, good, cost=0.3, steps=20).score(each) for each in (x, moved))
+    torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-6)
+    undecided = Rejector(network=nn.Flatten(), cost=0.3)
+    assert undecided.accepts(torch.tensor([[-1.0], [0.0], [1.0]])).tolist() == [False, False, True]
+
+
 def test_the_rejector_sees_all_samples_before_any_comes_again():
     seen = []
 

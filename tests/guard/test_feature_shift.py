@@ -87,6 +87,22 @@ def test_a_deep_density_of_several_features_is_one_and_its_samples_follow_it():
     torch.testing.assert_close(drawn.T.cov(), x.T.cov(), rtol=0.05, atol=0)
 
 
+def test_a_constant_feature_has_a_deep_density():
+    x = draw(0, n=60, d=2) * torch.tensor([1.0, 0.0])
+    density = DeepDensity.fit(x)
+    assert bool(density.log_prob(x).isfinite().all() & density.score(x).isfinite().all())
+    assert bool(density.sample(5, torch.Generator().manual_seed(0)).isfinite().all())
+
+
+@pytest.mark.parametrize("factor", [0.3, 3.0])
+def test_a_series_tells_when_its_spread_changed(factor):
+    series = draw(0, n=1400)
+    series[1300:, 1] *= factor
+    found = Monitor(SeriesShift.fit(series[:1000], window=200)).update(series[1200:])
+    assert found.features == (1,)
+    assert found.change_point == pytest.approx(300 - 200, abs=15)
+
+
 def test_the_statistic_is_the_mean_squared_difference_of_scores():
     x, y = draw(0), draw(1)
     value = GaussianScore(samples=50)(x, y, torch.Generator().manual_seed(3))

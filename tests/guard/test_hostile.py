@@ -220,13 +220,15 @@ def test_a_rejector_learns_from_half_precision():
     assert rejector.accepts(x[[0, -1]]).tolist() == [False, True]
 
 
-def test_activations_in_tuples_and_empty_weights_may_be_faulty():
+def test_activations_in_tuples_and_empty_weights_may_be_faulty(recwarn):
     model = nn.LSTM(3, 4)
     with torch.no_grad(), faulty_activations(model, Scaling(rate=1.0)):
         spoilt, (hidden, _) = model(X[:, :3])
     output, (plain, _) = model(X[:, :3])
     torch.testing.assert_close((spoilt, hidden), (-output, -plain))
-    assert BitFlips(rate=0.5)(X[:0], torch.Generator()).shape == (0, 4)
+    for fault in (BitFlips(rate=0.5), Drift(additive=1)):
+        assert fault(X[:0], torch.Generator()).shape == (0, 4)
+    assert not recwarn.list
 
 
 VIEWS = torch.stack([X, -X])

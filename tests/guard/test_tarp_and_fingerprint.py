@@ -101,6 +101,7 @@ def test_p_values_are_those_of_scipy_and_uniform():
         assert uniform_p_value(values) == pytest.approx(
             kstest(values.numpy(), "uniform").pvalue, abs=0.02
         )
+    assert uniform_p_value((torch.arange(10_000.0) + 0.5) / 10_000) == 1
     low = [
         tarp(*posterior(seed, n=60, count=4, d=1), seed=seed).p_value < 0.1 for seed in range(100)
     ]
@@ -196,6 +197,10 @@ def test_injection_leaves_the_model_alone_and_repeats():
     assert torch.equal(model(x), plain)
     with faulty_activations(model, Scaling(rate=0.0)):
         assert torch.equal(model(x), plain)
+    nested = nn.Sequential(nn.Sequential(nn.Linear(8, 3)))
+    expected = -nested(x)  # once, not at each level
+    with faulty_activations(nested, Scaling(rate=1.0)):
+        assert torch.equal(nested(x), expected)
 
 
 def test_a_fingerprint_notices_faults_and_changes_nothing():
@@ -225,6 +230,18 @@ def test_a_fingerprint_notices_faults_and_changes_nothing():
         Fingerprint.fit(model, [x[:1]])
     with pytest.raises(InputError):
         Fingerprint.fit(broken, [x])
+
+
+def test_features_of_other_types_are_read_in_single_and_other_counts_are_refused():
+    model, x = network().double(), torch.randn(60, 8, generator=chance(), dtype=torch.float64)
+    fingerprint = Fingerprint.fit(model, [x], epochs=2)
+    plain = Fingerprint.fit(network(), [x.float()], epochs=2)
+    found, expected = fingerprint.read(model, x), plain.read(network(), x.float())
+    assert found.output.dtype == torch.float64
+    torch.testing.assert_close(found.fingerprint, expected.fingerprint)
+    rows = nn.Sequential(nn.Flatten(0, 1), nn.Linear(8, 5), nn.Unflatten(0, (30, 2)))
+    with pytest.raises(ScopeError, match="name another"):
+        Fingerprint.fit(rows, [x.float().view(30, 2, 8)])
 
 
 def test_the_two_bands_are_those_of_the_same_fingerprints():
@@ -258,6 +275,7 @@ def test_the_fault_monitor_counts_the_latest_window():
     assert whole
     assert whole.flagged.tolist() == [True, True, False, True, False, False]
     assert whole.share == 0.25
+    assert not Monitor(detector).update(torch.cat([bad, bad, good, good]))  # no more than the limit
     with pytest.raises(InputError):
         monitor.update(torch.zeros(2, 2))
     with pytest.raises(OptionError):
