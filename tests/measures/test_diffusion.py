@@ -66,6 +66,20 @@ def test_units_move_the_entropy_by_their_logarithm_and_nothing_else():
     assert apart(x[:40], x + 1).value >= 0
 
 
+def test_entropy_is_that_of_a_normal_law_less_the_gap(monkeypatch):
+    x, held = 3 * draw(0, 64, 2), []
+
+    def gap(one, other, samples, **_):
+        held.append(samples.double())
+        return torch.full((len(samples),), 0.25, dtype=torch.float64)
+
+    monkeypatch.setattr(diffusion, "diffusion_gap", gap)
+    normal = torch.distributions.Normal(x.mean(0), x.std(0))
+    found = minde_entropy(x, **SHORT).value
+    expected = -normal.log_prob(held[0] * x.std(0) + x.mean(0)).sum(1).mean() - 0.25
+    assert found == pytest.approx(float(expected), abs=1e-5)
+
+
 def test_bad_input():
     x = draw(0, 40, 2)
     for call, said in (

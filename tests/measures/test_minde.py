@@ -190,6 +190,22 @@ def test_the_information_of_an_independent_copy_adds_up():
     assert found.processing == pytest.approx(1, abs=0.15)
 
 
+def test_the_value_is_of_running_means_of_weights_and_the_step_size_falls(monkeypatch):
+    x, y, _ = gaussian(64, dims=2, information=1.0, generator=generator())
+    options = {"steps": 5, "width": 8, "batch_size": 16, "lr": 0.05}
+    latest, still = (minde(x, y, decay=decay, **options) for decay in (0.0, 1.0))
+    assert still.value == 0 < latest.value  # the first network answers 0
+    falls, plain = [], schedule.adam
+
+    def spy(network, *, lr, decay_over):
+        falls.append((lr, decay_over))
+        return plain(network, lr=lr, decay_over=decay_over)
+
+    monkeypatch.setattr(schedule, "adam", spy)
+    minde(x, y, **options)
+    assert falls == [(0.05, 5)]
+
+
 def test_the_loss_weighs_a_mask_by_what_it_leaves_clean():
     """A network that answers 0 misses noise of 1, 2 | 3 by the squares of what a mask diffuses."""
     x, y, _ = gaussian(64, dims=2, information=1.0, generator=generator())

@@ -269,6 +269,7 @@ def test_the_consistency_tests_are_one_call_for_every_estimator():
     asked = []
     self_consistency(lambda a, b: asked.append((a.shape, b.shape)) or Estimate(1.0, 0.0), x, y)
     assert asked == [((1000, 1), (1000, d)) for d in (1, 1, 2)] + [((1000, 2), (1000, 2))]
+    assert self_consistency(ksg, x[:81], y[:81]) == self_consistency(ksg, x[:80], y[:80])
 
 
 def test_averaged_weights():
@@ -309,6 +310,8 @@ def test_the_value_is_of_pairs_that_no_step_has_seen(name):
     assert all(sorted(a) == sorted(b) for a, b in met)
     assert len(held) == len(set(held)) == 11
     assert not trained & set(held)
+    if name != "mine":
+        assert [len(a) for a, _ in met[12:]] == [3, 3, 3, 2]
 
 
 def test_mine_carries_its_running_mean_from_step_to_step(monkeypatch):
