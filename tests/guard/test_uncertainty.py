@@ -224,8 +224,9 @@ def test_dropout_samples_leave_model_and_chance_alone_and_repeat():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert not one.requires_grad
-    with pytest.raises(ScopeError, match="dropout"):
-        dropout_logits(nn.Linear(4, 3), x)
+    for without in (nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.0))):
+        with pytest.raises(ScopeError, match="dropout"):
+            dropout_logits(without, x)
     with pytest.raises(InputError):
         ensemble_logits([], x)
     assert torch.equal(ensemble_logits([model], x)[0], model.eval()(x))
