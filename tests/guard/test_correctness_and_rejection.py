@@ -18,6 +18,7 @@ from testtime.guard.correctness import (
     correctness_loss,
     view_logits,
 )
+from testtime.guard.misclassification import MisclassificationNetwork
 from testtime.guard.rejection import (
     Rejector,
     best_score,
@@ -25,6 +26,7 @@ from testtime.guard.rejection import (
     rejection_cost,
     rejection_loss,
 )
+from testtime.guard.relative_uncertainty import RelativeUncertainty
 from testtime.guard.scaling import TemperatureScaling, VectorScaling
 
 
@@ -174,6 +176,32 @@ def test_the_rejector_takes_any_network_leaves_it_alone_and_repeats():
     Rejector.fit(torch.ones(8, 2), torch.arange(8) > 3, cost=0.3, steps=3).score(torch.ones(2, 2))
 
 
+def test_a_frozen_network_in_eval_mode_is_trained_as_a_copy():
+    modes = []
+
+    class Noting(nn.Linear):
+        def forward(self, x):
+            modes.append(self.training)
+            return super().forward(x)
+
+    own = Noting(3, 1).requires_grad_(False).eval()
+    x = draw(0, 40, 3).float()
+    rejector = Rejector.fit(x, x[:, 0] > 0, cost=0.3, network=own, steps=2)
+    assert not torch.equal(rejector.network.weight, own.weight)
+    rejector.score(x)
+    assert modes == [True, True, False]
+    assert not own.weight.requires_grad
+
+
+def test_units_of_features_do_not_matter_and_a_score_of_nought_rejects():
+    x = draw(0, 60, 3, scale=1.0)
+    good, moved = x[:, 0] > 0, torch.tensor([1e-6, 1.0, 1e6]) * x + torch.tensor([0.0, 9.0, 1e6])
+    plain, other = (Rejector.fit(each, good, cost=0.3, steps=20).score(each) for each in (x, moved))
+    torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-6)
+    undecided = Rejector(network=nn.Flatten(), cost=0.3)
+    assert undecided.accepts(torch.tensor([[-1.0], [0.0], [1.0]])).tolist() == [False, False, True]
+
+
 def test_the_rejector_sees_all_samples_before_any_comes_again():
     seen = []
 
@@ -210,6 +238,37 @@ def test_fitting_works_inside_inference_mode():
     ]
     for a, b in zip(inside, outside, strict=True):
         assert torch.equal(a, b)
+
+
+def test_answers_that_carry_a_graph_are_learned_from_and_leave_it_alone():
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    logits, views, good = LOGITS * weight, LOGITS.expand(2, -1, -1) * weight, LOGITS[:, 0] > 0
+    options = {"epochs": 2, "batch_size": 50}
+    found, expected = (
+        CorrectnessCalibrator.fit(*each, LABELS, **options).temperature(LOGITS, views.detach())
+        for each in ((logits, views), (LOGITS, views.detach()))
+    )
+    assert torch.equal(found, expected)
+    found, expected = (
+        Rejector.fit(each, good, cost=0.2, steps=3).score(LOGITS) for each in (logits, LOGITS)
+    )
+    assert torch.equal(found, expected)
+    assert weight.grad is None
+
+
+def test_scores_are_read_in_the_precision_that_they_were_learned_in():
+    views = LOGITS.expand(2, -1, -1).float()
+    z = views[0]
+    calibrator = CorrectnessCalibrator.fit(z, views, LABELS)
+    readers = (
+        lambda: calibrator.temperature(z, views), Rejector.fit(z, z[:, 0] > 0, cost=0.2, steps=2).score,
+        MisclassificationNetwork.fit(z, LABELS, epochs=1).score, RelativeUncertainty.fit(z, LABELS).score,
+    )  # fmt: skip
+    for read in readers:
+        given = (z,) if read is not readers[0] else ()
+        expected = read(*given)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(read(*given), expected)
 
 
 def test_the_rejector_refuses_bad_input():

@@ -87,6 +87,22 @@ def test_a_deep_density_of_several_features_is_one_and_its_samples_follow_it():
     torch.testing.assert_close(drawn.T.cov(), x.T.cov(), rtol=0.05, atol=0)
 
 
+def test_a_constant_feature_has_a_deep_density():
+    x = draw(0, n=60, d=2) * torch.tensor([1.0, 0.0])
+    density = DeepDensity.fit(x)
+    assert bool(density.log_prob(x).isfinite().all() & density.score(x).isfinite().all())
+    assert bool(density.sample(5, torch.Generator().manual_seed(0)).isfinite().all())
+
+
+@pytest.mark.parametrize("factor", [0.3, 3.0])
+def test_a_series_tells_when_its_spread_changed(factor):
+    series = draw(0, n=1400)
+    series[1300:, 1] *= factor
+    found = Monitor(SeriesShift.fit(series[:1000], window=200)).update(series[1200:])
+    assert found.features == (1,)
+    assert found.change_point == pytest.approx(300 - 200, abs=15)
+
+
 def test_the_statistic_is_the_mean_squared_difference_of_scores():
     x, y = draw(0), draw(1)
     value = GaussianScore(samples=50)(x, y, torch.Generator().manual_seed(3))
@@ -113,6 +129,28 @@ def test_each_statistic_names_the_feature_that_was_permuted(statistic):
     found = feature_shift(x, attack(y, 2), statistic=statistic, bootstrap=20)
     assert found.features == (2,)
     assert found.statistic[2] > found.threshold[2]
+
+
+def test_inference_mode_changes_no_statistic():
+    x, y = draw(0, n=60), draw(1, n=60)
+    expected = feature_shift(x, y, statistic=DeepScore(), bootstrap=2)
+    with torch.inference_mode():
+        found = feature_shift(x * 1, y * 1, statistic=DeepScore(), bootstrap=2)
+        slopes = DeepDensity.fit(x * 1).score(y * 1)
+    assert torch.equal(found.statistic, expected.statistic)
+    assert torch.equal(slopes, DeepDensity.fit(x).score(y))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_densities_of_half_precision_are_those_of_single(kind):
+    x = draw(0, n=60).to(kind)
+    for fit in (Gaussian.fit, DeepDensity.fit):
+        densities = [fit(each) for each in (x, x.float())]
+        scores = [density.score(x.float()) for density in densities]
+        drawn = [density.sample(3, torch.Generator().manual_seed(0)) for density in densities]
+        assert torch.equal(*scores)
+        assert torch.equal(*drawn)
+    assert torch.equal(densities[0].log_prob(x), densities[0].log_prob(x.float()))
 
 
 @pytest.mark.parametrize("statistic", [GaussianScore(), DeepScore(), ModelKS(samples=5), KnnKS()])

@@ -16,12 +16,13 @@ from testtime.guard.correctness import (
     consistency_features,
     correctness_loss,
 )
-from testtime.guard.densities import Gaussian
+from testtime.guard.densities import DeepDensity, Gaussian
 from testtime.guard.exchangeability import Exchangeability
-from testtime.guard.faults import BitFlips, Scaling, faulty_activations
+from testtime.guard.faults import BitFlips, Drift, Scaling, faulty_activations
 from testtime.guard.feature_shift import feature_shift
 from testtime.guard.fingerprint import FaultMonitor, Fingerprint
 from testtime.guard.independence import Independence
+from testtime.guard.misclassification import MisclassificationNetwork
 from testtime.guard.monitor import Monitor
 from testtime.guard.predictive_uncertainty import predictive_uncertainty
 from testtime.guard.rejection import Rejector, best_score, rejection_cost, rejection_loss
@@ -56,6 +57,7 @@ def test_logits_that_no_loss_can_read_are_refused(name):
         lambda: rejection_cost(GOOD[:3], GOOD, cost=0.2),
         lambda: rejection_cost(GOOD[:0], GOOD[:0], cost=0.2),
         lambda: consistency_features(X, LABELS.expand(2, 4, 6).mT),
+        lambda: consistency_features(X.tolist(), X[None]),
         lambda: predictive_uncertainty(torch.full((2, 3), math.inf)),
         lambda: predictive_uncertainty(torch.full((2, 3), -math.inf)),
         lambda: uniform_p_value(X[:0, 0]),
@@ -218,10 +220,43 @@ def test_a_rejector_learns_from_half_precision():
     assert rejector.accepts(x[[0, -1]]).tolist() == [False, True]
 
 
-def test_activations_in_tuples_and_empty_weights_may_be_faulty():
+def test_activations_in_tuples_and_empty_weights_may_be_faulty(recwarn):
     model = nn.LSTM(3, 4)
     with torch.no_grad(), faulty_activations(model, Scaling(rate=1.0)):
         spoilt, (hidden, _) = model(X[:, :3])
     output, (plain, _) = model(X[:, :3])
     torch.testing.assert_close((spoilt, hidden), (-output, -plain))
-    assert BitFlips(rate=0.5)(X[:0], torch.Generator()).shape == (0, 4)
+    for fault in (BitFlips(rate=0.5), Drift(additive=1)):
+        assert fault(X[:0], torch.Generator()).shape == (0, 4)
+    assert not recwarn.list
+
+
+VIEWS = torch.stack([X, -X])
+MODEL = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+TOLD = {
+    "fingerprint": lambda: Fingerprint.fit(MODEL, [X], epochs=2).read(MODEL, X).fingerprint,
+    "calibrator": lambda: CorrectnessCalibrator.fit(X, VIEWS, LABELS).calibrate(X, VIEWS),
+    "network": lambda: MisclassificationNetwork.fit(X, LABELS, epochs=2).score(X),
+    "rejector": lambda: Rejector.fit(X, GOOD, cost=0.2, steps=2).score(X),
+    "flips": lambda: BitFlips(rate=0.01)(torch.ones(9999, dtype=torch.float32), seeded()),
+    "drift": lambda: Drift(additive=1, multiplicative=1)(X, seeded()),
+    "shift": lambda: feature_shift(X, X + 1, bootstrap=9).p_value,
+    "density": lambda: DeepDensity.fit(X.double()).log_prob(X.double()),
+}
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", TOLD)
+def test_a_default_type_changes_no_number(name, kind):
+    expected = TOLD[name]()
+    torch.set_default_dtype(kind)
+    try:
+        found = TOLD[name]()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)

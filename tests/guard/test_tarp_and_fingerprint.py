@@ -101,6 +101,7 @@ def test_p_values_are_those_of_scipy_and_uniform():
         assert uniform_p_value(values) == pytest.approx(
             kstest(values.numpy(), "uniform").pvalue, abs=0.02
         )
+    assert uniform_p_value((torch.arange(10_000.0) + 0.5) / 10_000) == 1
     low = [
         tarp(*posterior(seed, n=60, count=4, d=1), seed=seed).p_value < 0.1 for seed in range(100)
     ]
@@ -196,6 +197,10 @@ def test_injection_leaves_the_model_alone_and_repeats():
     assert torch.equal(model(x), plain)
     with faulty_activations(model, Scaling(rate=0.0)):
         assert torch.equal(model(x), plain)
+    nested = nn.Sequential(nn.Sequential(nn.Linear(8, 3)))
+    expected = -nested(x)  # once, not at each level
+    with faulty_activations(nested, Scaling(rate=1.0)):
+        assert torch.equal(nested(x), expected)
 
 
 def test_a_fingerprint_notices_faults_and_changes_nothing():
@@ -227,6 +232,18 @@ def test_a_fingerprint_notices_faults_and_changes_nothing():
         Fingerprint.fit(broken, [x])
 
 
+def test_features_of_other_types_are_read_in_single_and_other_counts_are_refused():
+    model, x = network().double(), torch.randn(60, 8, generator=chance(), dtype=torch.float64)
+    fingerprint = Fingerprint.fit(model, [x], epochs=2)
+    plain = Fingerprint.fit(network(), [x.float()], epochs=2)
+    found, expected = fingerprint.read(model, x), plain.read(network(), x.float())
+    assert found.output.dtype == torch.float64
+    torch.testing.assert_close(found.fingerprint, expected.fingerprint)
+    rows = nn.Sequential(nn.Flatten(0, 1), nn.Linear(8, 5), nn.Unflatten(0, (30, 2)))
+    with pytest.raises(ScopeError, match="name another"):
+        Fingerprint.fit(rows, [x.float().view(30, 2, 8)])
+
+
 def test_the_two_bands_are_those_of_the_same_fingerprints():
     model, x = network(), torch.randn(300, 8, generator=chance())
     bands = [
@@ -243,8 +260,9 @@ def test_the_two_bands_are_those_of_the_same_fingerprints():
     np.testing.assert_allclose(
         (bands[1].low, bands[1].high), (mean - 3 * std, mean + 3 * std), rtol=1e-6
     )
-    with pytest.raises(OptionError, match="band"):
-        Fingerprint.fit(model, [x], band="mean")
+    for option, value in (("band", "mean"), ("outside", 1.5), ("outside", -0.1)):
+        with pytest.raises(OptionError, match=option):
+            Fingerprint.fit(model, [x], **{option: value})
 
 
 def test_the_fault_monitor_counts_the_latest_window():
@@ -257,7 +275,31 @@ def test_the_fault_monitor_counts_the_latest_window():
     assert whole
     assert whole.flagged.tolist() == [True, True, False, True, False, False]
     assert whole.share == 0.25
+    assert not Monitor(detector).update(torch.cat([bad, bad, good, good]))  # no more than the limit
     with pytest.raises(InputError):
         monitor.update(torch.zeros(2, 2))
     with pytest.raises(OptionError):
         FaultMonitor(low=2.0, high=1.0)
+
+
+def test_drift_is_relative_to_each_value_and_to_the_spread_of_all():
+    values = 3 + 5 * torch.randn(20_000, generator=chance(), dtype=torch.float64)
+    factor = Drift(multiplicative=0.2)(values, chance()) / values - 1
+    shift = Drift(additive=0.1)(values, chance()) - values
+    assert float(factor.std()) == pytest.approx(0.2, rel=0.03)
+    assert float(shift.std()) == pytest.approx(0.5, rel=0.03)
+    both = Drift(additive=0.1, multiplicative=0.2)(values, chance())
+    torch.testing.assert_close(both, values * (1 + factor) + shift)
+    assert abs(float(torch.corrcoef(torch.stack([factor, shift]))[0, 1])) < 0.03
+
+
+@pytest.mark.parametrize("bit", [0, 1])
+def test_bits_of_an_int8_memory_are_stuck_one_of_each_value(bit):
+    values = torch.arange(-127.0, 128.0).repeat(4)
+    stuck = StuckAt(bit=bit, rate=1.0, memory="int8")(values, chance()).round().to(torch.int8)
+    changed = set()
+    for old, new in zip(values.to(torch.int8).tolist(), stuck.tolist(), strict=True):
+        assert (old | new if bit else old & new) == new  # bits are set, or cleared, alone
+        changed.add((old ^ new) % 256)
+    assert changed == {0, *(1 << place for place in range(8))}
+    assert not StuckAt(bit=0, rate=1.0, memory="int8")(torch.zeros(3), chance()).any()

@@ -100,6 +100,24 @@ def test_the_search_finds_what_the_definition_finds():
     assert any(epsilon for _, epsilon in chosen)
 
 
+def test_a_batch_of_the_search_costs_what_is_said():
+    model, x, labels = small_inputs(0)
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    RelativeUncertainty.search(model, [(x[:30], labels[:30])], [(x[30:], labels[30:])])
+    assert len(forwards) == 1 + 100
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_learned_from_in_full(kind):
+    logits, labels = draw(0, 60, 4).to(kind), torch.arange(60) % 4
+    found, expected = (
+        RelativeUncertainty.fit(each, labels, temperature=0.3) for each in (logits, logits.float())
+    )
+    assert torch.equal(found.distances, expected.distances)
+    assert torch.equal(found.score(logits), expected.score(logits.float()))
+
+
 def test_the_search_refuses_data_that_tell_nothing():
     model, x, labels = small_inputs(0)
     batch = [(x, labels)]
@@ -206,8 +224,9 @@ def test_dropout_samples_leave_model_and_chance_alone_and_repeat():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert not one.requires_grad
-    with pytest.raises(ScopeError, match="dropout"):
-        dropout_logits(nn.Linear(4, 3), x)
+    for without in (nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.0))):
+        with pytest.raises(ScopeError, match="dropout"):
+            dropout_logits(without, x)
     with pytest.raises(InputError):
         ensemble_logits([], x)
     assert torch.equal(ensemble_logits([model], x)[0], model.eval()(x))

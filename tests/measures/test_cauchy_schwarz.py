@@ -92,6 +92,15 @@ def test_an_estimate_can_be_below_nought():
     assert -0.01 < found < 0
 
 
+def test_the_share_of_information_is_not_bound_by_one():
+    x = torch.tensor([[0.0], [0.2], [0.15]], dtype=torch.float64)
+    z = torch.tensor([[0.0], [-4.0], [-3.5]], dtype=torch.float64)
+    own, other = (information(v.numpy(), v.numpy(), 1.0) for v in (x, z))
+    expected = information(x.numpy(), z.numpy(), 1.0) / (own * other).sqrt()
+    assert float(normalised_information(x, z)) == pytest.approx(float(expected), rel=1e-9)
+    assert expected > 1.1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-4, 1e-8])
 def test_samples_that_are_nearly_equal_keep_their_information(apart, dtype):

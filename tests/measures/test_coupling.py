@@ -110,6 +110,22 @@ def test_the_bottleneck_beside_the_best_partition():
     assert sum(gaps) / len(gaps) < 0.25
 
 
+def test_the_rate_of_a_mapping_is_enough_for_it():
+    random = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        p = torch.rand(7, generator=random, dtype=torch.double)
+        p = p / p.sum()
+        found = greedy_bottleneck(p, rate=2 * float(torch.rand((), generator=random)))
+        again = greedy_bottleneck(p, rate=found.rate)
+        assert again.rate == pytest.approx(found.rate, abs=1e-12)
+
+
+def test_laws_of_single_precision_are_laws_of_double():
+    joint = greedy_coupling(torch.full((10,), 0.1), torch.full((7,), 1 / 7))
+    assert float(joint.sum()) == pytest.approx(1, abs=1e-14)
+    torch.testing.assert_close(joint.sum(1), torch.full((10,), 0.1).double(), rtol=1e-6, atol=0)
+
+
 def moved(joint, rate, steps=400):
     """The most information of all encoders that move some of one cell, to any column or a new one."""
     joint, best = np.hstack([joint, np.zeros((len(joint), 1))]), 0.0

@@ -66,6 +66,20 @@ def test_units_move_the_entropy_by_their_logarithm_and_nothing_else():
     assert apart(x[:40], x + 1).value >= 0
 
 
+def test_entropy_is_that_of_a_normal_law_less_the_gap(monkeypatch):
+    x, held = 3 * draw(0, 64, 2), []
+
+    def gap(one, other, samples, **_):
+        held.append(samples.double())
+        return torch.full((len(samples),), 0.25, dtype=torch.float64)
+
+    monkeypatch.setattr(diffusion, "diffusion_gap", gap)
+    normal = torch.distributions.Normal(x.mean(0), x.std(0))
+    found = minde_entropy(x, **SHORT).value
+    expected = -normal.log_prob(held[0] * x.std(0) + x.mean(0)).sum(1).mean() - 0.25
+    assert found == pytest.approx(float(expected), abs=1e-5)
+
+
 def test_bad_input():
     x = draw(0, 40, 2)
     for call, said in (
@@ -118,3 +132,40 @@ def test_it_learns_the_entropy_and_the_divergence_of_gaussians():
     assert minde_entropy(x, steps=1000).value == pytest.approx(truth, abs=0.15)
     found = minde_divergence(draw(1, 5000, 2), draw(2, 5000, 2) + 1, steps=1000)
     assert found.value == pytest.approx(1.0, rel=0.15)
+
+
+def test_each_law_is_told_apart_and_the_value_is_of_the_first_and_held_out(monkeypatch):
+    """Numbers of x lie above those of y, so that each says of which law it is."""
+    x, clean, told = torch.arange(44.0), [], []
+    plain, naming = diffusion.diffused, diffusion._told
+
+    def spy(samples, noise, t):
+        clean.append(samples[:, 0].tolist())
+        return plain(samples, noise, t)
+
+    def name(t, k):
+        told.append(k)
+        return naming(t, k)
+
+    monkeypatch.setattr(diffusion, "diffused", spy)
+    monkeypatch.setattr(diffusion, "_told", name)
+    options = {"steps": 24, "width": 8, "batch_size": 8, "draws": 2}
+    middle = float(torch.arange(88.0).mean() - 44) / float(torch.arange(88.0).std())
+    for call, laws in (
+        (partial(minde_divergence, y=x - 44), {0, 1}),
+        (minde_entropy, {0}),
+    ):
+        clean.clear()
+        told.clear()
+        call(x, **options)
+        assert set(told[:24]) == laws
+        if laws == {0, 1}:
+            for values, k in zip(clean[:24], told[:24], strict=True):
+                assert all((v > middle) == (k == 0) for v in values)
+            assert all(v > middle for v in clean[24])
+        trained = {
+            v for values, k in zip(clean[:24], told[:24], strict=True) for v in values if k == 0
+        }
+        assert clean[24] == clean[25]
+        assert len(set(clean[24])) == 11
+        assert not trained & set(clean[24])

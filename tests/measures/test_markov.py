@@ -87,6 +87,12 @@ def test_the_rarest_states_of_a_law_have_their_digits():
     torch.testing.assert_close(stationary_law(both)[0], found, rtol=1e-10, atol=0)
 
 
+def test_states_rarer_than_any_number_have_nothing():
+    rare = 1e-200
+    matrix = torch.tensor([[0, 1, 0], [rare, 0, 1], [0, rare, 1]], dtype=torch.double)
+    assert stationary_law(matrix).tolist() == pytest.approx([0, rare, 1], rel=1e-12, abs=0)
+
+
 def test_a_chain_that_hardly_hangs_together_has_its_law_and_left_states_have_none():
     for rare in (1e-12, 1e-200):
         loose = torch.tensor([[1, rare], [2 * rare, 1]], dtype=torch.double)

@@ -188,3 +188,73 @@ def test_the_information_of_an_independent_copy_adds_up():
     assert found.additivity == pytest.approx(2, abs=0.2)
     assert abs(found.independent) < 0.05
     assert found.processing == pytest.approx(1, abs=0.15)
+
+
+def test_the_value_is_of_running_means_of_weights_and_the_step_size_falls(monkeypatch):
+    x, y, _ = gaussian(64, dims=2, information=1.0, generator=generator())
+    options = {"steps": 5, "width": 8, "batch_size": 16, "lr": 0.05}
+    latest, still = (minde(x, y, decay=decay, **options) for decay in (0.0, 1.0))
+    assert still.value == 0 < latest.value  # the first network answers 0
+    falls, plain = [], schedule.adam
+
+    def spy(network, *, lr, decay_over):
+        falls.append((lr, decay_over))
+        return plain(network, lr=lr, decay_over=decay_over)
+
+    monkeypatch.setattr(schedule, "adam", spy)
+    minde(x, y, **options)
+    assert falls == [(0.05, 5)]
+
+
+def test_the_loss_weighs_a_mask_by_what_it_leaves_clean():
+    """A network that answers 0 misses noise of 1, 2 | 3 by the squares of what a mask diffuses."""
+    x, y, _ = gaussian(64, dims=2, information=1.0, generator=generator())
+    size, traces = torch.tensor([1.0, 2.0, 3.0]), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file, "normal_like", lambda like, _: size.expand_as(like))
+        for kind in ("c", "j"):
+            found = minde(x, y[:, :1], kind=kind, steps=200, lr=0.0, width=8, batch_size=2, draws=1, trace=True)  # fmt: skip
+            traces[kind] = torch.tensor(found.trace)
+    of_x, of_y, both = 4 / 3 * 5 / 2, 5 / 3 * 9, 14 / 3
+    torch.testing.assert_close(traces["c"], torch.full((200,), of_x))
+    shares = [float((traces["j"] - each).abs().lt(1e-4).double().mean()) for each in (of_x, of_y, both)]  # fmt: skip
+    assert sum(shares) == 1
+    assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.12)
+
+
+@pytest.mark.parametrize("kind", ["c", "j"])
+def test_a_mask_shows_nothing_of_what_it_hides(kind):
+    x, y, _ = gaussian(9, dims=2, information=1.0, generator=generator())
+    seen = set()
+
+    def noise(z, tau):
+        told = []
+        for own, clean, t in ((z[:, :2], x, tau[:, 0]), (z[:, 2:], y, tau[:, 1])):
+            given, hidden = bool((t == 0).all()), bool((t == 1).all())
+            assert not given or torch.equal(own, clean)
+            assert not hidden or not own.any()
+            told.append("given" if given else "hidden" if hidden else "diffused")
+        seen.add(tuple(told))
+        return torch.zeros_like(z)
+
+    diffusion_information(noise, x, y, kind=kind, draws=2, generator=generator())
+    alone = ("diffused", "hidden") if kind == "c" else ("diffused", "diffused")
+    others = {("given", "diffused")} if kind == "j" else set()
+    assert seen == {alone, ("diffused", "given")} | others
+
+
+def test_the_value_is_of_pairs_that_no_step_has_seen(monkeypatch):
+    seen, plain = [], file.diffused
+
+    def spy(clean, noise, t):
+        seen.append(clean)
+        return plain(clean, noise, t)
+
+    monkeypatch.setattr(file, "diffused", spy)
+    minde(torch.arange(44.0), -torch.arange(44.0), steps=12, width=8, batch_size=8, draws=2)
+    assert all(torch.equal(both[:, 0], -both[:, 1]) for both in seen)
+    trained = {v for both in seen[:12] for v in both[:, 0].tolist()}
+    held = [both[:, 0].tolist() for both in seen[12:]]
+    assert held[0] == held[1]
+    assert len(set(held[0])) == 11
+    assert not trained & set(held[0])

@@ -1,5 +1,6 @@
 """Estimators that train give the same numbers whatever mode or default type the caller has set."""
 
+import copy
 import math
 from contextlib import contextmanager
 
@@ -237,3 +238,16 @@ def test_what_a_process_answers_is_checked():
             self_consistency(ksg, X, Y, process=process)
     critic = JointCritic(mlp([4, 4, 1], generator()))
     assert math.isfinite(variational(X, Y, bound=bounds.infonce, critic=critic, **SHORT).value)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_critic_of_another_precision_is_trained_in_single(kind):
+    pairs = JointCritic(mlp([4, 4, 1], generator())).to(kind)
+    alone = nn.Sequential(mlp([2, 4, 1], generator())).to(kind)
+    for call, critic in (
+        (lambda critic: mine(X, Y, critic=critic, **SHORT), pairs),
+        (lambda critic: smile(X, Y, critic=critic, **SHORT), pairs),
+        (lambda critic: nd.network_divergence(X, Y, critic=critic, draws=1, **SHORT), alone),
+    ):
+        assert call(critic) == call(copy.deepcopy(critic).float())
+        assert {weight.dtype for weight in critic.parameters()} == {kind}

@@ -133,6 +133,8 @@ def test_nothing_of_the_caller_is_touched():
 def test_standardising():
     x = standardised(torch.tensor([[1e9, 5.0, 0.0], [1e9 + 2, 5.0, 1e-9]], dtype=torch.float64))
     torch.testing.assert_close(x.abs(), 0.5**0.5 * torch.tensor([[1.0, 0, 1], [1, 0, 1]]))
+    for n in range(2, 30):  # whose mean may be another number by rounding
+        assert not standardised(torch.full((n, 1), 0.1, dtype=torch.float64)).any()
 
 
 @given(st.integers(0, 99), st.integers(2, 30), st.integers(1, 3), st.sampled_from([1, 9, 1e300]))

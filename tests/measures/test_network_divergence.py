@@ -176,18 +176,27 @@ def test_it_repeats_and_leaves_the_caller_alone():
     assert critic.weight.grad is None
 
 
+def test_one_sample_for_the_value_has_no_error_that_is_known():
+    found = network_divergence(normal(0, 40, 2), normal(1, 9, 2), held=normal(2, 1, 2), **SHORT)
+    assert found.standard_error == math.inf
+
+
 def test_images():
     images = torch.randint(256, (40, 3, 9, 8), generator=generator(), dtype=torch.uint8)
     real = dequantised(images, generator=generator())
     assert -1 <= real.min() < -0.9
     assert 0.9 < real.max() < 1
     torch.testing.assert_close((real * 128 + 128).floor(), images.float())
+    blur = real * 128 + 128 - images
+    assert 0 <= blur.min() < 0.01
+    assert 0.99 < blur.max() <= 1
     found = network_divergence(real, real.flip(0), steps=2, batch_size=4)
     assert math.isfinite(found.value)
     critic = image_critic((3, 9, 8), generator=generator(1))
     assert critic(real).shape == (40, 1)
     shapes = [tuple(w.shape) for w in critic.parameters() if w.ndim > 1]
     assert shapes == [(64, 3, 5, 5), (128, 64, 5, 5), (256, 128, 5, 5), (1, 256 * 2 * 1)]
+    assert not any(w.any() for name, w in critic.named_parameters() if name.endswith("bias"))
     wide = next(w for w in critic.parameters() if w.shape[:2] == (128, 64)).detach()
     assert float(wide.std()) == pytest.approx(math.sqrt(2 / (64 * 25)), rel=0.02)
 

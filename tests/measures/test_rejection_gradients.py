@@ -58,6 +58,14 @@ def test_accepted_noise_makes_gammas(shape):
     assert stats.kstest(raised.numpy(), stats.gamma(shape).cdf).pvalue > 1e-3
 
 
+def test_shares_and_students_follow_their_laws():
+    a, b = torch.full((5000,), 0.7, dtype=torch.float64), torch.full((5000,), 2.5).double()
+    shares = beta(a, b, generator=generator()).sample
+    assert stats.kstest(shares.numpy(), stats.beta(0.7, 2.5).cdf).pvalue > 1e-3
+    heavy = student(b, generator=generator()).sample
+    assert stats.kstest(heavy.numpy(), stats.t(2.5).cdf).pvalue > 1e-3
+
+
 @pytest.mark.parametrize(("shape", "raised"), [(0.3, 1), (0.3, 4), (1.0, 0), (1.0, 1), (2.0, 0), (5.0, 1), (20.0, 1)])  # fmt: skip
 def test_the_gradient_of_gamma_is_unbiased(shape, raised):
     a = double(shape)

@@ -269,6 +269,7 @@ def test_the_consistency_tests_are_one_call_for_every_estimator():
     asked = []
     self_consistency(lambda a, b: asked.append((a.shape, b.shape)) or Estimate(1.0, 0.0), x, y)
     assert asked == [((1000, 1), (1000, d)) for d in (1, 1, 2)] + [((1000, 2), (1000, 2))]
+    assert self_consistency(ksg, x[:81], y[:81]) == self_consistency(ksg, x[:80], y[:80])
 
 
 def test_averaged_weights():
@@ -287,3 +288,66 @@ def test_layers_have_the_default_initialisation(seed):
     assert float(layer.weight.detach().abs().max()) <= 0.05
     assert float(layer.weight.detach().std()) == pytest.approx(0.05 / 3**0.5, rel=0.05)
     assert float(layer.bias.detach().abs().max()) <= 0.05
+
+
+class Product(nn.Module):
+    """T(x, y) = w x . y, that notes what it is asked."""
+
+    def __init__(self, weight, asked):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight))
+        self.forward = lambda x, y: asked.append((x, y)) or self.weight * (x * y).sum(-1)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_the_value_is_of_pairs_that_no_step_has_seen(name):
+    x, asked = torch.arange(44.0), []
+    SHORT[name](x, -x, critic=Product(0.1, asked), batch_size=8, steps=12)
+    met = [(a.flatten().tolist(), (-b).flatten().tolist()) for a, b in asked]
+    training = 24 if name == "mine" else 12
+    trained = {v for pair in met[:training] for own in pair for v in own}
+    held = [v for a, b in met[training : training + (1 if name == "mine" else 4)] for v in a]
+    assert all(sorted(a) == sorted(b) for a, b in met)
+    assert len(held) == len(set(held)) == 11
+    assert not trained & set(held)
+    if name != "mine":
+        assert [len(a) for a, _ in met[12:]] == [3, 3, 3, 2]
+
+
+def test_mine_carries_its_running_mean_from_step_to_step(monkeypatch):
+    x, y, _ = gaussian(64, dims=2, information=1.0, generator=generator())
+    seen, plain = [], mine_file.mine_objective
+
+    def spy(together, apart, log_mean):
+        seen.append((together.detach().double(), apart.detach().double(), float(log_mean)))
+        return plain(together, apart, log_mean)
+
+    monkeypatch.setattr(mine_file, "mine_objective", spy)
+    found = mine(x, y, steps=6, batch_size=16, lr=0.05, rate=0.3, trace=True)
+    ma = None
+    for (together, apart, log_mean), value in zip(seen, found.trace, strict=True):
+        batch = float(apart.exp().mean())
+        ma = batch if ma is None else 0.7 * ma + 0.3 * batch
+        assert log_mean == pytest.approx(math.log(ma), abs=1e-5)
+        assert value == pytest.approx(float(together.mean()) - math.log(batch), abs=1e-5)
+
+
+def test_the_standard_error_of_mine_is_that_of_the_jackknife(monkeypatch):
+    """Each sample is left out in turn, as x, as y and as their pair."""
+    monkeypatch.setattr(mine_file, "PARTNERS", 999)
+    x, y, _ = gaussian(320, dims=1, information=0.5, generator=generator())
+    asked: list[tuple[Tensor, Tensor]] = []
+    found = mine(x, y, critic=Product(0.4, asked), steps=1, batch_size=8, lr=0.0)
+    a, b = asked[2]
+    scores = 0.4 * (a.double() @ b.double().T).numpy()
+    n = len(scores)
+
+    def value(left):
+        rest = [i for i in range(n) if i != left]
+        part = scores[rest][:, rest]
+        return reference.dv(part)
+
+    assert found.value == pytest.approx(value(None), abs=1e-5)
+    values = torch.tensor([value(i) for i in range(n)])
+    expected = float((values - values.mean()).square().sum() * (n - 1) / n) ** 0.5
+    assert found.standard_error == pytest.approx(expected, rel=0.05)

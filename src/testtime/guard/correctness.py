@@ -27,7 +27,7 @@ from testtime._core.seeds import derive, generator, global_chance
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
 from testtime.guard.misclassification import check_classified
-from testtime.measures.information.networks import adam, training
+from testtime.measures.information.networks import adam, single, training
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Calibrated logits (n, classes), labels (n,) -> a number."""
@@ -199,11 +199,15 @@ class CorrectnessCalibrator:
         in_range(0, lr=lr)
         whole(1, top=top, hidden=hidden, epochs=epochs, batch_size=batch_size)
         check_classified(logits, labels)
+        logits, views = logits.detach(), views.detach()
         features = consistency_features(logits, views, top=top).float()
         chance = generator(seed, "correctness")
         with global_chance(derive(seed, "correctness", "weights"), []), training():
             with torch.device("cpu"):
-                last, first = nn.Linear(hidden, 1), nn.Linear(features.shape[1], hidden)
+                last, first = (
+                    nn.Linear(*widths, dtype=torch.float32)
+                    for widths in ((hidden, 1), (features.shape[1], hidden))
+                )
             nn.init.constant_(last.bias, math.log(math.expm1(0.9)))  # 0.1 + softplus of it is 1
             network = nn.Sequential(first, nn.ReLU(), last).to(features.device)
             descend = adam(network, lr=lr)
@@ -235,4 +239,5 @@ class CorrectnessCalibrator:
 
 
 def _temperature(network: nn.Module, features: Tensor) -> Tensor:
-    return 0.1 + nn.functional.softplus(network(features))
+    with single():
+        return 0.1 + nn.functional.softplus(network(features))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from testtime._core.arrays import check_tensors
+from testtime._core.arrays import at_least_single, check_tensors
 from testtime._core.errors import InputError
 
 RIDGE = 1e-5
@@ -36,7 +36,7 @@ class Gaussian:
 
     @staticmethod
     def fit(x: Tensor) -> "Gaussian":
-        """Of samples (..., n, d), n at least 2; d may be larger than n.
+        """Of samples (..., n, d), n at least 2; d may be larger than n. Half precision as float32.
 
         Raises:
             InputError: fewer samples, or numbers that are not finite or not floating point.
@@ -48,6 +48,7 @@ class Gaussian:
                 f"samples are {x.dtype} of the shape {tuple(x.shape)}, or hold NaN or infinity; "
                 "expected finite floating point numbers (..., n, d), n at least 2."
             )
+        x = at_least_single(x)
         mean = x.mean(-2, keepdim=True)
         away = x - mean
         covariance = away.mT @ away / (x.shape[-2] - 1)
@@ -122,18 +123,23 @@ class DeepDensity:
     def fit(x: Tensor, *, layers: int = 2, bins: int = 10) -> "DeepDensity":
         """Of samples (n, d), n at least 2."""
         made: list[_Layer] = []
-        for _ in range(layers):
-            rotation = torch.linalg.eigh(Gaussian.fit(x).covariance).eigenvectors
-            z = x @ rotation
-            mean, std = z.mean(0), (z.var(0) + RIDGE).sqrt()
-            place = (_cdf((z - mean) / std) * bins).long().clamp(max=bins - 1)
-            counts = torch.nn.functional.one_hot(place, bins).sum(0) + 1.0
-            made.append(_Layer(rotation, mean, std, bins * counts / counts.sum(1, keepdim=True)))
-            x, _ = _through(made[-1], x)
+        with torch.inference_mode(False):
+            x = at_least_single(x.clone())
+            for _ in range(layers):
+                rotation = torch.linalg.eigh(Gaussian.fit(x).covariance).eigenvectors
+                z = x @ rotation
+                mean, std = z.mean(0), (z.var(0) + RIDGE).sqrt()
+                place = (_cdf((z - mean) / std) * bins).long().clamp(max=bins - 1)
+                counts = torch.nn.functional.one_hot(place, bins).sum(0).to(x) + 1
+                made.append(
+                    _Layer(rotation, mean, std, bins * counts / counts.sum(1, keepdim=True))
+                )
+                x, _ = _through(made[-1], x)
         return DeepDensity(tuple(made))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Natural logarithm of the density at (n, d)."""
+        x = at_least_single(x)
         total = x.new_zeros(len(x))
         for layer in self.layers:
             x, gain = _through(layer, x)
@@ -142,8 +148,8 @@ class DeepDensity:
 
     def score(self, x: Tensor) -> Tensor:
         """Gradient of the log density by autograd."""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
             return torch.autograd.grad(self.log_prob(x).sum(), x)[0]
 
     def sample(self, count: int, chance: torch.Generator) -> Tensor:
@@ -158,7 +164,7 @@ class DeepDensity:
             bins = layer.heights.shape[1]
             place = torch.searchsorted(layer.edges, u, right=True) - 1
             inside = (u - layer.edges.gather(1, place)) / layer.heights.gather(1, place)
-            z = layer.mean + layer.std * _quantile((place / bins + inside).T)
+            z = layer.mean + layer.std * _quantile((place.to(u) / bins + inside).T)
             x = z @ layer.rotation.T
         return x
 
@@ -169,7 +175,7 @@ def _through(layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor]:
     u, bins = _cdf(z), layer.heights.shape[1]
     place = (u.detach() * bins).long().clamp(max=bins - 1).T
     height = layer.heights.gather(1, place).T
-    out = _quantile(layer.edges.gather(1, place).T + height * (u - place.T / bins))
+    out = _quantile(layer.edges.gather(1, place).T + height * (u - place.T.to(u) / bins))
     gain = _log_normal(z) - layer.std.log() + height.log() - _log_normal(out)
     return out, gain.sum(1)
 

@@ -135,7 +135,10 @@ class Drift:
 
     def __call__(self, values: Tensor, chance: torch.Generator) -> Tensor:
         factor, shift = (
-            torch.randn(values.shape, generator=chance, device="cpu").to(values) for _ in range(2)
+            torch.randn(values.shape, generator=chance, dtype=torch.float32, device="cpu").to(
+                values
+            )
+            for _ in range(2)
         )
         spread = values.std(correction=0) if values.numel() else values.new_zeros(())
         return values * (1 + self.multiplicative * factor) + self.additive * spread * shift
@@ -193,7 +196,8 @@ def _listed(faults: Fault | Sequence[Fault]) -> Sequence[Fault]:
 
 
 def _hit(values: Tensor, rate: float, chance: torch.Generator) -> Tensor:
-    return (torch.rand(values.shape, generator=chance, device="cpu") < rate).to(values.device)
+    drawn = torch.rand(values.shape, generator=chance, dtype=torch.float32, device="cpu")
+    return (drawn < rate).to(values.device)
 
 
 def _on_bits(

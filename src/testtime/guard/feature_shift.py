@@ -237,7 +237,7 @@ def _decide(value: Tensor, null: Tensor, alpha: float, compromised: int) -> Feat
     excess = (value - null.mean(0)) / null.std(0).clamp(min=torch.finfo(null.dtype).tiny)
     detected = bool((value > threshold).any())
     order = excess.argsort(descending=True).tolist()
-    p_value = (1.0 + (null >= value).sum(0)) / (1 + len(null))
+    p_value = (1 + (null >= value).sum(0)).double() / (1 + len(null))
     return FeatureShift(
         detected, tuple(order[:compromised]) if detected else (), value, threshold, excess, p_value
     )

@@ -28,7 +28,7 @@ from testtime.adaptation.look import named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
 from testtime.guard.monitor import State, check_real
-from testtime.measures.information.networks import adam, training
+from testtime.measures.information.networks import adam, single, training
 
 Band = Literal["quantiles", "deviations"]
 DEVIATIONS = 3
@@ -141,7 +141,10 @@ class Fingerprint:
         chance = generator(seed, "fingerprint")
         with global_chance(derive(seed, "fingerprint", "weights"), []), training():
             with torch.device("cpu"):
-                first, last = nn.Linear(features.shape[1], hidden), nn.Linear(hidden, outputs)
+                first, last = (
+                    nn.Linear(*widths, dtype=torch.float32)
+                    for widths in ((features.shape[1], hidden), (hidden, outputs))
+                )
             head = nn.Sequential(first, nn.ReLU(), last).to(features.device)
             descend = adam(head, lr=lr)
             for _ in range(epochs):
@@ -150,7 +153,8 @@ class Fingerprint:
                     prints = head(features[part.to(features.device)]).amax(1)
                     descend((prints - 1).square().mean())
         head.requires_grad_(False)
-        known = head(features).amax(1).double()
+        with single():
+            known = head(features).amax(1).double()
         if not bool(known.isfinite().all()):
             raise InputError(
                 f"training left the numbers: features go up to {float(features.abs().max()):.3g}. "
@@ -172,7 +176,8 @@ class Fingerprint:
             ScopeError: the layer of the features did not run.
         """
         output, features = _forward(model, x, self.layer)
-        return Reading(output, self.head(features.float()).amax(1))
+        with single():
+            return Reading(output, self.head(features.float()).amax(1))
 
 
 @final

@@ -30,7 +30,7 @@ from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator, global_chance
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
-from testtime.measures.information.networks import adam, training
+from testtime.measures.information.networks import adam, single, training
 
 HIDDEN = 128
 """Units of each layer of the network (code)."""
@@ -201,14 +201,15 @@ class MisclassificationNetwork:
             )
         if not bool(logits.isfinite().all()):
             raise InputError("logits hold NaN or infinite values; leave these out, and count them.")
-        return self.network(logits.to(first.dtype)).squeeze(1).sigmoid()
+        with single():
+            return self.network(logits.to(first.dtype)).squeeze(1).sigmoid()
 
 
 def _network(classes: int) -> nn.Module:
-    layers: list[nn.Module] = [nn.Linear(classes, HIDDEN), nn.ReLU()]
+    layers: list[nn.Module] = [nn.Linear(classes, HIDDEN, dtype=torch.float32), nn.ReLU()]
     for _ in range(2):
-        layers += [nn.Linear(HIDDEN, HIDDEN), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(HIDDEN, 1))
+        layers += [nn.Linear(HIDDEN, HIDDEN, dtype=torch.float32), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(HIDDEN, 1, dtype=torch.float32))
 
 
 def _probs(logits: Tensor, temperature: float) -> Tensor:

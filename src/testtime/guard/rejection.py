@@ -25,7 +25,7 @@ from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator, global_chance
 from testtime.guard.borrow import borrowed
-from testtime.measures.information.networks import adam, training
+from testtime.measures.information.networks import adam, single, training
 
 STEEP = 20.0
 """Exponents above are followed in a straight line, so that steep losses keep a finite gradient."""
@@ -186,6 +186,7 @@ class Rejector:
         in_range(0, lr=lr)
         whole(1, steps=steps, batch_size=batch_size)
         _check(inputs, good, own=network is not None)
+        inputs = inputs.detach()
         chance = generator(seed, "rejector")
         with global_chance(derive(seed, "rejector", "weights"), []), training():
             ours = copy.deepcopy(network) if network is not None else _network(inputs)
@@ -204,7 +205,7 @@ class Rejector:
             InputError: the network does not answer one number for each sample.
         """
         check_tensors(inputs=inputs)
-        with borrowed(self.network):
+        with borrowed(self.network), single():
             return _scores(self.network, inputs)
 
     def accepts(self, inputs: Tensor) -> Bool[Tensor, " n"]:
@@ -229,10 +230,11 @@ class _Standardised(nn.Module):
 
 def _network(inputs: Tensor) -> nn.Module:
     with torch.device("cpu"):
-        layers = nn.Sequential(
-            _Standardised(inputs), nn.Linear(inputs[0].numel(), 64), nn.ReLU(),
-            nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1),
-        )  # fmt: skip
+        first, middle, last = (
+            nn.Linear(*widths, dtype=torch.float32)
+            for widths in ((inputs[0].numel(), 64), (64, 64), (64, 1))
+        )
+    layers = nn.Sequential(_Standardised(inputs), first, nn.ReLU(), middle, nn.ReLU(), last)
     return layers.to(inputs.device, torch.promote_types(inputs.dtype, torch.float32))
 
 

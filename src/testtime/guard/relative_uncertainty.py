@@ -28,6 +28,7 @@ from testtime.guard.misclassification import (
     raising_direction,
 )
 from testtime.measures.detection import auroc, fpr_at_95_tpr
+from testtime.measures.information.networks import single
 
 TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 2.0)
 """What is searched for T (code)."""
@@ -185,7 +186,8 @@ class RelativeUncertainty:
         probs = (logits.to(self.distances.dtype) / self.temperature).softmax(1)
         if bool(probs.isnan().any()):
             raise InputError("logits hold NaN or +inf; leave these samples out, and count them.")
-        return torch.einsum("ni,ij,nj->n", probs, self.distances, probs)
+        with single():
+            return torch.einsum("ni,ij,nj->n", probs, self.distances, probs)
 
     def score_perturbed(self, model: nn.Module, x: Tensor, *, epsilon: float) -> Tensor:
         """The score after a step of the input that raises it: two forwards and a backward.

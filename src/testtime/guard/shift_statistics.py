@@ -116,7 +116,7 @@ class KnnKS:
     Example:
         >>> x = torch.eye(3).repeat(4, 1).double()
         >>> KnnKS(samples=5, neighbours=4)(x, x, torch.Generator())
-        tensor([0., 0., 0.])
+        tensor([0., 0., 0.], dtype=torch.float64)
     """
 
     samples: int = 30
@@ -149,7 +149,7 @@ class KnnKS:
 
 
 def ks_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Two-sample Kolmogorov-Smirnov distance along the first dimension.
+    """Two-sample Kolmogorov-Smirnov distance along the first dimension, in float32 at least.
 
     Raises:
         InputError: no samples, NaN, or other dimensions of the two.
@@ -169,5 +169,8 @@ def ks_distance(a: Tensor, b: Tensor) -> Tensor:
             raise InputError("the samples hold NaN, which has no rank; leave these out.")
     a, b = (each.movedim(0, -1).contiguous().sort(-1).values for each in (a, b))
     both = torch.cat([a, b], -1)
-    below = [torch.searchsorted(each, both, right=True) / each.shape[-1] for each in (a, b)]
+    kind = torch.promote_types(both.dtype, torch.float32)
+    below = [
+        torch.searchsorted(each, both, right=True).to(kind) / each.shape[-1] for each in (a, b)
+    ]
     return (below[0] - below[1]).abs().amax(-1)

@@ -237,7 +237,7 @@ def _bottleneck(joint: Tensor) -> Bottleneck:
     if not bool((codes > 0).all()):
         joint, codes = joint[:, codes > 0], codes[codes > 0]
     rate = entropy_bits(codes)
-    kept = entropy_bits(joint.sum(1)) + rate - entropy_bits(joint[joint > 0])
+    kept = entropy_bits(joint.sum(1)) + rate - entropy_bits(joint)
     return Bottleneck(joint, max(rate, 0.0), max(kept, 0.0))
 
 
@@ -279,7 +279,6 @@ def _move(joint: Tensor, row: int, source: int, target: int, room: float) -> Non
         for _ in range(100):
             middle = (low + high) / 2
             low, high = (middle, high) if abs(gained(middle)) < abs(room) else (low, middle)
-        high = low if room > 0 else high
     joint[row, source] = 0.0 if high == whole else joint[row, source] - high
     joint[row, target] += high
 

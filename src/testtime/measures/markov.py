@@ -268,15 +268,14 @@ def sample_path(
         (law >= 0).all() & ((law.sum() - 1).abs() < 1e-6)
     ):
         raise InputError(f"start is {law}; expected a law of {len(transitions)} states.")
-    # to the last digit, else a sum just below 1 leads to states of probability 0
+    # ends in 1 to the last digit, which no chance reaches; below 1 it leads to states of probability 0
     borders, first = (each / each[..., -1:] for each in (matrix.cumsum(-1), law.cumsum(0)))
     chance = torch.rand(
         steps, paths, generator=generator, dtype=torch.double, device=generator.device
     ).to(law.device)
-    last = len(law) - 1
-    now = torch.searchsorted(first, chance[0], right=True).clamp(max=last)
+    now = torch.searchsorted(first, chance[0], right=True)
     path = [now]
     for draw in chance[1:]:
-        now = (borders[now] <= draw[:, None]).sum(-1).clamp(max=last)
+        now = (borders[now] <= draw[:, None]).sum(-1)
         path.append(now)
     return torch.stack(path, 1)

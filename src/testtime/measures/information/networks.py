@@ -76,7 +76,7 @@ def mlp(
 
 
 def trainable(critic: object) -> nn.Module:
-    """A copy of a caller's critic to be trained.
+    """A copy of a caller's critic to be trained, in float32 as its samples are.
 
     Raises:
         InputError: for what is no module, or has no weight that may be trained.
@@ -93,7 +93,7 @@ def trainable(critic: object) -> nn.Module:
             f"the critic, a {type(critic).__name__}, has no weight that may be trained; expected "
             "at least one. Call requires_grad_() on it, or leave it out for the default."
         )
-    return copy.deepcopy(critic)
+    return copy.deepcopy(critic).float()
 
 
 class JointCritic(nn.Module):
