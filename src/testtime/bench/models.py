@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from testtime._core.arrays import as_given
 from testtime._core.errors import InputError, MissingExtra, unknown
@@ -156,4 +157,9 @@ def _from_python(path: str, name: str) -> nn.Module:
     model = call_function(path, name)
     if not isinstance(model, nn.Module):
         raise InputError(f"{path}@{name} returned a {type(model).__name__}; expected a module.")
+    if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
+        raise InputError(
+            f"{path}@{name} has lazy layers whose weights are not made yet; run a batch through "
+            f"the module in {name}(), or give its layers their sizes."
+        )
     return model

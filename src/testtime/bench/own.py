@@ -6,7 +6,7 @@ import os
 import random
 import runpy
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -22,13 +22,29 @@ INSTALLED = {"site-packages", "dist-packages"}
 """Folders of packages; what a file there imports from beside it is a package of its own."""
 
 
+_home: list[Path] = []
+"""The folder whose modules are found now, if any."""
+
+
+def python_file(model: str) -> Path | None:
+    """The file of a model that is called `file:PATH.py@FUNCTION`; None for another name.
+
+    Example:
+        >>> python_file("file:/nets/a.py@build"), python_file("file:/nets/a.pt@timm:resnet18")
+        (PosixPath('/nets/a.py'), None)
+    """
+    source, _, name = model.partition(":")
+    path, at, _ = name.rpartition("@")
+    mine = source == "file" and at and path.endswith(".py")
+    return Path(path).expanduser().resolve() if mine else None
+
+
 def call_function(path: str, name: str) -> Any:
     """What a function in a Python file returns, called without arguments.
 
-    The file may import those beside it, which come before installed ones, as in a script. Each call
-    reads all of them again, draws from random states of seed 0, and leaves random states, defaults
-    of torch, modules, `sys.path` and the current folder as they were. What is printed goes to
-    standard error.
+    The file may import those beside it, which come before installed ones, as in a script. Random
+    states are those of seed 0, and left as they were, with defaults of torch, modules and the
+    current folder. What is printed goes to standard error.
 
     Raises:
         InputError: there is no such file or function, or it fails.
@@ -37,7 +53,13 @@ def call_function(path: str, name: str) -> Any:
     if not place.is_file():
         raise InputError(f"there is no file {path}; expected Python with a function {name}.")
     try:
-        with _apart(place.parent):
+        with (
+            at_home(place.parent),
+            _python_as_it_is(),
+            _torch_as_it_is(),
+            redirect_stdout(sys.stderr),
+        ):
+            sys.path.insert(0, str(place.parent))
             return runpy.run_path(str(place))[name]()
     except (Exception, SystemExit) as error:  # code of others fails in ways of its own
         raise InputError(
@@ -47,27 +69,41 @@ def call_function(path: str, name: str) -> Any:
 
 
 @contextmanager
-def _apart(folder: Path) -> Generator[None, None, None]:
-    """What runs inside finds the files of a folder first, and leaves nothing behind."""
-    hidden = _found_in(folder)
-    installed = bool(hidden.keys() & {"torch", "testtime"})  # nothing there is the user's own
-    if installed:
-        hidden = {}
+def at_home(folder: Path | None) -> Generator[None, None, None]:
+    """Inside, modules of a folder are found, after installed ones; in the end they are forgotten.
+
+    They are read again by each block, so that none is an old one, or that of another folder.
+    """
+    if folder is None or folder in _home:
+        yield
+        return
+    hidden = _loaded(lambda name, module: _lies_in(folder, module) or _hides(folder, name, module))
+    for name in hidden:
+        del sys.modules[name]
+    paths = list(sys.path)
+    _home.append(folder)
+    try:
+        sys.path.append(str(folder))
+        yield
+    finally:
+        _home.remove(folder)
+        sys.path[:] = paths
+        for name in _loaded(lambda _, module: _lies_in(folder, module)):
+            del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+@contextmanager
+def _python_as_it_is() -> Generator[None, None, None]:
+    """Python's own settings are put back after; random states inside are those of seed 0."""
     where, paths, cached = Path.cwd(), list(sys.path), sys.dont_write_bytecode
     chance, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    for name in hidden:
-        del sys.modules[name]
-    sys.path.insert(0, str(folder))
     sys.dont_write_bytecode = True  # Python tells old ones by their time and size alone
     try:
-        with _torch_as_it_is(), redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
-        for name in () if installed else _found_in(folder):
-            del sys.modules[name]
-        sys.modules.update(hidden)
         sys.path[:], sys.dont_write_bytecode = paths, cached
         os.chdir(where)
         random.setstate(chance)
@@ -94,15 +130,26 @@ def _torch_as_it_is() -> Generator[None, None, None]:
             torch.set_default_device(None if held is None else held.device)
 
 
-def _found_in(folder: Path) -> dict[str, ModuleType]:
-    """The modules that are loaded from a folder, and those of packages in it."""
+def _loaded(asked: Callable[[str, ModuleType], bool]) -> dict[str, ModuleType]:
+    """The modules and packages, with all in them, that are a user's own and for which that holds."""
     modules = {name: module for name, module in sys.modules.items() if module is not None}
     tops = {
         name
         for name, module in modules.items()
-        if "." not in name and any(place.resolve().parent == folder for place in _places(module))
+        if "." not in name and name not in ("testtime", "torch") and asked(name, module)
+        if not any(INSTALLED & set(place.parts) for place in _places(module))
     }
     return {name: module for name, module in modules.items() if name.partition(".")[0] in tops}
+
+
+def _lies_in(folder: Path, module: ModuleType) -> bool:
+    return any(place.resolve().parent == folder for place in _places(module))
+
+
+def _hides(folder: Path, name: str, module: ModuleType) -> bool:
+    """Whether a module of a folder has the name of one from elsewhere, not of one of Python's."""
+    found = (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()
+    return found and name not in sys.stdlib_module_names and any(_places(module))
 
 
 def _places(module: ModuleType) -> Iterator[Path]:

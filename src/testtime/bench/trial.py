@@ -22,6 +22,7 @@ from testtime.bench.cells import Cell
 from testtime.bench.machine import PeakMemory, check_device, describe_machine, torch_threads
 from testtime.bench.metrics import NOT_PACED, OPEN_SET, Recognition, Score
 from testtime.bench.models import load_model, preprocessing
+from testtime.bench.own import at_home, python_file
 from testtime.bench.pace import schedule
 from testtime.bench.watched import method_code_hash, model_code_hash
 from testtime.measures.confidence import confidence
@@ -57,7 +58,8 @@ def run_cell(
         InputError: the device is not here, or the model cannot run on the data.
         TesttimeError: whatever loading the data and the model, or the method, complains of.
     """
-    with torch_threads(cell.threads):
+    file = python_file(cell.model)
+    with torch_threads(cell.threads), at_home(file and file.parent):
         return _run(cell, on_start or (lambda _: None), on_batch or (lambda: None))
 
 

@@ -11,7 +11,7 @@ from testtime._core.registry import find
 from testtime.adaptation.knowledge import fingerprint
 from testtime.bench.cells import Cell
 from testtime.bench.models import load_model
-from testtime.bench.own import code_hash, files_hash
+from testtime.bench.own import code_hash, files_hash, python_file
 from testtime.streams.data import load_data
 
 
@@ -63,11 +63,9 @@ def images_hash(data: str, split: str) -> str | None:
 
 def model_code_hash(model: str) -> str | None:
     """Hash of the code of a model: of a Python file, or of a folder that `hf:` names."""
-    source, _, name = model.partition(":")
-    path, at, _ = name.rpartition("@")
-    if source == "file" and at and path.endswith(".py"):
-        place = Path(path).expanduser().resolve()
+    if (place := python_file(model)) is not None:
         return code_hash(place, place.parent)
+    source, _, name = model.partition(":")
     if source == "hf" and (folder := Path(name)).is_dir():
         return files_hash((each for each in folder.iterdir() if each.is_file()), folder)
     return None
