@@ -75,7 +75,7 @@ def read_cell(
 
 def read_cells(out: Path, keys: Iterable[str]) -> list[dict[str, Any]]:
     """The rows of those cells that are finished, as the plan wants them."""
-    plan = _read_plan(out)
+    plan = _read_plan(out) if _is_file(out / PLAN) else {}
     return [row for key in keys for row in read_cell(out, key, plan.get(key)) or ()]
 
 
