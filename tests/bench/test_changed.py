@@ -85,7 +85,7 @@ def repaint(place):
         repaint,
         lambda place: draw(place / "photos/test/dog/9.bmp", (0, 0, 0)),
         lambda place: (place / "photos/test/dog/1.bmp").unlink(),
-        lambda place: (place / "photos/test/dog/1.bmp").rename(place / "photos/test/dog/7.bmp"),
+        lambda place: (place / "photos/test/dog/3.bmp").rename(place / "photos/test/dog/7.bmp"),
         lambda place: (place / "photos/test/dog").rename(place / "photos/test/ape"),
         lambda place: (place / "net.py").write_text(NET.replace("avg_pool2d", "max_pool2d")),
         lambda place: (place / "shape.py").write_text("SIDE = 1 + 1\n"),
