@@ -16,6 +16,12 @@ from testtime.streams.scenarios import Scenario
 EVERY = "all"
 """Stands for every method where methods are named."""
 
+WATCHED = {
+    "weights_sha256": "model", "model_code_sha256": "model", "method_code_sha256": "method",
+    "data_sha256": "data", "source_data_sha256": "data",
+}  # fmt: skip
+"""Columns of a row that tell what a field of its cell stood for when it ran: a hash, or None."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -112,6 +118,16 @@ def split_methods(text: str) -> list[str]:
         ['tent', 'sar(lr=0.01, margin=0.5)']
     """
     return [part for part in map(str.strip, re.split(r",(?![^(]*\))", text)) if part]
+
+
+def split_models(text: str) -> list[str]:
+    """Names of models with commas between; a comma that no name follows belongs to a file's path.
+
+    Example:
+        >>> split_models("embedded:batch, file:a,b/net.py@build")
+        ['embedded:batch', 'file:a,b/net.py@build']
+    """
+    return [part for part in map(str.strip, re.split(r",(?=\s*(?:\w+:|,|$))", text)) if part]
 
 
 def parse_method(text: str) -> tuple[str, str]:

@@ -1,7 +1,5 @@
 """Models by name: embedded ones, and those of timm, torchvision, Hugging Face and files."""
 
-import runpy
-import sys
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -9,10 +7,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from testtime._core.arrays import as_given
 from testtime._core.errors import InputError, MissingExtra, unknown
 from testtime.bench.networks import Normalised, SmallResNet, group_norm
+from testtime.bench.own import call_function
 
 EMBEDDED = {"batch": nn.BatchNorm2d, "group": group_norm}
 SPECS = ("embedded:batch", "embedded:group", "timm:NAME", "torchvision:NAME",
@@ -29,8 +29,8 @@ def load_model(spec: str) -> nn.Module:
             that were published with them; `torchvision:NAME/WEIGHTS` for other weights than the
             best, as `torchvision:resnet50/IMAGENET1K_V1` that most papers use; `file:PATH@SPEC`,
             weights from a `.safetensors` or `.pt` file (read with weights_only) in the architecture
-            of SPEC; `file:PATH.py@FUNCTION`, what a function in a file of your own returns, called
-            without arguments; its module takes pixels in [0, 1] and normalises them itself.
+            of SPEC; `file:PATH.py@FUNCTION`, what a function in a file of your own returns, see
+            `call_function`; its module takes pixels in [0, 1] and normalises them itself.
 
     Raises:
         UnknownName: no such model.
@@ -153,21 +153,13 @@ def _from_file(path: str, spec: str) -> nn.Module:
 
 
 def _from_python(path: str, name: str) -> nn.Module:
-    """What a function in a user's file returns; the file may import those beside it."""
-    place = Path(path).expanduser().resolve()
-    if not place.is_file():
-        raise InputError(f"there is no file {path}; expected Python with a function {name}.")
-    beside = str(place.parent)
-    sys.path.insert(0, beside)
-    try:
-        model = runpy.run_path(str(place))[name]()
-    except Exception as error:  # code of others fails in ways of its own
-        raise InputError(
-            f"{path}@{name} made no model: {type(error).__name__}: {error}. Expected a function "
-            f"{name}() in that file, which returns a module."
-        ) from error
-    finally:
-        sys.path.remove(beside)
+    """What a function in a user's file returns."""
+    model = call_function(path, name)
     if not isinstance(model, nn.Module):
         raise InputError(f"{path}@{name} returned a {type(model).__name__}; expected a module.")
+    if any(map(is_lazy, [*model.parameters(), *model.buffers()])):
+        raise InputError(
+            f"{path}@{name} has lazy layers whose weights are not made yet; run a batch through "
+            f"the module in {name}(), or give its layers their sizes."
+        )
     return model

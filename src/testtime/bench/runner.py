@@ -1,15 +1,13 @@
 """Methods x models x scenarios x seeds, on disk: what is finished is kept, what is not is run."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from testtime._core.errors import OptionError, ScopeError, WorkFailed
-from testtime.adaptation.knowledge import fingerprint
+from testtime._core.errors import InputError, OptionError, ScopeError, WorkFailed
 from testtime.bench.cells import Cell
-from testtime.bench.models import load_model
 from testtime.bench.store import forget, read_cell, write_cell, write_plan
+from testtime.bench.watched import Watched
 from testtime.bench.workers import Failure, Notice, Outcome, attempt, run_all
 
 
@@ -21,12 +19,13 @@ def run(
     on_notice: Notice | None = None,
     on_done: Callable[[Cell, list[dict[str, Any]] | None, bool], None] | None = None,
     on_unfit: Callable[[Cell, str], None] | None = None,
+    on_changed: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Runs the cells that are not finished yet and returns the rows of all, in order of the cells.
 
     Each finished cell is written at once, so that the same call goes on after an interruption of
-    any kind. A piece that cannot be read, or is of other weights than a model's file holds now, is
-    made again. Two runs in one folder do no harm but double work. A cell that fails does not keep
+    any kind. A piece that cannot be read is made again, and so is one of other images, weights or code
+    than lie in the folders and files now that its cell names. Two runs in one folder do no harm but double work. A cell that fails does not keep
     the others from running, but for the source model: where that cannot run, nothing can.
 
     Args:
@@ -40,9 +39,12 @@ def run(
         on_done: called with a cell, its rows (None when it failed), and whether it was run now.
         on_unfit: called with a cell whose method is not for its model, and why. The cell is then
             left out of the run; without this function it has failed.
+        on_changed: called before the first cell runs with the number of finished cells that run
+            again because their images, weights or code are others now; not called where none is.
 
     Raises:
         WorkFailed: cells have failed; those that finished are kept.
+        InputError: a function that makes a model draws its weights anew at each call.
         TesttimeError: data, model or stream do not fit, as the source model's cell found out.
 
     Example:
@@ -59,19 +61,25 @@ def run(
     if jobs < 0:
         raise OptionError(f"jobs is {jobs}; expected 0 or more processes.")
     out, done = Path(out), on_done or (lambda cell, rows, now: None)
-    new = write_plan(out, cells)
+    watched = Watched()
+    now = {cell.key: watched(cell) for cell in cells}
+    new = write_plan(out, cells, lambda cell: now[cell.key])
     found: dict[str, list[dict[str, Any]]] = {}
     missing: dict[str, Cell] = {}
-    weights = cache(_weights)
+    changed = 0
     for cell in cells:
-        own = read_cell(out, cell.key)
-        if own is None or (own and weights(cell.model) not in (None, own[0]["weights_sha256"])):
+        own = read_cell(out, cell.key, now[cell.key])
+        if own is None:
+            changed += read_cell(out, cell.key) is not None
             missing[cell.key] = cell
         else:
             found[cell.key] = own
             done(cell, own, False)
+    if changed and on_changed is not None:
+        on_changed(changed)
     failed: list[tuple[Cell, Failure]] = []
-    for cell, outcome in _outcomes(list(missing.values()), jobs, on_notice or (lambda *_: None)):
+    for cell, made in _outcomes(list(missing.values()), jobs, on_notice or (lambda *_: None)):
+        outcome = _steady(cell, made, now[cell.key].get("weights_sha256"))
         if isinstance(outcome, Failure):
             error = outcome.error()
             if cell.method == "source" and error is not None:
@@ -84,17 +92,25 @@ def run(
             else:
                 failed.append((cell, outcome))
         else:
-            write_cell(out, cell.key, outcome)
-            found[cell.key] = outcome
-            done(cell, outcome, True)
+            rows = [row | watched.images(cell) for row in outcome]
+            write_cell(out, cell.key, rows)
+            found[cell.key] = rows
+            done(cell, rows, True)
     if failed:
         raise WorkFailed(_complaint(failed, cells))
     return [row for cell in cells for row in found.get(cell.key, ())]
 
 
-def _weights(model: str) -> str | None:
-    """Hash of the weights in a model's file, which may change; None for a name that stands for some."""
-    return fingerprint(load_model(model)) if model.startswith("file:") else None
+def _steady(cell: Cell, outcome: Outcome, weights: str | None) -> Outcome:
+    """The outcome; a failure where a model's file gave other weights than when the run began."""
+    if isinstance(outcome, Failure) or weights in (None, outcome[0]["weights_sha256"]):
+        return outcome
+    return Failure(
+        text=f"{cell.model} has other weights in this cell than when the run began: they are drawn "
+        "anew at each call, or a file has changed meanwhile. Read them from a file that stays, or "
+        "draw them with a seed; then give the same command again.",
+        kind=InputError,
+    )
 
 
 def _outcomes(cells: Iterable[Cell], jobs: int, notice: Notice) -> Iterator[tuple[Cell, Outcome]]:

@@ -19,6 +19,7 @@ STRONG = 4
 
 FACTS = {
     "Model": "model", "Weights (SHA-256)": "weights_sha256", "Data": "data",
+    "Images (SHA-256)": "data_sha256", "Code of the model (SHA-256)": "model_code_sha256",
     "Preprocessing": "preprocessing", "Samples, in order (SHA-256)": "samples_sha256",
     "Stream": "stream", "Severity": "severity", "Batch size": "batch_size",
     "Order of labels": "order", "Reset to source": "reset_rule", "Seeds": "seed",
@@ -138,7 +139,9 @@ class Section:
     def _provenance(self) -> str:
         lines: list[str] = []
         for name, key in FACTS.items():
-            values = dict.fromkeys(str(row[key]) for row in self.rows if key in row)
+            values = dict.fromkeys(str(row[key]) for row in self.rows if row.get(key) is not None)
+            if not values:
+                continue
             text = ("<br>" if "SHA" in name else ", ").join(map(escape, values))
             lines.append(f"<dt>{name}</dt><dd>{text}</dd>")
         if scenario := self.rows[0].get("scenario"):

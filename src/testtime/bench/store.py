@@ -2,7 +2,7 @@
 
 import fcntl
 import json
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import testtime as tt
 from testtime._core.errors import MissingExtra, RunError, WorkFailed
 from testtime._core.files import atomic
-from testtime.bench.cells import Cell
+from testtime.bench.cells import WATCHED, Cell
 
 PLAN = "run.json"
 
@@ -47,8 +47,17 @@ def write_cell(out: Path, key: str, rows: list[dict[str, Any]]) -> None:
         ) from error
 
 
-def read_cell(out: Path, key: str) -> list[dict[str, Any]] | None:
-    """The rows of a finished cell; None when it is not there, or cannot be read."""
+def read_cell(
+    out: Path, key: str, record: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]] | None:
+    """The rows of a finished cell; None when it is not there, or cannot be read.
+
+    Args:
+        out: folder of the run.
+        key: of the cell.
+        record: with columns of `WATCHED`. Rows with another value there count as not there; rows
+            without the column, of earlier versions, do not.
+    """
     arrow, parquet = _parquet()
     path = piece(out, key)
     try:
@@ -57,28 +66,50 @@ def read_cell(out: Path, key: str) -> list[dict[str, Any]] | None:
         rows = parquet.read_table(path, page_checksum_verification=True).to_pylist()
     except (arrow.ArrowException, OSError, ValueError):
         return None
-    return rows if rows and all(row.get("cell") == key for row in rows) else None
+    if not rows or any(row.get("cell") != key for row in rows):
+        return None
+    wanted = {name: value for name, value in (record or {}).items() if name in WATCHED}
+    stale = any(row.get(name, value) != value for row in rows for name, value in wanted.items())
+    return None if stale else rows
 
 
-def write_plan(out: Path, cells: Iterable[Cell]) -> set[str]:
+def write_plan(
+    out: Path, cells: Iterable[Cell], watched: Callable[[Cell], Mapping[str, str | None]]
+) -> set[str]:
     """Notes which cells a run consists of, and gives the keys that are new; others stay.
 
-    A cell that another version of the library has run makes way for the same cell of this one.
+    A cell that another version of the library has run makes way for the same cell of this one. What
+    is noted with a cell, hashes of its images, weights and code, is noted with the others that
+    share them: those that ran on what lay there before are then missing.
+
+    Args:
+        out: folder of the run.
+        cells: that are asked for.
+        watched: columns of `WATCHED` for a cell.
 
     Raises:
         RunError: the note of an earlier run is damaged, or the folder cannot be written.
     """
     _parquet()  # tells of a missing package before anything is written
-    wanted = {cell.key: {**vars(cell), "version": tt.__version__} for cell in cells}
+    wanted = {
+        cell.key: {**vars(cell), "version": tt.__version__, **_known(watched(cell))}
+        for cell in cells
+    }
+    news = {
+        (name, record[field]): record[name]
+        for record in wanted.values()
+        for name, field in WATCHED.items()
+        if name in record
+    }
     with _alone(out):
         noted = _read_plan(out) if (out / PLAN).exists() else {}
         new = [_unversioned(record) for record in wanted.values()]
         kept = {
-            key: record
+            key: {n: news.get((n, record.get(WATCHED.get(n, ""))), v) for n, v in record.items()}
             for key, record in noted.items()
             if key in wanted or _unversioned(record) not in new
         }
-        if noted.keys() != kept.keys() | wanted.keys():
+        if noted != kept | wanted:
             _note(out, kept | wanted)
     return wanted.keys() - noted.keys()
 
@@ -99,7 +130,11 @@ def _note(out: Path, records: dict[str, Any]) -> None:
 
 
 def _unversioned(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name != "version"}
+    return {n: value for n, value in record.items() if n != "version" and n not in WATCHED}
+
+
+def _known(hashes: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in hashes.items() if value is not None}
 
 
 @contextmanager
@@ -155,7 +190,7 @@ def read_run(out: str | Path, *, partial: bool = False) -> list[dict[str, Any]]:
             f"--out {out}"
         )
     plan = _read_plan(out)
-    found = {key: read_cell(out, key) for key in plan}
+    found = {key: read_cell(out, key, record) for key, record in plan.items()}
     missing = [key for key, rows in found.items() if rows is None]
     if len(missing) == len(plan) or (missing and not partial):
         raise RunError(

@@ -22,7 +22,9 @@ from testtime.bench.cells import Cell
 from testtime.bench.machine import PeakMemory, check_device, describe_machine, torch_threads
 from testtime.bench.metrics import NOT_PACED, OPEN_SET, Recognition, Score
 from testtime.bench.models import load_model, preprocessing
+from testtime.bench.own import at_home, python_file
 from testtime.bench.pace import schedule
+from testtime.bench.watched import method_code_hash, model_code_hash
 from testtime.measures.confidence import confidence
 from testtime.streams.batches import UNKNOWN, Batch, Stream
 from testtime.streams.data import labels_of, load_data, stack
@@ -56,7 +58,8 @@ def run_cell(
         InputError: the device is not here, or the model cannot run on the data.
         TesttimeError: whatever loading the data and the model, or the method, complains of.
     """
-    with torch_threads(cell.threads):
+    file = python_file(cell.model)
+    with torch_threads(cell.threads), at_home(file and file.parent):
         return _run(cell, on_start or (lambda _: None), on_batch or (lambda: None))
 
 
@@ -67,6 +70,10 @@ def _run(
     memory = PeakMemory(device)
     scenario = Scenario.from_toml(cell.stream)
     dataset = load_data(cell.data)
+    code = {
+        "model_code_sha256": model_code_hash(cell.model),
+        "method_code_sha256": method_code_hash(cell.method),
+    }
     model = load_model(cell.model).to(device)
     _check_fit(cell, model, dataset, device)
     stream = scenario.stream(dataset, seed=cell.seed)
@@ -115,6 +122,7 @@ def _run(
         "peak_memory_mb": peak,
         "preprocessing": preprocessing(model),
         "weights_sha256": fingerprint(model),
+        **code,
         "samples_sha256": _order_hash(stream),
         "version": tt.__version__,
         "torch_version": torch.__version__,

@@ -6,8 +6,10 @@ milliseconds instead of the seconds in which torch is imported.
 
 import multiprocessing
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -134,7 +136,8 @@ class _Worker:
 def _work(record: dict[str, Any], outbox: Connection) -> None:
     """What a process does; it ends when nobody listens any more."""
     try:
-        outcome = attempt(Cell(**record), lambda _, kind, value: outbox.send((kind, value)))
+        with redirect_stdout(sys.stderr):  # standard output is for results; models may print
+            outcome = attempt(Cell(**record), lambda _, kind, value: outbox.send((kind, value)))
         outbox.send(("done", outcome))
     except (BrokenPipeError, KeyboardInterrupt):
         return

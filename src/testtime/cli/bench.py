@@ -62,11 +62,11 @@ def bench(
     Exit codes: 0 done, 1 a cell failed (the others are kept), 2 the call was wrong.
     """
     from testtime._core.errors import WorkFailed  # noqa: PLC0415
-    from testtime.bench.cells import split_methods  # noqa: PLC0415
+    from testtime.bench.cells import split_methods, split_models  # noqa: PLC0415
 
     names = split_methods(methods)
     cells = cells_of(
-        names, model.split(","), data, stream, seeds,
+        names, split_models(model), data, stream, seeds,
         device=device, threads=threads, paced=paced,
     )  # fmt: skip
     unfit: dict[str, str] = {}
@@ -146,8 +146,14 @@ def execute(
             assert unfit is not None
             unfit[f"{label(vars(cell))} on {cell.model}"] = why
 
+        def changed(count: int) -> None:
+            typer.echo(
+                f"images, model or method have changed: {count} of the finished cells run again",
+                err=True,
+            )
+
         return run(
-            cells, out, jobs=jobs, on_notice=notice, on_done=done,
+            cells, out, jobs=jobs, on_notice=notice, on_done=done, on_changed=changed,
             on_unfit=None if unfit is None else note,
         )  # fmt: skip
 

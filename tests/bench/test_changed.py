@@ -1,0 +1,229 @@
+"""What a command names may change in the meantime: images, the code of a model, that of a method."""
+
+import json
+import os
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from testtime._core import registry
+from testtime._core.errors import InputError, RunError
+from testtime.bench.cells import plan
+from testtime.bench.own import code_hash
+from testtime.bench.runner import run
+from testtime.bench.store import piece, read_cell, read_run, write_cell
+from testtime.cli.main import app
+from testtime.streams.scenarios import Scenario
+
+NET = """
+from torch import nn
+from shape import SIDE
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3 * SIDE * SIDE, 2)
+        nn.init.eye_(self.head.weight)
+
+    def forward(self, x):
+        return self.head(self.norm(nn.functional.avg_pool2d(x, 224 // SIDE)).flatten(1))
+
+def build():
+    return Net()
+"""
+
+
+def draw(path, colour):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path)
+
+
+@pytest.fixture
+def place(tmp_path):
+    for split in ("test", "train"):
+        for number in range(4):
+            draw(tmp_path / f"photos/{split}/cat/{number}.bmp", (200 + number, 9, number))
+            draw(tmp_path / f"photos/{split}/dog/{number}.bmp", (9, 200, 70 * number))
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "shape.py").write_text("SIDE = 2\n")
+    return tmp_path
+
+
+@pytest.fixture
+def go(place):
+    def go(*methods, jobs=0, model="net.py@build"):
+        """Which cells ran now, and how many were told to have changed."""
+        told = []
+        cells = plan(
+            methods=list(methods), models=[f"file:{place}/{model}"], data=f"folder:{place}/photos",
+            streams=[Scenario(domains=("fog",), batch_size=16)], seeds=1,
+        )  # fmt: skip
+        ran = []
+        run(
+            cells, place / "out", jobs=jobs, on_changed=told.append,
+            on_done=lambda cell, _, now: ran.extend([cell.method] * now),
+        )  # fmt: skip
+        return ran, sum(told)
+
+    return go
+
+
+def repaint(place):
+    """Other pixels, while name, size and time stay."""
+    path = place / "photos/test/cat/2.bmp"
+    before = path.stat()
+    draw(path, (202, 9, 3))
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        repaint,
+        lambda place: draw(place / "photos/test/dog/9.bmp", (0, 0, 0)),
+        lambda place: (place / "photos/test/dog/1.bmp").unlink(),
+        lambda place: (place / "photos/test/dog/3.bmp").rename(place / "photos/test/dog/7.bmp"),
+        lambda place: (place / "photos/test/dog").rename(place / "photos/test/ape"),
+        lambda place: (place / "net.py").write_text(NET.replace("avg_pool2d", "max_pool2d")),
+        lambda place: (place / "shape.py").write_text("SIDE = 1 + 1\n"),
+    ],
+    ids=["repainted", "added", "removed", "renamed", "class", "code", "import"],
+)
+def test_cells_of_other_images_or_code_run_again(place, go, change):
+    assert go("bn-adapt") == (["source", "bn-adapt"], 0)
+    assert go("bn-adapt") == ([], 0)
+    change(place)
+    assert go("bn-adapt") == (["source", "bn-adapt"], 2)
+    assert go("bn-adapt") == ([], 0)
+
+
+def test_what_a_cell_does_not_see_may_change(place, go):
+    """Only a method that is told of the source sees the training images; and no one a note."""
+    assert go("bn-adapt", "eata")[0] == ["source", "bn-adapt", "eata"]
+    (place / "photos/test/cat/note.txt").write_text("mine")
+    (place / "other.py").write_text("")
+    assert go("bn-adapt", "eata") == ([], 0)
+    draw(place / "photos/train/cat/9.bmp", (1, 2, 3))
+    assert go("bn-adapt", "eata") == (["eata"], 1)
+
+
+def test_processes_know_the_same(place, go):
+    assert go("bn-adapt", jobs=2)[1] == 0
+    assert go("bn-adapt") == ([], 0)
+
+
+def test_a_report_does_not_mix_what_ran_on_other_images(place, go):
+    go("bn-adapt", "tent")
+    before = {row["method"]: row for row in read_run(place / "out")}
+    repaint(place)
+    assert go("bn-adapt") == (["source", "bn-adapt"], 2)
+    with pytest.raises(RunError, match="1 of 3 cells are missing"):
+        read_run(place / "out")
+    shown = read_run(place / "out", partial=True)
+    assert [row["method"] for row in shown] == ["source", "bn-adapt"]
+    draw(place / "photos/test/cat/2.bmp", (202, 9, 2))
+    assert go("bn-adapt", "tent") == (["source", "bn-adapt"], 2)  # tent's is good again
+    assert {row["method"]: row for row in read_run(place / "out")}["tent"] == before["tent"]
+
+
+def test_rows_of_earlier_versions_still_count(place, go):
+    go("bn-adapt")
+    for row in read_run(place / "out"):
+        old = {k: v for k, v in row.items() if not k.endswith(("code_sha256", "data_sha256"))}
+        write_cell(place / "out", row["cell"], [old])
+    assert go("bn-adapt") == ([], 0)
+    assert len(read_run(place / "out")) == 2
+
+
+def test_images_that_are_gone_are_told_and_their_results_stay(place, go):
+    go("bn-adapt")
+    (place / "photos").rename(place / "away")
+    with pytest.raises(InputError, match="photos is not a folder of images"):
+        go("bn-adapt")
+    assert len(read_run(place / "out")) == 2
+    (place / "away").rename(place / "photos")
+    assert go("bn-adapt") == ([], 0)
+
+
+METHOD = """
+from testtime._core.registry import register
+from testtime.adaptation.recipe import Recipe
+from helper import WORD
+
+@register("method", paper="")
+def mine():
+    return Recipe()
+"""
+
+
+def test_another_code_of_a_method_runs_its_cells_alone_again(place, go, monkeypatch):
+    (place / "mine.py").write_text(METHOD)
+    (place / "helper.py").write_text("WORD = 1\n")
+    registry.entries("method")
+    monkeypatch.setattr(registry, "_entries", {k: dict(v) for k, v in registry._entries.items()})
+    monkeypatch.syspath_prepend(str(place))
+    try:
+        import mine  # noqa: F401
+    finally:
+        for name in ("mine", "helper"):
+            sys.modules.pop(name, None)
+    assert go("mine", "bn-adapt")[0] == ["source", "mine", "bn-adapt"]
+    (place / "helper.py").write_text("WORD = 2\n")
+    assert go("mine", "bn-adapt") == (["mine"], 1)
+    (place / "mine.py").write_text(METHOD + "\n")
+    assert go("mine", "bn-adapt") == (["mine"], 1)
+
+
+def test_code_is_followed_through_packages_and_not_through_others(tmp_path):
+    own = tmp_path / "pack" / "deep" / "net.py"
+    own.parent.mkdir(parents=True)
+    own.write_text("from ..parts import a\ndef f():\n    import loose.b\nimport torch\n")
+    files = ["pack/__init__.py", "pack/parts/a.py", "loose/b.py", "else.py"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    first = code_hash(own, tmp_path)
+    for name in files:
+        (tmp_path / name).write_text("1\n")
+        assert (code_hash(own, tmp_path) != first) == (name != "else.py")
+        (tmp_path / name).write_text("")
+    assert code_hash(own, tmp_path) == first
+
+
+def test_the_command_line_says_so_in_one_line_and_gives_no_old_rows(place):
+    words = [
+        "bench", "--methods", "bn-adapt,tent", "--model", f"file:{place}/net.py@build", "--seeds",
+        "1", "--data", f"folder:{place}/photos", "--stream", "continual,domains=fog,batch_size=16",
+        "--out", str(place / "out"), "--json",
+    ]  # fmt: skip
+    first = CliRunner().invoke(app, words)
+    assert first.exit_code == 0, first.output
+    assert "changed" not in first.stderr
+    repaint(place)
+    (place / "net.py").write_text(NET.replace("nn.BatchNorm2d(3)", "nn.Identity()"))
+    again = CliRunner().invoke(app, words)  # nothing to adapt is left, so both methods fail
+    assert again.exit_code == 1, again.output
+    line = "images, model or method have changed: 3 of the finished cells run again\n"
+    assert again.stderr.startswith(line)
+    assert [row["method"] for row in json.loads(again.stdout)] == ["source"]
+
+
+def test_a_folder_that_a_name_of_hugging_face_stands_for(tmp_path):
+    from testtime.bench.watched import model_code_hash
+
+    (tmp_path / "config.json").write_text("{}")
+    first = model_code_hash(f"hf:{tmp_path}")
+    (tmp_path / "config.json").write_text('{"hidden_act": "relu"}')
+    assert first not in (None, model_code_hash(f"hf:{tmp_path}"))
+    assert model_code_hash("hf:google/vit-base-patch16-224") is None
+
+
+def test_a_damaged_piece_is_not_told_as_a_change(place, go):
+    go("bn-adapt")
+    key = read_run(place / "out")[0]["cell"]
+    piece(place / "out", key).write_bytes(b"?")
+    assert read_cell(place / "out", key) is None
+    assert go("bn-adapt") == (["source"], 0)
