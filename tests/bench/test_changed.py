@@ -193,6 +193,7 @@ def test_code_is_followed_through_packages_and_not_through_others(tmp_path):
     assert code_hash(own, tmp_path) == first
 
 
+@pytest.mark.slow
 def test_the_command_line_says_so_in_one_line_and_gives_no_old_rows(place):
     words = [
         "bench", "--methods", "bn-adapt,tent", "--model", f"file:{place}/net.py@build", "--seeds",

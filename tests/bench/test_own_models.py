@@ -88,6 +88,7 @@ def test_paths_are_read_from_where_the_command_is_given(net, bench, tmp_path, mo
         assert {row["model"] for row in json.loads(done.stdout)} == {f"file:{path}@build"}
 
 
+@pytest.mark.slow
 def test_what_a_model_prints_is_no_result(net, bench):
     net.write_text(
         "print('loaded')\n" + NET + "\ninner = build\n"
