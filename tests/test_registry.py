@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ def _nothing(*, lr: float = 1.0) -> None:
         (_nothing, "a b", "'a b' is no name"),
         (_nothing, "a(lr=1)", "is no name"),
         (_nothing, "tent", "two owners"),
+        (partial(lambda *, lr: tent(lr=lr)), "a", "has no default"),
         (3, "a", "expected a function that makes a method"),
     ],
 )

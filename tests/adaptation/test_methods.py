@@ -345,7 +345,10 @@ def test_what_parts_forward_takes_no_short_cut_in_attention(width, size):
 
 def test_what_taught_before_is_kept_while_nothing_is_reliable():
     part, flat, sure = ReliableAndNew(margin=0.4, redundancy=0.6), torch.zeros(4, 5), torch.eye(5)
-    part_of = lambda z, state: part(z, entropy(z), 5, Ranks(), state)  # noqa: E731
+
+    def part_of(z, state):
+        return part(z, entropy(z), 5, Ranks(), state)
+
     sure = 9 * sure[:2]
     _, state = part_of(flat, part.init())
     assert state == {"mean": None}

@@ -1,5 +1,7 @@
 """Moments that are added up row by row, against sums in double precision and torch's own kernel."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -149,8 +151,9 @@ def test_batches_that_share_a_run_are_answered_as_alone_where_only_both_are_larg
     model = nn.Sequential(nn.BatchNorm2d(3), nn.AvgPool2d(100), nn.Flatten()).eval()
     loan, parts = Loan(model, norm_layers(model)), [draw(4, 3, 200, 200), 1 + draw(4, 3, 200, 200)]
     assert parts[0].numel() < MANY < 2 * parts[0].numel()
-    run = lambda x, **more: loan.run(x, {}, BatchStatistics(), ranks=Ranks(), **more)[0]  # noqa: E731
-    assert torch.equal(run(torch.cat(parts), groups=2), torch.cat([run(x) for x in parts]))
+    run = partial(loan.run, tensors={}, statistics=BatchStatistics(), ranks=Ranks())
+    joined, _ = run(torch.cat(parts), groups=2)
+    assert torch.equal(joined, torch.cat([run(x)[0] for x in parts]))
 
 
 @pytest.mark.filterwarnings("ignore:.*trace")

@@ -127,7 +127,7 @@ def _check(kind: str, name: str, factory: Any) -> None:
         if option.default is option.empty or option.kind is option.POSITIONAL_ONLY:
             raise OptionError(
                 f"{name}: {option} has no default or no name; expected options as in "
-                f"def {factory.__name__}(*, lr: float = 1e-3)"
+                f"def {name.replace('-', '_')}(*, lr: float = 1e-3)"
             )
 
 

@@ -24,9 +24,10 @@ def run(
     """Runs the cells that are not finished yet and returns the rows of all, in order of the cells.
 
     Each finished cell is written at once, so that the same call goes on after an interruption of
-    any kind. A piece that cannot be read is made again, and so is one of other images, weights or code
-    than lie in the folders and files now that its cell names. Two runs in one folder do no harm but double work. A cell that fails does not keep
-    the others from running, but for the source model: where that cannot run, nothing can.
+    any kind. A piece that cannot be read is made again, and so is one of other images, weights or
+    code than lie in the folders and files now that its cell names. Two runs in one folder do no harm
+    but double work. A cell that fails does not keep the others from running, but for the source
+    model: where that cannot run, nothing can.
 
     Args:
         cells: from `plan`.
