@@ -34,7 +34,7 @@ def test_a_method_has_a_whole_page_whose_examples_run(name):
         assert re.search(rf"^## {section}\n\n\S", page, re.MULTILINE), section
     if (
         "nputs are images in [0, 1]" in page
-    ):  # as the docstring says; the list is made from the recipe
+    ):  # the docstring says it; the list comes from the recipe
         assert "\n- images in [0, 1], with normalisation" in page
     assert re.search(r"\*\*Use it when\*\* \w", page)
     assert re.search(r"\*\*Not when\*\* \w", page)
