@@ -32,9 +32,8 @@ def test_a_method_has_a_whole_page_whose_examples_run(name):
     page = methods.page(entries("method")[name], images=2)
     for section in SECTIONS:
         assert re.search(rf"^## {section}\n\n\S", page, re.MULTILINE), section
-    if (
-        "nputs are images in [0, 1]" in page
-    ):  # the docstring says it; the list comes from the recipe
+    # what the docstring says; the list is made from the recipe
+    if "nputs are images in [0, 1]" in page:
         assert "\n- images in [0, 1], with normalisation" in page
     assert re.search(r"\*\*Use it when\*\* \w", page)
     assert re.search(r"\*\*Not when\*\* \w", page)
