@@ -18,7 +18,8 @@ from testtime._core.gates import Gate
 from testtime._core.guards import Guard
 from testtime._core.options import whole
 from testtime.adaptation.budget import Ration
-from testtime.adaptation.checks import check_held, check_input, check_model, check_output, taking
+from testtime.adaptation.building import build, check_source, feature_layer_name, first_look
+from testtime.adaptation.checks import check_held, check_input, check_model, taking
 from testtime.adaptation.deferred import Behind, Give, Job, Lane, check_deferred
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.events import Counts, Event, note
@@ -26,25 +27,15 @@ from testtime.adaptation.export import copied, exported
 from testtime.adaptation.gating import check_gate, judge
 from testtime.adaptation.guarding import check_guard, distrusted, foretold, guarded, vouched
 from testtime.adaptation.knowledge import SourceKnowledge
-from testtime.adaptation.layers import device_of, norm_layers
+from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import lock_of
-from testtime.adaptation.look import check_backward, check_statistics, look
 from testtime.adaptation.modes import autocasting, computing
-from testtime.adaptation.needs import (
-    check_covered,
-    check_kind,
-    check_layers,
-    check_source,
-    feature_layer,
-    known_of,
-)
-from testtime.adaptation.outputs import detached, read_logits
+from testtime.adaptation.outputs import detached
 from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.plan import Plan, planned
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.resuming import check_names, owner, resumed
-from testtime.adaptation.source_like import Signals, SourceLike
 from testtime.adaptation.state import State, load_state, save_state
 from testtime.adaptation.steps import Step, Steps, begun, ended
 
@@ -79,7 +70,6 @@ class Adapter:
         check_model(model)
         if on_event is not None and not callable(on_event):
             raise OptionError(f"on_event is {on_event!r}; expected a function of one event")
-        check_kind(source)
         check_deferred(deferred, recipe)
         whole(1, every=every)
         self.model, self.recipe = model, recipe
@@ -93,7 +83,7 @@ class Adapter:
         self._lock = threading.RLock()
         with lock_of(model), computing():
             check_source(source, recipe, model)
-            self._features = feature_layer(model, features, source, recipe)
+            self._features = feature_layer_name(model, features, source, recipe)
             self._engine = self._build(order=[])
             self._state = self._engine.fresh()
         self._lane = Lane(self._engine.device)
@@ -325,21 +315,11 @@ class Adapter:
                     return
 
     def _build(self, order: list[str], feature_layer: nn.Module | None = None) -> Engine:
-        norms = norm_layers(self.model, order)
-        device = device_of(self.model)
-        known = known_of(self._source, self.recipe, device)
-        if isinstance(self._gate, SourceLike):
-            signals = None if self._source is None else self._source.entries.get(Signals.name)
-            self._gate.begin(norms, signals and {k: v.to(device) for k, v in signals.items()})
-        engine = Engine(
-            self.model, self.recipe, norms, known=known, seed=self._seed, ranks=self._ranks,
-            feature_layer=feature_layer,
+        return build(
+            self.model, self.recipe, order,
+            source=self._source, gate=self._gate, ration=self._ration, seed=self._seed,
+            ranks=self._ranks, feature_layer=feature_layer,
         )  # fmt: skip
-        check_layers(self.recipe, engine.loan, norms)
-        if self._ration is not None:
-            self._ration.engage(engine, norms)
-        check_covered(known, self.recipe, engine.names)
-        return engine
 
     def _admit(self, x: Tensor, *, teaches: bool = False) -> Tensor:
         """The batch, checked; the first one is also used to see the model run."""
@@ -372,13 +352,8 @@ class Adapter:
         return x
 
     def _look(self, x: Tensor) -> None:
-        """Runs the source model once, on a sample or two, and notes what runs in which order."""
-        read = getattr(self.recipe.procedure, "read", read_logits)
-        found = look(self.model, self._engine.loan, x, features=self._features, read=read)
-        check_output(read(found.output), self.recipe, samples=len(x[:2]))
-        if self.recipe.optimizer is not None:
-            check_backward(self._engine.loan, x, read=read)
-        check_statistics(self._engine.loan, x, found.order, self.recipe.statistics)
+        """Builds the engine anew, with the order in which layers run; the source model is run for it."""
+        found = first_look(self._engine, x, features=self._features)
         if self._ration is not None:
             self._ration.count(x, norm_layers(self.model, found.order))
         engine = self._build(found.order, found.feature_layer)

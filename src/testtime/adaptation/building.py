@@ -1,31 +1,35 @@
-"""What a method needs of the source data and of the model's layers, checked before it begins."""
+"""Building an engine for a model, a method and what is known of the source, which must fit each other."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import NeedsSource, OptionError, ScopeError, StateError
+from testtime._core.gates import Gate
+from testtime.adaptation.budget import Ration
+from testtime.adaptation.checks import check_output
+from testtime.adaptation.engine import Engine
 from testtime.adaptation.knowledge import SourceKnowledge, fingerprint
-from testtime.adaptation.layers import NormLayer
+from testtime.adaptation.layers import NormLayer, device_of, norm_layers
 from testtime.adaptation.loan import Loan
-from testtime.adaptation.look import named_layer
+from testtime.adaptation.look import Look, check_backward, check_statistics, look, named_layer
+from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.statistics import SourceStatistics
+from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
+from testtime.adaptation.source_like import Signals, SourceLike
 
 
-def check_kind(source: Any) -> None:
-    """Refuses what is no source knowledge."""
+def check_source(source: Any, recipe: Recipe, model: nn.Module) -> None:
+    """Refuses source knowledge that is none, is missing, or is of another model."""
     if source is not None and not isinstance(source, SourceKnowledge):
         raise OptionError(
             f"source is of type {type(source).__name__}; expected what tt.fit_source(model, "
             "loader) gives, or tt.SourceKnowledge.load(path) reads."
         )
-
-
-def check_source(source: SourceKnowledge | None, recipe: Recipe, model: nn.Module) -> None:
-    """Refuses source knowledge that is missing, or of another model."""
     if recipe.needs and source is None:
         raise NeedsSource(
             f"this method needs {', '.join(n.name for n in recipe.needs)} of the source data. Give "
@@ -38,7 +42,7 @@ def check_source(source: SourceKnowledge | None, recipe: Recipe, model: nn.Modul
         )
 
 
-def feature_layer(
+def feature_layer_name(
     model: nn.Module, features: str | None, source: SourceKnowledge | None, recipe: Recipe
 ) -> str | None:
     """Name of the layer whose input are the features: that of the source knowledge, where there is.
@@ -58,7 +62,73 @@ def feature_layer(
     return features if known is None else known
 
 
-def known_of(
+def build(
+    model: nn.Module,
+    recipe: Recipe,
+    order: Sequence[str],
+    *,
+    source: SourceKnowledge | None,
+    gate: Gate | None,
+    ration: Ration | None,
+    seed: int,
+    ranks: Ranks,
+    feature_layer: nn.Module | None,
+) -> Engine:
+    """The engine of an adapter; its gate and its budget take up their work with it.
+
+    Args:
+        model: that is borrowed.
+        recipe: the method.
+        order: names of the normalisation layers as they run; empty while no batch was seen.
+        source: what is known of the source data.
+        gate: that will ask of batches.
+        ration: the budget.
+        seed: of all that is drawn.
+        ranks: that adapt together.
+        feature_layer: whose input are the features; None while no batch was seen.
+
+    Raises:
+        ScopeError: the model has no layer that the method could change.
+        NeedsSource: the source knowledge says too little.
+    """
+    norms, device = norm_layers(model, order), device_of(model)
+    known = _known_of(source, recipe, device)
+    if isinstance(gate, SourceLike):
+        signals = None if source is None else source.entries.get(Signals.name)
+        gate.begin(norms, signals and {k: v.to(device) for k, v in signals.items()})
+    engine = Engine(
+        model, recipe, norms, known=known, seed=seed, ranks=ranks, feature_layer=feature_layer
+    )
+    _check_layers(recipe, engine.loan, norms)
+    if ration is not None:
+        ration.engage(engine, norms)
+    _check_covered(known, recipe, engine.names)
+    return engine
+
+
+def first_look(engine: Engine, x: Tensor, *, features: str | None) -> Look:
+    """Runs the source model once, on a sample or two: what runs in which order.
+
+    Args:
+        engine: that was built before.
+        x: a batch.
+        features: name of the layer whose input are the features.
+
+    Raises:
+        InputError: the method cannot work with what the model answers.
+        ScopeError: nothing can be learnt through the model.
+    """
+    recipe, loan = engine.recipe, engine.loan
+    read = getattr(recipe.procedure, "read", read_logits)
+    found = look(loan.model, loan, x, features=features, read=read)
+    check_output(read(found.output), recipe, samples=len(x[:2]))
+    if recipe.optimizer is not None:
+        check_backward(loan, x, read=read)
+    check_statistics(loan, x, found.order, recipe.statistics)
+    return found
+
+
+def _known_of(
     source: SourceKnowledge | None, recipe: Recipe, device: torch.device
 ) -> dict[str, dict[str, Tensor]]:
     """What the method needs of the source knowledge, on the model's device: need -> tensors by name.
@@ -78,7 +148,7 @@ def known_of(
     return known
 
 
-def check_covered(known: dict[str, dict[str, Tensor]], recipe: Recipe, names: list[str]) -> None:
+def _check_covered(known: dict[str, dict[str, Tensor]], recipe: Recipe, names: list[str]) -> None:
     """Refuses source knowledge that says nothing of a tensor that adapts."""
     for need in recipe.needs:
         if getattr(need, "of_tensors", False):
@@ -91,7 +161,7 @@ def check_covered(known: dict[str, dict[str, Tensor]], recipe: Recipe, names: li
                 )
 
 
-def check_layers(recipe: Recipe, loan: Loan, norms: list[NormLayer]) -> None:
+def _check_layers(recipe: Recipe, loan: Loan, norms: list[NormLayer]) -> None:
     """Refuses a method that only changes stored statistics for a model that stores none."""
     acts = recipe.learns or recipe.procedure is not None or recipe.prediction is not student
     if acts or isinstance(recipe.statistics, SourceStatistics) or loan.norms or loan.tracked:
