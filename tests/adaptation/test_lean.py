@@ -17,8 +17,10 @@ from torchvision.models import vgg
 import testtime as tt
 from models import batches, tiny, tiny_vit
 from testtime._core.errors import OptionError
-from testtime.adaptation import lean
-from testtime.adaptation.lean import Lean, Shape, masked, pack, unpack
+from testtime.adaptation import bits, lean
+from testtime.adaptation.bits import masked, pack, unpack
+from testtime.adaptation.layout import Shape
+from testtime.adaptation.lean import Lean
 from testtime.adaptation.loan import is_compiled
 from testtime.adaptation.methods.tent import tent
 from testtime.adaptation.parts.optimizer import SGD
@@ -141,7 +143,7 @@ def test_bits_come_back(shape):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 23, 24, 47, 48, 49, 96, 100])
 def test_pieces_cover_all(count, dtype, monkeypatch):
-    monkeypatch.setattr(lean, "CHUNK", 2 * lean.PLANES)
+    monkeypatch.setattr(bits, "CHUNK", 2 * bits.PLANES)
     y, grad = torch.randn(2, count).to(dtype)
     y = y.relu()
     assert torch.equal(unpack(pack(y), Shape.of(y)), y != 0)
@@ -170,7 +172,7 @@ def written_to(use) -> list[bool]:
 
     x = torch.randn(6, requires_grad=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lean, "masked", watched)
+        patch.setattr(bits, "masked", watched)
         with Lean(least=1):
             z = use(x * 1.0)
         z.backward(torch.ones_like(z))
@@ -292,9 +294,9 @@ from contextlib import nullcontext
 sys.path.insert(0, {tests!r})
 import torch
 from adaptation.test_lean import assert_same, network, norms_learn
-from testtime.adaptation import bit_kernels, lean
+from testtime.adaptation import bit_kernels, bits, lean
 
-lean.kernels_of = lambda device: bit_kernels
+bits.kernels_of = lambda device: bit_kernels
 for name in ("resnet18", "squeezenet1_1"):
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """ReLU with a bit kept for each value, on a GPU: one kernel forwards, one backwards.
 
 torch's own operations do the same in a dozen calls, and to call is what takes time on a GPU. Triton
-comes with torch where there is CUDA, and wants a C compiler; `lean` does without where it fails.
+comes with torch where there is CUDA, and wants a C compiler; `bits` does without where it fails.
 """
 
 from contextlib import nullcontext

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from testtime.adaptation.calls import Call, Watching
-from testtime.adaptation.lean import Shape
+from testtime.adaptation.layout import Shape
 
 DEAR = 256
 """Multiplications for a value of an output from which on it is kept: these took most of the time."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from testtime.adaptation.lean import held_by_nobody, holders
+from testtime.adaptation.holders import held_by_nobody, holders
 from testtime.adaptation.moments import Blend, wide
 from testtime.adaptation.parts.statistics import Moments
 
