@@ -2,19 +2,12 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from testtime.bench.cells import plan
 from testtime.bench.models import load_model
 from testtime.bench.runner import run
 from testtime.streams.scenarios import Scenario
-
-
-@pytest.fixture
-def few_images(monkeypatch):
-    monkeypatch.setattr("testtime.bench.trial.CLEAN_SAMPLES", 50)
-    monkeypatch.setattr("testtime.bench.trial.SOURCE_SAMPLES", 200)
 
 
 def test_other_weights_in_the_file_of_a_model_are_run_again(tmp_path, few_images):

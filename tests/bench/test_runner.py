@@ -44,12 +44,6 @@ def without_times(rows):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
-@pytest.fixture
-def few_images(monkeypatch):
-    monkeypatch.setattr("testtime.bench.trial.CLEAN_SAMPLES", 50)
-    monkeypatch.setattr("testtime.bench.trial.SOURCE_SAMPLES", 200)
-
-
 pytestmark = pytest.mark.usefixtures("few_images")
 
 
