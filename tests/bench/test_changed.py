@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from testtime._core import registry
 from testtime._core.errors import InputError, RunError
 from testtime.bench.cells import plan
-from testtime.bench.own import code_hash
+from testtime.bench.code_hash import code_hash
 from testtime.bench.runner import run
 from testtime.bench.store import piece, read_cell, read_run, write_cell
 from testtime.cli.main import app

@@ -1,12 +1,10 @@
-"""Files of a user's own: what a function in one returns, which files it consists of, their hash."""
+"""Python files of a user's own: what a function in one returns, and the modules beside it."""
 
-import ast
-import hashlib
 import os
 import random
 import runpy
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -17,10 +15,17 @@ import torch
 
 from testtime._core.errors import InputError
 from testtime._core.seeds import global_chance
+from testtime.bench.code_hash import INSTALLED
 
-INSTALLED = {"site-packages", "dist-packages"}
-"""Folders of packages; what a file there imports from beside it is a package of its own."""
-
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (Path.cwd, os.chdir),
+)
+"""What a file may set for the whole process: what tells it, and what sets it."""
 
 _home: list[Path] = []
 """The folder whose modules are found now, if any."""
@@ -53,12 +58,7 @@ def call_function(path: str, name: str) -> Any:
     if not place.is_file():
         raise InputError(f"there is no file {path}; expected Python with a function {name}.")
     try:
-        with (
-            at_home(place.parent),
-            _python_as_it_is(),
-            _torch_as_it_is(),
-            redirect_stdout(sys.stderr),
-        ):
+        with at_home(place.parent), _settings_kept(), redirect_stdout(sys.stderr):
             sys.path.insert(0, str(place.parent))
             return runpy.run_path(str(place))[name]()
     except (Exception, SystemExit) as error:  # code of others fails in ways of its own
@@ -94,40 +94,26 @@ def at_home(folder: Path | None) -> Generator[None, None, None]:
 
 
 @contextmanager
-def _python_as_it_is() -> Generator[None, None, None]:
-    """Python's own settings are put back after; random states inside are those of seed 0."""
-    where, paths, cached = Path.cwd(), list(sys.path), sys.dont_write_bytecode
-    chance, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002
+def _settings_kept() -> Generator[None, None, None]:
+    """What is set inside for the whole process is put back; random states inside are those of seed 0."""
+    before = [(put, tell()) for tell, put in _SETTINGS]
+    paths, cached, device = list(sys.path), sys.dont_write_bytecode, _default_device()
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     sys.dont_write_bytecode = True  # Python tells old ones by their time and size alone
     try:
-        yield
-    finally:
-        sys.path[:], sys.dont_write_bytecode = paths, cached
-        os.chdir(where)
-        random.setstate(chance)
-        np.random.set_state(numbers)  # noqa: NPY002
-
-
-@contextmanager
-def _torch_as_it_is() -> Generator[None, None, None]:
-    """Defaults of torch are put back after, and so is its random state, which is that of seed 0."""
-    held = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
-    kind, threads, grad = (
-        torch.get_default_dtype(),
-        torch.get_num_threads(),
-        torch.is_grad_enabled(),
-    )
-    try:
         with global_chance(0, [torch.device("cpu")]):
             yield
     finally:
-        torch.set_default_dtype(kind)
-        torch.set_num_threads(threads)
-        torch.set_grad_enabled(grad)
-        if getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None) is not held:
-            torch.set_default_device(None if held is None else held.device)
+        sys.path[:], sys.dont_write_bytecode = paths, cached
+        if _default_device() is not device:
+            torch.set_default_device(None if device is None else device.device)
+        for put, value in before:
+            put(value)
+
+
+def _default_device() -> Any:
+    return getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
 
 
 def _loaded(asked: Callable[[str, ModuleType], bool]) -> dict[str, ModuleType]:
@@ -160,58 +146,3 @@ def _places(module: ModuleType) -> Iterator[Path]:
         yield from map(Path, folders)
     elif file is not None and Path(file).name.partition(".")[0] == module.__name__:
         yield Path(file)
-
-
-def code_hash(path: Path, root: Path) -> str:
-    """SHA-256 of a Python file and of all that it imports from a folder, by whatever way.
-
-    The `import` statements are read, nothing is run. Of an installed package only its own files
-    count.
-
-    Args:
-        path: of the file.
-        root: where its imports are looked for; the file lies in it, or below.
-    """
-    within = root
-    if INSTALLED & set(root.parts):
-        within = root / path.relative_to(root).parts[0]
-    found, waiting = set[Path](), [path]
-    while waiting:
-        path = waiting.pop()
-        if path in found or not path.is_file():
-            continue
-        found.add(path)
-        packages = path.parents[: len(path.relative_to(root).parts) - 1]
-        wanted = [parent / "__init__.py" for parent in packages] + list(_imports(path, root))
-        waiting += [each for each in wanted if each.is_relative_to(within)]
-    return files_hash(found, root)
-
-
-def _imports(path: Path, root: Path) -> Iterator[Path]:
-    """Files that the `import` statements of a file may mean."""
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # it will be told when it is run
-        return
-    for node in ast.walk(tree):
-        names = list[tuple[Path, list[str]]]()
-        if isinstance(node, ast.Import):
-            names = [(root, each.name.split(".")) for each in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level < len(path.parents):
-            start = path.parents[node.level - 1] if node.level else root
-            base = node.module.split(".") if node.module else []
-            names = [(start, [*base, each.name]) for each in node.names]
-        for start, words in names:
-            for end in range(1, len(words) + 1):
-                place = start.joinpath(*words[:end])
-                yield from (place.with_name(f"{place.name}.py"), place / "__init__.py")
-
-
-def files_hash(paths: Iterable[Path], root: Path) -> str:
-    """SHA-256 of the contents of files and of their names below a folder."""
-    total = hashlib.sha256()
-    for name, path in sorted((os.path.relpath(path, root), path) for path in paths):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))
-    return total.hexdigest()

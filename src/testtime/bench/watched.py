@@ -10,8 +10,9 @@ from testtime._core.errors import TesttimeError
 from testtime._core.registry import find
 from testtime.adaptation.knowledge import fingerprint
 from testtime.bench.cells import Cell
+from testtime.bench.code_hash import code_hash, files_hash
 from testtime.bench.models import load_model
-from testtime.bench.own import code_hash, files_hash, python_file
+from testtime.bench.own import python_file
 from testtime.streams.data import load_data
 
 
