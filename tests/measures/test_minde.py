@@ -9,6 +9,7 @@ from scipy import integrate, stats
 from testtime._core.errors import InputError, OptionError
 from testtime.measures.information import minde as file
 from testtime.measures.information import noise as schedule
+from testtime.measures.information import noise_network
 from testtime.measures.information.consistency import self_consistency
 from testtime.measures.information.estimate import Estimate
 from testtime.measures.information.laws import gaussian
@@ -195,13 +196,13 @@ def test_the_value_is_of_running_means_of_weights_and_the_step_size_falls(monkey
     options = {"steps": 5, "width": 8, "batch_size": 16, "lr": 0.05}
     latest, still = (minde(x, y, decay=decay, **options) for decay in (0.0, 1.0))
     assert still.value == 0 < latest.value  # the first network answers 0
-    falls, plain = [], schedule.adam
+    falls, plain = [], noise_network.adam
 
     def spy(network, *, lr, decay_over):
         falls.append((lr, decay_over))
         return plain(network, lr=lr, decay_over=decay_over)
 
-    monkeypatch.setattr(schedule, "adam", spy)
+    monkeypatch.setattr(noise_network, "adam", spy)
     minde(x, y, **options)
     assert falls == [(0.05, 5)]
 

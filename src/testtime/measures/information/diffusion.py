@@ -25,7 +25,6 @@ from testtime._core.seeds import generator as seeded
 from testtime.measures.information.estimate import Estimate, checked, mean_estimate, standardised
 from testtime.measures.information.networks import single
 from testtime.measures.information.noise import (
-    Training,
     check_samples,
     diffused,
     normal_like,
@@ -33,6 +32,7 @@ from testtime.measures.information.noise import (
     signal_and_noise,
     time_weight,
 )
+from testtime.measures.information.noise_network import Training
 from testtime.measures.information.variational import HELD_OUT, LEAST, finite
 
 Noise = Callable[[Tensor, Tensor], Tensor]

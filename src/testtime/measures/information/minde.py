@@ -40,7 +40,6 @@ from testtime.measures.information.estimate import (
 )
 from testtime.measures.information.networks import single
 from testtime.measures.information.noise import (
-    Training,
     check_samples,
     diffused,
     normal_like,
@@ -48,6 +47,7 @@ from testtime.measures.information.noise import (
     signal_and_noise,
     time_weight,
 )
+from testtime.measures.information.noise_network import Training
 from testtime.measures.information.variational import LEAST, finite, split
 
 Noise = Callable[[Tensor, Tensor], Tensor]
