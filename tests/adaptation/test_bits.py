@@ -8,7 +8,7 @@ from torch import Tensor
 
 import testtime as tt
 from models import batches, tiny
-from testtime.adaptation import robust
+from testtime.adaptation import as_written
 from testtime.adaptation.methods.rotta import BalancedMemory
 from testtime.adaptation.parts.statistics import Moments
 from testtime.adaptation.parts.views import plain
@@ -88,7 +88,7 @@ def written(x: Tensor, weight: Tensor, bias: Tensor, blend, eps: float) -> Tenso
 @pytest.mark.parametrize("size", [1 << 18, 700])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_layer(shape, size, layout, monkeypatch):
-    monkeypatch.setattr(robust, "CACHED", size)
+    monkeypatch.setattr(as_written, "CACHED", size)
     chance = torch.Generator().manual_seed(0)
     x, slope = (torch.randn(shape, generator=chance) for _ in range(2))
     mean, var, weight, bias = torch.randn(4, shape[1], generator=chance)
@@ -107,7 +107,7 @@ def test_a_layer(shape, size, layout, monkeypatch):
     leaves = [value.requires_grad_() for value in (x, weight, bias)]
     ours, theirs = (
         (made, *torch.autograd.grad(made, leaves, slope))
-        for made in (f(*leaves, blend, 1e-5) for f in (robust.normalise_as_written, written))
+        for made in (f(*leaves, blend, 1e-5) for f in (as_written.normalise_as_written, written))
     )
     assert all(map(torch.equal, ours, theirs))
     assert ours[0].stride() == x.stride()
@@ -118,7 +118,7 @@ def test_a_gradient_that_others_hold_stays(monkeypatch):
     x, slope = (torch.randn(4, 3, 9, 9, generator=chance).requires_grad_() for _ in range(2))
     scale = torch.randn(3, generator=chance).requires_grad_()
     given, made = [], []
-    inner = robust._backward
+    inner = as_written._backward
 
     def backward(ctx, grad, ours):
         found = inner(ctx, grad, ours)
@@ -126,7 +126,7 @@ def test_a_gradient_that_others_hold_stays(monkeypatch):
         made.append(found[0].data_ptr())
         return found
 
-    monkeypatch.setattr(robust, "_backward", backward)
+    monkeypatch.setattr(as_written, "_backward", backward)
 
     def gradients(function):
         once = function(x, scale, scale, lambda batch: Moments(0.3 * batch.mean, batch.var), 1e-3)
@@ -134,7 +134,7 @@ def test_a_gradient_that_others_hold_stays(monkeypatch):
         return torch.autograd.grad(((once + twice) * slope).sum(), [x, slope, scale])
 
     # where gradients meet, torch adds them up in an order of its own
-    torch.testing.assert_close(gradients(robust.normalise_as_written), gradients(written))
+    torch.testing.assert_close(gradients(as_written.normalise_as_written), gradients(written))
     assert [a == b for a, b in zip(given, made, strict=True)] == [False, True]
 
 
@@ -144,7 +144,7 @@ def test_an_input_that_needs_no_gradient():
     leaves = [value.requires_grad_() for value in torch.randn(2, 3, generator=chance)]
     ours, theirs = (
         torch.autograd.grad(f(x, *leaves, lambda batch: batch, 1e-3), leaves, slope)
-        for f in (robust.normalise_as_written, written)
+        for f in (as_written.normalise_as_written, written)
     )
     assert all(map(torch.equal, ours, theirs))
 
@@ -154,7 +154,7 @@ def test_on_two_threads(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        monkeypatch.setattr(robust, "CACHED", 1 << 15)
+        monkeypatch.setattr(as_written, "CACHED", 1 << 15)
         for shape in ((3, 3, 200, 250), (2, 3, 300, 301), (1, 5, 260, 260)):
             test_a_layer(shape, 1 << 15, "contiguous", monkeypatch)
     finally:
@@ -166,7 +166,7 @@ def test_gradients_in_double():
     leaves = [value.requires_grad_() for value in (x, *torch.rand(2, 3, dtype=torch.float64))]
 
     def made(x, weight, bias):
-        return robust.normalise_as_written(
+        return as_written.normalise_as_written(
             x, weight, bias, lambda batch: Moments(0.3 * batch.mean, 1 + 0.3 * batch.var), 1e-3
         )
 
@@ -185,4 +185,4 @@ def test_gradients_in_double():
 )
 def test_moments(x):
     var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
-    assert all(map(torch.equal, robust.exact_moments(x), (mean, var)))
+    assert all(map(torch.equal, as_written.exact_moments(x), (mean, var)))

@@ -14,6 +14,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 from testtime._core.arrays import as_real, as_was
 from testtime._core.errors import ScopeError
+from testtime.adaptation.as_written import as_torch, infer_as_written
 from testtime.adaptation.layers import NormLayer, bound, hooked, on_input
 from testtime.adaptation.lean import Lean, kept_as
 from testtime.adaptation.modes import learnable
@@ -28,7 +29,6 @@ from testtime.adaptation.parts.statistics import (
     Statistics,
 )
 from testtime.adaptation.ranks import Ranks
-from testtime.adaptation.robust import as_torch, infer_as_written
 from testtime.adaptation.traces import ABSENT, traces_of
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from testtime.adaptation.as_written import normalise_as_written
 from testtime.adaptation.moments import moments, normalise, normalise_blended
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
@@ -20,7 +21,6 @@ from testtime.adaptation.parts.statistics import (
     Statistics,
 )
 from testtime.adaptation.ranks import Ranks
-from testtime.adaptation.robust import normalise_as_written
 
 
 @dataclass(frozen=True)
