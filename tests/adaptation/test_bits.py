@@ -8,7 +8,7 @@ from torch import Tensor
 
 import testtime as tt
 from models import batches, tiny
-from testtime.adaptation import as_written
+from testtime.adaptation.kernels import as_written
 from testtime.adaptation.methods.rotta import BalancedMemory
 from testtime.adaptation.parts.statistics import Moments
 from testtime.adaptation.parts.views import plain

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from testtime.adaptation.calls import Watching, _here
+from testtime.adaptation.kernels.calls import Watching, _here
 
 
 class Noting(Watching):

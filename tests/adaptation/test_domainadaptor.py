@@ -10,9 +10,9 @@ import testtime as tt
 from models import batches, tiny
 from reference import domainadaptor as reference
 from testtime._core.errors import OptionError
+from testtime.adaptation.kernels.moments import moments
 from testtime.adaptation.methods.domainadaptor import domainadaptor
 from testtime.adaptation.methods.tent import tent
-from testtime.adaptation.moments import moments
 from testtime.adaptation.parts.objective import (
     augmented_distillation,
     entropy,

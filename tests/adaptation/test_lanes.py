@@ -11,8 +11,8 @@ from elsewhere import DEVICE, There, elsewhere, send
 from lanes import Stream, lanes
 from models import batches, tiny
 from testtime._core.registry import find
-from testtime.adaptation.bits import pack
 from testtime.adaptation.deferred import Lane, answers_last
+from testtime.adaptation.kernels.bits import pack
 
 FIRST = [
     n for n in sorted(set(tt.methods()) - {"foa"}) if not answers_last(find("method", n).build())

@@ -17,10 +17,10 @@ from torchvision.models import vgg
 import testtime as tt
 from models import batches, tiny, tiny_vit
 from testtime._core.errors import OptionError
-from testtime.adaptation import bits, lean
-from testtime.adaptation.bits import masked, pack, unpack
-from testtime.adaptation.layout import Shape
-from testtime.adaptation.lean import Lean
+from testtime.adaptation.kernels import bits, lean
+from testtime.adaptation.kernels.bits import masked, pack, unpack
+from testtime.adaptation.kernels.layout import Shape
+from testtime.adaptation.kernels.lean import Lean
 from testtime.adaptation.loan import is_compiled
 from testtime.adaptation.methods.tent import tent
 from testtime.adaptation.parts.optimizer import SGD
@@ -294,7 +294,7 @@ from contextlib import nullcontext
 sys.path.insert(0, {tests!r})
 import torch
 from adaptation.test_lean import assert_same, network, norms_learn
-from testtime.adaptation import bit_kernels, bits, lean
+from testtime.adaptation.kernels import bit_kernels, bits, lean
 
 bits.kernels_of = lambda device: bit_kernels
 for name in ("resnet18", "squeezenet1_1"):

@@ -5,9 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import batches, tiny
+from testtime.adaptation.kernels.moments import moments, normalise, normalise_blended
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import Loan
-from testtime.adaptation.moments import moments, normalise, normalise_blended
 from testtime.adaptation.parts.statistics import Moments, RunningStatistics
 from testtime.adaptation.ranks import Ranks
 

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 import testtime as tt
 from models import batches, tiny, tiny_vit
 from testtime.adaptation import shortcuts
+from testtime.adaptation.kernels.replay import Recorded, Replayed
 from testtime.adaptation.methods.deyo import deyo
 from testtime.adaptation.methods.eta import eta
 from testtime.adaptation.methods.sar import sar
 from testtime.adaptation.parts.scope import all_parameters, norm_affine
-from testtime.adaptation.replay import Recorded, Replayed
 
 MARGINS = {"group": 0.65, "layer": 0.62, "vit": 0.43}
 CHOSEN = torch.tensor([1, 4])

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import testtime as tt
-from testtime.adaptation import moments
+from testtime.adaptation.kernels import moments
+from testtime.adaptation.kernels.moments import FAR, LONG, InGroups, Quick, of_batch
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import MANY, Loan
-from testtime.adaptation.moments import FAR, LONG, InGroups, Quick, of_batch
 from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.ranks import Ranks
 

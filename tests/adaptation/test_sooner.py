@@ -13,8 +13,8 @@ from models import batches, tiny, tiny_vit
 from testtime.adaptation import shortcuts
 from testtime.adaptation.deferred import answers_last
 from testtime.adaptation.engine import Engine
+from testtime.adaptation.kernels.replay import Recorded, Replayed
 from testtime.adaptation.parts.prediction import from_teacher
-from testtime.adaptation.replay import Recorded, Replayed
 from testtime.adaptation.shortcuts import TRIES, Sooner
 
 ANSWER_FIRST = [n for n in ALL if answers_last(recipe_of(n)) is None]

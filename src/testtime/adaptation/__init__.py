@@ -1,1 +1,1 @@
-"""The adapter, its engine, the parts that methods are made of, and the methods."""
+"""The adapter, its engine and kernels, the parts that methods are made of, and the methods."""

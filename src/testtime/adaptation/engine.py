@@ -14,6 +14,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.seeds import generator
 from testtime.adaptation import learning
 from testtime.adaptation.evidence import Evidence
+from testtime.adaptation.kernels.replay import Recorded
 from testtime.adaptation.layers import NormLayer, device_of
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.outputs import read_logits, with_logits
@@ -21,7 +22,6 @@ from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.parts.statistics import Averages, RunningStatistics, SourceStatistics
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe, describe, reads
-from testtime.adaptation.replay import Recorded
 from testtime.adaptation.shortcuts import SOME, Shortcuts
 from testtime.adaptation.state import State, rejoined
 from testtime.adaptation.steps import Step, Steps, ended

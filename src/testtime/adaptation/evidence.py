@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from testtime.adaptation.calls import Watching
+from testtime.adaptation.kernels.calls import Watching
+from testtime.adaptation.kernels.replay import Recorded, Replayed
 from testtime.adaptation.loan import features_of
 from testtime.adaptation.look import same
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.recipe import reads
-from testtime.adaptation.replay import Recorded, Replayed
 from testtime.measures.entropy import entropy
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from testtime._core.arrays import as_was
 from testtime._core.errors import ScopeError
+from testtime.adaptation.kernels.moments import moments, wide
 from testtime.adaptation.layers import NormLayer, bound, named_input, norm_layers
 from testtime.adaptation.loan import places
-from testtime.adaptation.moments import moments, wide
 from testtime.adaptation.parts.prediction import from_teacher
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,

@@ -14,12 +14,12 @@ from torch.overrides import BaseTorchFunctionMode
 
 from testtime._core.arrays import as_real, as_was
 from testtime._core.errors import ScopeError
-from testtime.adaptation.as_written import as_torch, infer_as_written
+from testtime.adaptation.kernels.as_written import as_torch, infer_as_written
+from testtime.adaptation.kernels.lean import Lean, kept_as
+from testtime.adaptation.kernels.moments import InGroups, Quick
+from testtime.adaptation.kernels.normaliser import Normaliser
 from testtime.adaptation.layers import NormLayer, bound, hooked, on_input
-from testtime.adaptation.lean import Lean, kept_as
 from testtime.adaptation.modes import learnable
-from testtime.adaptation.moments import InGroups, Quick
-from testtime.adaptation.normaliser import Normaliser
 from testtime.adaptation.parts.statistics import (
     Averages,
     BatchStatistics,

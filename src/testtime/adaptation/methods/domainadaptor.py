@@ -24,9 +24,9 @@ from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
+from testtime.adaptation.kernels.moments import moments
 from testtime.adaptation.layers import NormLayer, hooked, on_input
 from testtime.adaptation.loan import Places
-from testtime.adaptation.moments import moments
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.objective import (
     augmented_distillation,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
-from testtime.adaptation.calls import Call, Watching
+from testtime.adaptation.kernels.calls import Call, Watching
 from testtime.adaptation.parts.statistics import Moments
 from testtime.adaptation.ranks import Ranks
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from testtime._core.devices import streams_of
-from testtime.adaptation.holders import held_by_nobody, holders
-from testtime.adaptation.layout import Shape, in_memory
+from testtime.adaptation.kernels.holders import held_by_nobody, holders
+from testtime.adaptation.kernels.layout import Shape, in_memory
 
 PLANES = 24
 """Bits in a number: as many as a float32 counts exactly."""
@@ -62,7 +62,7 @@ def kernels_of(device: torch.device) -> Any:
     if device.type != "cuda":
         return None
     try:
-        from testtime.adaptation import bit_kernels  # noqa: PLC0415
+        from testtime.adaptation.kernels import bit_kernels  # noqa: PLC0415
 
         _, words = bit_kernels.relu(torch.ones(3, device=device), inplace=False)
         return bit_kernels if words.tolist() == [7] else None

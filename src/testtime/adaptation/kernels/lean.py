@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from testtime.adaptation.bits import bit_relu
-from testtime.adaptation.calls import Call, Watching
-from testtime.adaptation.holders import held_by_nobody
-from testtime.adaptation.layout import Shape, dense
+from testtime.adaptation.kernels.bits import bit_relu
+from testtime.adaptation.kernels.calls import Call, Watching
+from testtime.adaptation.kernels.holders import held_by_nobody
+from testtime.adaptation.kernels.layout import Shape, dense
 
 LEAST = {"cpu": 1 << 17, "cuda": 1 << 22}
 """Values of a tensor below which keeping less costs more time than the memory is worth."""

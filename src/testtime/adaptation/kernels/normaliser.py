@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from testtime.adaptation.as_written import normalise_as_written
-from testtime.adaptation.moments import moments, normalise, normalise_blended
+from testtime.adaptation.kernels.as_written import normalise_as_written
+from testtime.adaptation.kernels.moments import moments, normalise, normalise_blended
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
     Averages,

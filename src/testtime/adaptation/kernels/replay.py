@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from testtime.adaptation.calls import Call, Watching
-from testtime.adaptation.layout import Shape
+from testtime.adaptation.kernels.calls import Call, Watching
+from testtime.adaptation.kernels.layout import Shape
 
 DEAR = 256
 """Multiplications for a value of an output from which on it is kept: these took most of the time."""

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from testtime.adaptation.holders import held_by_nobody, holders
-from testtime.adaptation.moments import Blend, wide
+from testtime.adaptation.kernels.holders import held_by_nobody, holders
+from testtime.adaptation.kernels.moments import Blend, wide
 from testtime.adaptation.parts.statistics import Moments
 
 CACHED = 1 << 18

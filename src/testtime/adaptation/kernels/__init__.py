@@ -1,0 +1,1 @@
+"""What runs in place of torch's own calls, to keep less, compute less, or normalise otherwise."""
