@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import batches, tiny
@@ -97,21 +98,24 @@ def test_gradients_that_are_not_contiguous():
     torch.testing.assert_close(grad, torch.ones_like(x))
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0, None])
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0, None, "own"])
 @pytest.mark.parametrize("seen", [0, 1, 9])
 def test_averages_move_again_by_a_batch_that_is_not_seen_again(momentum, seen):
     statistics, values = RunningStatistics(momentum=momentum), 64.0
+    layer = nn.BatchNorm1d(1000, momentum=None)
+    layer.num_batches_tracked += 4
     start, shown, other = (Moments(*pair) for pair in 5 * draw(3, 2, 1000).abs())
 
     def moved(averages: dict, by: Moments) -> dict:
         old = Moments(averages["norm.mean"], averages["norm.var"])
-        new = statistics.update(old, by, seen=int(averages["seen"]), values=values)
+        new = statistics.update(old, by, layer=layer, seen=int(averages["seen"]), values=values)
         return {"seen": averages["seen"] + 1, "norm.mean": new.mean, "norm.var": new.var}
 
     before = {"seen": torch.tensor(seen), "norm.mean": start.mean, "norm.var": start.var}
     after = moved(before, shown)
     between = moved(after, other)
-    again, expected = statistics.repeat(between, before, after), moved(between, shown)
+    again = statistics.repeat(between, before, after, layers={"norm": layer})
+    expected = moved(between, shown)
     assert again.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(again[name], value, rtol=1e-6, atol=1e-6)
@@ -157,6 +161,23 @@ def test_moving_averages_as_in_training_take_torchs_own_kernel(momentum, learns)
         torch.testing.assert_close(fresh[f"{name}.mean"], layer.running_mean)
         torch.testing.assert_close(fresh[f"{name}.var"], layer.running_var)
     assert all(torch.equal(averages[name], value) for name, value in before.items())
+
+
+def test_other_layers_move_by_their_own_momentum_and_those_without_by_a_tenth():
+    model, x = tiny("frozen"), batches(1)[0]
+    model.norm1.momentum = 0.01
+    averages = {"seen": torch.tensor(0)}
+    for name in ("norm1", "norm2"):
+        averages |= {f"{name}.mean": torch.zeros(6 + 2 * (name == "norm2"))}
+        averages |= {f"{name}.var": torch.ones(6 + 2 * (name == "norm2"))}
+    moved = {}
+    for momentum in ("own", 1.0):
+        statistics = RunningStatistics(momentum=momentum)
+        loan = Loan(model, norm_layers(model))
+        moved[momentum] = loan.run(x, {}, statistics, averages=averages, ranks=Ranks())[1]
+    for name, share in (("norm1", 0.01), ("norm2", 0.1)):
+        found, batch = (moved[momentum][f"{name}.mean"] for momentum in ("own", 1.0))
+        torch.testing.assert_close(found, share * batch)
 
 
 def test_without_averages_moving_statistics_are_the_batchs_own_in_torchs_kernel():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import testtime as tt
@@ -235,3 +236,21 @@ def test_rows_are_added_up_where_the_mean_is_near_zero_and_by_torch_where_it_is_
     of_batch(x, least=1)
     assert [each.shape[1] for each in asked] == [1]
     assert torch.equal(asked[0], x[:, 2:])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_forward_differentiation_takes_torchs_own_kernel(place):
+    given = [draw(2, 3, 32), draw(3), draw(3)]
+    direction = torch.ones_like(given[place])
+
+    def told():
+        with forward_ad.dual_level():
+            moved = [*given]
+            moved[place] = forward_ad.make_dual(given[place], direction)
+            x, weight, bias = moved
+            return forward_ad.unpack_dual(F.batch_norm(x, None, None, weight, bias, training=True))
+
+    with Quick(least=1):
+        found = told()
+    assert found.tangent is not None
+    assert all(map(torch.equal, found, told()))

@@ -27,11 +27,13 @@ from testtime.adaptation.ranks import Ranks
 from testtime.measures.entropy import entropy
 
 
-def unbiased():
+def unbiased(momenta=(0.1, 0.1)):
     """Without the bias that normalisation removes: its gradient is rounding noise, which Adam makes
-    steps of, and the answer, with moving averages, shows them."""
+    steps of, and the answer, with moving averages, shows them. Trained for three batches."""
     model = tiny().double()
     model.conv2.bias = None
+    for norm, momentum in zip((model.norm1, model.norm2), momenta, strict=True):
+        norm.momentum, norm.num_batches_tracked = momentum, torch.tensor(3)
     return model
 
 
@@ -40,17 +42,18 @@ def darker(x, generator=None):
 
 
 @pytest.mark.parametrize(
-    ("queue", "operations", "lam1", "lam2"), [(0, 2, 1.0, 1.0), (3, 3, 0.5, 2.0)]
+    ("queue", "operations", "lam1", "lam2", "momenta"),
+    [(0, 2, 1.0, 1.0, (0.1, 0.1)), (3, 3, 0.5, 2.0, (0.1, 0.1)), (0, 2, 1.0, 1.0, (0.01, None))],
 )
-def test_tesla(queue, operations, lam1, lam2):
+def test_tesla(queue, operations, lam1, lam2, momenta):
     adapter = tt.adapt(
-        unbiased(), tesla(momentum=0.9, views=2, operations=operations, likeness=lam1,
+        unbiased(momenta), tesla(momentum=0.9, views=2, operations=operations, likeness=lam1,
                       distillation=lam2, queue=queue, neighbours=4, augment=darker),
     )  # fmt: skip
     generator = torch.Generator()
     generator.set_state(adapter.snapshot().generator)
     other = reference.Tesla(
-        unbiased(), lr=1e-3, mu=0.9, view=darker, n=2, r=operations, lam1=lam1, lam2=lam2,
+        unbiased(momenta), lr=1e-3, mu=0.9, view=darker, n=2, r=operations, lam1=lam1, lam2=lam2,
         queue=queue, near=4, generator=generator,
     )  # fmt: skip
     for x in [x.double() for x in batches(7)]:

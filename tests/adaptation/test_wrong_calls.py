@@ -90,6 +90,8 @@ def test_options_that_are_no_numbers_are_refused(name, option):
         ("tent", {"lr": math.inf}),
         ("tent", {"lr": 10**5000}),
         ("tent", {"steps": -(10**5000)}),
+        ("tent", {"steps": 10**400}),
+        ("rotta", {"capacity": 2**63}),
         ("sar", {"batch_size": 0}),
         ("sar", {"rho": -1.0}),
         ("sar", {"scope": "norm"}),

@@ -40,6 +40,7 @@ def test_options_are_read_and_written_the_same(text, options):
         "tent(lr=1)(steps=2)", "tent(**{})", "tent(lr=1, lr=2)", "tent(lr='a')", "tent(steps=1.5)",
         "tent(steps=True)", "tent(episodic=1)", "tent(lrr=1)", "sar(scope=1)", "tent(steps=0)",
         "tent(lr=None)", "tent(lr=[1])", "eata(redundancy='a')", "tent(lr=0.1),x", f"tent(lr={10**400})",
+        f"tent(steps={10**400})",
     ],
 )  # fmt: skip
 def test_what_is_no_method_is_refused(text):

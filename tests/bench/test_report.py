@@ -157,6 +157,16 @@ def test_the_command_repeats_the_stream(page):
     assert "--seeds 2 --out DIR" in found.text
 
 
+@pytest.mark.parametrize(("other", "whole"), [("@299,342,bilinear", True), ("@299", False)])
+def test_the_command_names_a_folder_of_which_each_model_sees_its_size(page, other, whole):
+    text = page(
+        make(model="torchvision:resnet18", data="folder:a b")
+        + make(model="torchvision:inception_v3", data=f"folder:a b{other}")
+    ).text
+    assert ("testtime bench --data 'folder:a b' --model torchvision:resnet18," in text) == whole
+    assert ("No single command makes this run" in text) != whole
+
+
 @pytest.mark.parametrize("change", [{"options": '{"lr": 1}'}, {"seed": 7}, {"scenario": "x = 1"}])
 def test_a_run_that_no_command_makes_says_so(page, change):
     text = page(make(**change)).text

@@ -244,6 +244,22 @@ def test_features_of_other_types_are_read_in_single_and_other_counts_are_refused
         Fingerprint.fit(rows, [x.float().view(30, 2, 8)])
 
 
+def test_a_fingerprint_asks_nothing_of_what_the_network_returns():
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x):
+            return {"boxes": self.body(x).unflatten(1, (-1, 1)), "count": len(x)}
+
+    x = torch.randn(60, 8, generator=chance())
+    fingerprint, plain = (Fingerprint.fit(each, [x], epochs=2) for each in (Boxes(), network()))
+    output, f = fingerprint.read(Boxes(), x)
+    assert torch.equal(f, plain.read(network(), x).fingerprint)
+    assert (output["count"], output["boxes"].dim()) == (60, 3)
+
+
 def test_the_two_bands_are_those_of_the_same_fingerprints():
     model, x = network(), torch.randn(300, 8, generator=chance())
     bands = [

@@ -25,7 +25,7 @@ def in_range(low: float, high: float = math.inf, /, **options: Any) -> None:
 
 
 def whole(low: int, /, **options: Any) -> None:
-    """Refuses options that are no whole number of at least `low`.
+    """Refuses options that are no whole number of at least `low`, or one that 64 bits do not hold.
 
     Example:
         >>> whole(1, steps=1.5)
@@ -38,7 +38,10 @@ def whole(low: int, /, **options: Any) -> None:
 
 
 def check_types(options: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
-    """Refuses options that are not what their annotations say; NaN is no number."""
+    """Refuses options that are not what their annotations say.
+
+    NaN is no number, and no whole number is longer than 64 bits with its sign.
+    """
     for name, value in options.items():
         kind = annotations[name]
         kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
@@ -48,16 +51,22 @@ def check_types(options: Mapping[str, Any], annotations: Mapping[str, Any]) -> N
 
 
 def shown(value: Any) -> str:
-    """The value as it is written; Python writes out no whole number of more than 4300 digits.
+    """The value as it is written; of a whole number that 64 bits do not hold, the length.
 
     Example:
-        >>> shown(0.5), shown(10**5000)
-        ('0.5', 'int too long to be shown')
+        >>> shown(0.5), shown(2**63), shown([10**5000])
+        ('0.5', 'too long a number (64 bits and a sign)', 'list too long to be shown')
     """
-    try:
+    if type(value) is int and not _in_64_bits(value):
+        return f"too long a number ({value.bit_length()} bits and a sign)"
+    try:  # Python writes out no whole number of more than 4300 digits
         return repr(value)
     except ValueError:
         return f"{type(value).__name__} too long to be shown"
+
+
+def _in_64_bits(value: Any) -> bool:
+    return -(2**63) <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:
@@ -75,7 +84,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is float:
         return _is_number(value)
     if kind is int:
-        return type(value) is not bool and isinstance(value, Integral)
+        return type(value) is not bool and isinstance(value, Integral) and _in_64_bits(value)
     if kind is None:
         return value is None
     if origin is Literal:

@@ -281,8 +281,9 @@ class Loan:
                         put(vars(layer.module), "forward", partial(infer_as_written, layer.module))
                 else:
                     normalise = Normaliser(
-                        layer.name, layer.eps, source, statistics, averages, fresh, len(x), ranks
-                    )
+                        layer.module, layer.name, layer.eps, source, statistics, averages, fresh,
+                        len(x), ranks,
+                    )  # fmt: skip
                     if self.own_functions and as_torch(layer.module):
                         put(layer.module.__dict__, "forward", normalise.in_place_of(layer.module))
                     else:

@@ -11,6 +11,7 @@ from typing import Any
 import testtime as tt
 from testtime._core.errors import OptionError
 from testtime._core.registry import entries, find
+from testtime.bench.models import shown_to
 from testtime.streams.scenarios import Scenario
 
 EVERY = "all"
@@ -77,7 +78,7 @@ def plan(
     Args:
         methods: names, with options as `parse_method` reads them; "all" stands for every method.
         models: as `load_model` takes them.
-        data: as `load_data` takes it.
+        data: as `load_data` takes it; of a folder each model sees what `shown_to` says.
         streams: what arrives.
         seeds: how many; 0 to seeds - 1.
         device: where the models run.
@@ -100,10 +101,11 @@ def plan(
     chosen = dict.fromkeys(parse_method(text) for text in ("source", *named))
     return [
         Cell(
-            method=method, options=options, model=model, data=data, stream=stream.to_toml(),
+            method=method, options=options, model=model, data=shown, stream=stream.to_toml(),
             seed=seed, device=device, threads=threads, paced=paced,
         )
         for model in dict.fromkeys(models)
+        for shown in [shown_to(model, data)]
         for stream in dict.fromkeys(streams)
         for seed in range(seeds)
         for method, options in chosen

@@ -1,5 +1,6 @@
 """Models by name: embedded ones, and those of timm, torchvision, Hugging Face and files."""
 
+import math
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from testtime._core.arrays import as_given
-from testtime._core.errors import InputError, MissingExtra, unknown
+from testtime._core.errors import InputError, MissingExtra, TesttimeError, unknown
 from testtime.bench.networks import Normalised, SmallResNet, group_norm
 from testtime.bench.own import call_function
+from testtime.streams.folder import folder_spec, read_spec
 
 EMBEDDED = {"batch": nn.BatchNorm2d, "group": group_norm}
 SPECS = ("embedded:batch", "embedded:group", "timm:NAME", "torchvision:NAME",
@@ -59,6 +61,47 @@ def preprocessing(model: nn.Module) -> str:
     return f"pixels in [0, 1]; the model removes mean {numbers[0]} and divides by {numbers[1]}"
 
 
+def shown_to(model: str, data: str) -> str:
+    """The name of a data set as a model sees it: images of a folder are prepared as it was published.
+
+    That is so for models of timm, torchvision and Hugging Face; others, and those whose images are
+    prepared in more ways than one size, one part and one interpolation, see a folder as
+    `load_data` gives it. A folder whose size is named keeps it.
+
+    Args:
+        model: as `load_model` takes it.
+        data: as `load_data` takes it.
+
+    Example:
+        >>> shown_to("torchvision:inception_v3", "folder:photos")
+        'folder:photos@299,342,bilinear'
+        >>> shown_to("torchvision:inception_v3", "folder:photos@64")
+        'folder:photos@64'
+    """
+    kind, _, rest = data.partition(":")
+    if kind != "folder" or read_spec(rest)[1]:
+        return data
+    try:
+        view = _view(model)
+    except (TesttimeError, OSError, RuntimeError, ValueError):  # the cell will tell
+        return data
+    return data if view is None else folder_spec(rest, **view)
+
+
+def _view(spec: str) -> dict[str, Any] | None:
+    """How images are shown to a model, as options of `image_folder`; None where nothing says it."""
+    source, _, name = spec.partition(":")
+    if source == "file" and not (part := name.rpartition("@"))[0].endswith(".py"):
+        return _view(part[2])
+    if source == "torchvision":
+        shown: Any = _torchvision_weights(name).transforms()
+        way = shown.interpolation.value
+        return {"crop": shown.crop_size[0], "resize": shown.resize_size[0], "interpolation": way}
+    if source == "timm":
+        return _timm_view(name)
+    return _hugging_face_view(name) if source == "hf" else None
+
+
 def _build(spec: str, *, pretrained: bool) -> nn.Module:
     source, _, name = spec.partition(":")
     if source == "embedded" and name in EMBEDDED:
@@ -86,19 +129,39 @@ def _embedded(name: str) -> nn.Module:
     return model
 
 
-def _timm(name: str, pretrained: bool) -> nn.Module:
+def _timm_of(name: str) -> Any:
+    """The package, which has this model."""
     try:
         import timm  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise MissingExtra("timm", "timm") from error
     if not timm.is_model(name.partition(".")[0]):
         raise unknown("model of timm", name, timm.list_models())
+    return timm
+
+
+def _timm_view(name: str) -> dict[str, Any] | None:
+    timm = _timm_of(name)
+    about = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    channels, height, width = about["input_size"]
+    if channels != 3 or height != width or about["crop_mode"] not in ("center", "squash"):
+        return None
+    resize: int | None = math.floor(height / about["crop_pct"])
+    if about["crop_mode"] == "squash":
+        if resize != height:
+            return None
+        resize = None
+    return {"crop": height, "resize": resize, "interpolation": about["interpolation"]}
+
+
+def _timm(name: str, pretrained: bool) -> nn.Module:
+    timm = _timm_of(name)
     model = timm.create_model(name, pretrained=pretrained)
     about: Any = model.pretrained_cfg
     return Normalised(model, about.get("mean"), about.get("std"))
 
 
-def _torchvision(name: str, pretrained: bool) -> nn.Module:
+def _torchvision_weights(name: str) -> Any:
     from torchvision import models  # noqa: PLC0415
 
     name, _, wanted = name.partition("/")
@@ -107,9 +170,15 @@ def _torchvision(name: str, pretrained: bool) -> nn.Module:
     kinds = models.get_model_weights(name)
     if wanted and wanted not in kinds.__members__:
         raise unknown(f"weights of {name}", wanted, kinds.__members__)
-    weights = kinds[wanted] if wanted else kinds.DEFAULT  # pyright: ignore[reportAttributeAccessIssue]
+    return kinds[wanted] if wanted else kinds.DEFAULT  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _torchvision(name: str, pretrained: bool) -> nn.Module:
+    from torchvision import models  # noqa: PLC0415
+
+    weights = _torchvision_weights(name)
     shown = weights.transforms()
-    model = models.get_model(name, weights=weights if pretrained else None)
+    model = models.get_model(name.partition("/")[0], weights=weights if pretrained else None)
     return Normalised(model, shown.mean, shown.std)
 
 
@@ -129,6 +198,26 @@ def _hugging_face(name: str, pretrained: bool) -> nn.Module:
     shown = AutoImageProcessor.from_pretrained(name)
     wanted = getattr(shown, "do_normalize", True)
     return Normalised(model, *((shown.image_mean, shown.image_std) if wanted else (None, None)))
+
+
+def _hugging_face_view(name: str) -> dict[str, Any] | None:
+    try:
+        from transformers import AutoImageProcessor  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingExtra("transformers", "hf") from error
+    about: Any = AutoImageProcessor.from_pretrained(name).to_dict()
+    size, crop = about.get("size") or {}, about.get("crop_size") or {}
+    way = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(about.get("resample"))
+    plain = about.get("do_resize") and way and not about.get("crop_pct")
+    if plain and about.get("do_center_crop") and set(size) == {"shortest_edge"}:
+        resize, sides = size["shortest_edge"], crop
+    elif plain and not about.get("do_center_crop"):
+        resize, sides = None, size
+    else:
+        return None
+    if set(sides) != {"height", "width"} or sides["height"] != sides["width"]:
+        return None
+    return {"crop": sides["height"], "resize": resize, "interpolation": way}
 
 
 def _from_file(path: str, spec: str) -> nn.Module:

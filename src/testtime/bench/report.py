@@ -14,8 +14,10 @@ from testtime._core.errors import MissingExtra, RunError, TesttimeError, WorkFai
 from testtime._core.files import atomic
 from testtime.bench.cells import label, parse_method, stream_words
 from testtime.bench.metrics import METRICS, OPTIONAL, setting
+from testtime.bench.models import shown_to
 from testtime.bench.section import Rows, Section
 from testtime.bench.tables import styles
+from testtime.streams.folder import read_spec
 from testtime.streams.scenarios import Scenario
 
 NEEDED = frozenset(METRICS) - frozenset(OPTIONAL) | {
@@ -131,16 +133,16 @@ def _picker(names: Sequence[str]) -> str:
 def _command(rows: Rows) -> str:
     """The command that makes the same run; a sentence where no command can."""
     seeds = sorted({row["seed"] for row in rows})
-    data = list(dict.fromkeys(row["data"] for row in rows))
+    data = _data(rows)
     streams = [_stream(text) for text in dict.fromkeys(row.get("scenario") for row in rows)]
     methods = [_method(row) for row in rows]
     whole = len({(*setting(row), label(row), row["seed"]) for row in rows})
     models = list(dict.fromkeys(row["model"] for row in rows))
-    known = None not in [*streams, *methods] and len(data) == 1
+    known = None not in [data, *streams, *methods]
     product = len(models) * len(streams) * len(set(methods)) * len(seeds)
     if not known or seeds != list(range(len(seeds))) or whole != product:
         return "<p>No single command makes this run; its cells are those of the tables above.</p>"
-    command = ["testtime", "bench", "--data", data[0], "--model", ",".join(models)]
+    command = ["testtime", "bench", "--data", str(data), "--model", ",".join(models)]
     command += ["--methods", ",".join(map(str, dict.fromkeys(methods)))]
     command += [word for stream in streams for word in ("--stream", str(stream))]
     command += ["--seeds", str(len(seeds))]
@@ -149,6 +151,17 @@ def _command(rows: Rows) -> str:
         command += [f"--{name}", str(given)] * (given != usual)
     command += ["--paced"] * bool(rows[0].get("paced"))
     return f"<pre>{escape(shlex.join([*command, '--out', 'DIR']))}</pre>"
+
+
+def _data(rows: Rows) -> str | None:
+    """The data as `--data` reads it, of which each model sees what it was made for; None for several."""
+    names = {row["data"] for row in rows}
+    first = rows[0]["data"]
+    if len(names) == 1:
+        return first
+    kind, _, rest = first.partition(":")
+    plain = f"{kind}:{read_spec(rest)[0]}"
+    return plain if all(shown_to(row["model"], plain) == row["data"] for row in rows) else None
 
 
 def _method(row: dict[str, Any]) -> str | None:

@@ -195,9 +195,10 @@ def _check_fit(cell: Cell, model: nn.Module, dataset: Dataset[Any], device: torc
         with torch.no_grad():
             read_logits(model(images.to(device)))
     except Exception as error:  # models of others refuse a size in ways of their own
+        size = ", as folder:PATH@SIZE" if cell.data.startswith("folder:") else ""
         raise InputError(
             f"{cell.model} cannot run on {cell.data}, whose images have the shape "
-            f"{tuple(images.shape[1:])}: {error}. Give a model made for such images, or other data."
+            f"{tuple(images.shape[1:])}: {error}. Give a model made for such images, or other data{size}."
         ) from error
 
 

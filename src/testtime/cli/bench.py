@@ -27,7 +27,7 @@ def bench(
     data: str = typer.Option(
         "fashion-mnist:sample",
         help="Data set: fashion-mnist:sample, fashion-mnist, digits, or folder:PATH with a folder "
-        "of images for each class.",
+        "of images for each class, in the size that the model says, or folder:PATH@SIZE in another.",
     ),
     model: str = typer.Option(
         "embedded:batch",

@@ -25,7 +25,6 @@ from testtime._core.options import in_range, whole
 from testtime._core.seeds import derive, generator, global_chance
 from testtime.adaptation.layers import hooked, on_input
 from testtime.adaptation.look import named_layer
-from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
 from testtime.guard.monitor import State, check_real
 from testtime.measures.information.networks import adam, single, training
@@ -105,7 +104,7 @@ class Fingerprint:
         """Trains the head on fault-free inputs; the model is not changed.
 
         Args:
-            model: the network on fault-free hardware.
+            model: the network on fault-free hardware; what it returns is of no account.
             batches: inputs, no labels.
             layer: name of the layer whose input are the features; None: the linear layer that runs
                 last.
@@ -263,5 +262,4 @@ def _forward(model: nn.Module, x: Tensor, layer: str | None) -> tuple[Any, Tenso
         raise ScopeError(
             f"the layer sees {tuple(entered[-1].shape)} for {len(x)} samples; name another one."
         )
-    read_logits(output)
     return output, features

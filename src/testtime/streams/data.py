@@ -14,10 +14,17 @@ from testtime._core.arrays import as_given
 from testtime._core.errors import InputError, MissingExtra, OptionError, unknown
 from testtime._core.seeds import generator
 from testtime.streams import fashion_mnist
-from testtime.streams.folder import image_folder
+from testtime.streams.folder import image_folder, read_spec
 from testtime.streams.severity import in_range
 
-DATA = ("fashion-mnist:sample", "fashion-mnist", "digits", "digits:16", "folder:PATH")
+DATA = (
+    "fashion-mnist:sample",
+    "fashion-mnist",
+    "digits",
+    "digits:16",
+    "folder:PATH",
+    "folder:PATH@SIZE",
+)
 """What `load_data` understands."""
 
 SPLITS = ("train", "test")
@@ -65,8 +72,9 @@ def load_data(spec: str, *, split: str = "test") -> Dataset[Any]:
         spec: `fashion-mnist:sample` (embedded: 2,000 test and 1,000 training images),
             `fashion-mnist` (whole; from $TESTTIME_DATA, the cache folder or the Debian package
             `dataset-fashion-mnist`, else downloaded), `digits` (scikit-learn, 8x8) or `digits:16`
-            (the same, bilinear to 16x16), `folder:PATH` (one folder of images per class; see
-            `image_folder`).
+            (the same, bilinear to 16x16), `folder:PATH` (one folder of images per class, 224 pixels
+            wide and high; see `image_folder`) or `folder:PATH@SIZE` (the same, of whose shorter
+            side SIZE pixels are made, and the middle is kept).
         split: "test", or "train" for what may be learnt from (source statistics, Fisher
             information).
 
@@ -95,7 +103,8 @@ def load_data(spec: str, *, split: str = "test") -> Dataset[Any]:
     if spec in ("digits", "digits:8", "digits:16"):
         return digits(split=split, size=int(rest or 8))
     if kind == "folder" and rest:
-        return image_folder(rest, split=split)
+        path, shown = read_spec(rest)
+        return image_folder(path, split=split, **shown)
     raise unknown("data set", spec, DATA)
 
 

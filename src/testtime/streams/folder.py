@@ -1,45 +1,93 @@
 """Folders of images: one folder per class, read from disk when an image is asked for."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
-from testtime._core.errors import InputError
+from testtime._core.errors import InputError, unknown
+from testtime._core.options import whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
 """Names that the folder of a split may have; the first that exists is read."""
+SQUASH = "squash"
+"""In place of a shorter side: height and width become those of what is kept, so that nothing is cut."""
+
+
+def folder_spec(path: str, *, crop: int, resize: int | None, interpolation: str) -> str:
+    """The name of a folder and of what is done to its images, as `read_spec` reads it.
+
+    Example:
+        >>> folder_spec("photos", crop=299, resize=342, interpolation="bicubic")
+        'folder:photos@299,342,bicubic'
+        >>> folder_spec("photos", crop=224, resize=256, interpolation="bilinear")
+        'folder:photos'
+    """
+    if (crop, resize, interpolation) == (224, 256, "bilinear"):
+        return f"folder:{path}"
+    return f"folder:{path}@{crop},{resize or SQUASH},{interpolation}"
+
+
+def read_spec(rest: str) -> tuple[str, dict[str, Any]]:
+    """The path in `PATH`, `PATH@CROP` or `PATH@CROP,RESIZE,INTERPOLATION`, and options of `image_folder`.
+
+    Example:
+        >>> read_spec("photos@32")
+        ('photos', {'crop': 32, 'resize': 32})
+        >>> read_spec("me@home"), read_spec("me@32/")  # a path that ends like a size gets a slash
+        (('me@home', {}), ('me@32/', {}))
+    """
+    found = re.fullmatch(rf"(.+)@(\d+)(?:,(\d+|{SQUASH}),([\w-]+))?", rest, re.DOTALL)
+    if found is None:
+        return rest, {}
+    path, crop, resize, interpolation = found.groups()
+    if resize is None:
+        return path, {"crop": int(crop), "resize": int(crop)}
+    side = None if resize == SQUASH else int(resize)
+    return path, {"crop": int(crop), "resize": side, "interpolation": interpolation}
 
 
 def image_folder(
-    path: str | Path, *, split: str = "test", resize: int = 256, crop: int = 224
-) -> Dataset[Any]:
+    path: str | Path, *, split: str = "test", resize: int | None = 256, crop: int = 224,
+    interpolation: str = "bilinear",
+) -> Dataset[Any]:  # fmt: skip
     """Images of any size in one folder per class, as float (3, crop, crop) in [0, 1].
 
-    The shorter side is resized to `resize` (bilinear, antialiased) and the centre cropped to
-    `crop`: what torchvision's ImageNet models expect, without their normalisation, which belongs
-    into the model. Grey, palette and transparent images become RGB; those of 16 or 32 bits are
+    The shorter side is resized to `resize` (antialiased) and the centre cropped to `crop`: what
+    torchvision's ImageNet models expect, without their normalisation, which belongs into the model.
+    Grey, palette and transparent images become RGB; those of 16 or 32 bits are
     refused. Labels are the places of the class folders in sorted order.
 
     Args:
         path: the folder with the classes, which is then the test split; or one with a folder
             "train" and a folder "test", "val" or "validation", each with the classes.
         split: "train" or "test".
-        resize: length of the shorter side in pixels.
+        resize: length of the shorter side in pixels; None: each image becomes (crop, crop), whatever
+            its shape.
         crop: height and width of what is kept.
+        interpolation: one of torchvision's: "bilinear", "bicubic", "lanczos", "nearest", "box", ...
 
     Raises:
+        OptionError: a length is no whole number of at least 1.
+        UnknownName: no interpolation has this name.
         InputError: `path` is no folder, has no class folders with images, or not this split. A file
             that cannot be read as an image raises one that names it, when it is asked for.
     """
     from torchvision import transforms  # noqa: PLC0415
     from torchvision.datasets import ImageFolder  # noqa: PLC0415
 
+    whole(1, crop=crop, resize=crop if resize is None else resize)
+    ways = [way.value for way in transforms.InterpolationMode]
+    if interpolation not in ways:
+        raise unknown("interpolation", interpolation, ways)
     root = split_folder(Path(path).expanduser(), split)
-    steps = [transforms.Resize(resize), transforms.CenterCrop(crop), transforms.ToTensor()]
+    side = (crop, crop) if resize is None else resize
+    resized = transforms.Resize(side, transforms.InterpolationMode(interpolation))
+    steps = [resized, transforms.CenterCrop(crop), transforms.ToTensor()]
     try:
         return ImageFolder(str(root), transforms.Compose(steps), loader=_open)
     except (FileNotFoundError, NotADirectoryError) as error:

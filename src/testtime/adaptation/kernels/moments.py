@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import functional as F
 
 from testtime._core.arrays import at_least_single
@@ -275,10 +276,16 @@ class Quick(Watching):
         training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
     ) -> Tensor:  # fmt: skip
         quick = training and running_mean is None and _in_rows(input, self.least)
-        if not quick or torch._C._are_functorch_transforms_active():
+        if not quick or _transformed(input, weight, bias):
             more = running_mean, running_var, weight, bias, training, momentum, eps
             return go_on(input, *more)
         return _OfBatch.apply(input, weight, bias, eps, self.least)
+
+
+def _transformed(*given: Tensor | None) -> bool:
+    """Whether torch differentiates forwards or transforms a function, as `_OfBatch` cannot be."""
+    dual = any(unpack_dual(each).tangent is not None for each in given if each is not None)
+    return dual or torch._C._are_functorch_transforms_active()
 
 
 class InGroups(Watching):

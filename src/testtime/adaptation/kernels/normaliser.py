@@ -32,6 +32,7 @@ class Normaliser:
     statistics.
 
     Args:
+        layer: that it belongs to.
         name: of the layer.
         eps: that the layer adds to the variance.
         source: moments that the layer stored in training.
@@ -42,6 +43,7 @@ class Normaliser:
         ranks: over whom moments are taken.
     """
 
+    layer: nn.Module
     name: str
     eps: float
     source: Moments
@@ -102,7 +104,7 @@ class Normaliser:
             return None
         mean, var = (fresh[f"{self.name}.{moment}"].clone() for moment in ("mean", "var"))
         fresh |= {f"{self.name}.mean": mean, f"{self.name}.var": var}
-        return mean, var, statistics.share(int(old["seen"]))
+        return mean, var, statistics.share(self.layer, seen=int(old["seen"]))
 
     def choose(self, x: Tensor) -> Moments:
         """The moments to normalise with; moving averages are written to `fresh`."""
@@ -122,7 +124,8 @@ class Normaliser:
         if isinstance(statistics, RunningStatistics) and averages and self.fresh is not None:
             # a layer that runs again in this forward goes on from its last run
             old = Moments(self.fresh[f"{self.name}.mean"], self.fresh[f"{self.name}.var"])
-            new = statistics.update(old, batch, seen=int(averages["seen"]), values=values)
+            seen = int(averages["seen"])
+            new = statistics.update(old, batch, layer=self.layer, seen=seen, values=values)
             self.fresh[f"{self.name}.mean"] = new.mean.detach()
             self.fresh[f"{self.name}.var"] = new.var.detach()
             return new if statistics.robust else batch

@@ -287,7 +287,8 @@ class AdversarialTeacher:
                 continue
             heard.append(said)
             if isinstance(statistics, RunningStatistics):
-                averages = statistics.repeat(averages, said.before, said.after)
+                layers = engine.loan.named_modules
+                averages = statistics.repeat(averages, said.before, said.after, layers=layers)
         labels = torch.stack([each.logits.softmax(-1) for each in heard]).mean(0)
         if not self.queue:
             return labels, None, averages
@@ -334,7 +335,7 @@ def tesla(
 
     Inputs are images in [0, 1], normalisation belongs in the model. All parameters but the
     classifier's adapt. The answer is the teacher's after the step, with moving averages of the
-    statistics of all images that it was shown.
+    statistics of all images that it was shown, each layer's moving by the momentum that it has.
 
     Use when: batches are large, calibration matters, and there is time for a few passes.
 
@@ -358,8 +359,7 @@ def tesla(
     30 degrees (the range is published with equal ends), and the student learns on the view that was
     made hard. Departures: lambda_1 weighs the step on sizes as it weighs that on the selection; a
     queue never holds more than Q of a class; all kinds of normalisation layers count in lambda_1's
-    term; weak copies are cropped without enlarging the image first; averages of statistics move by
-    0.1 of each batch, in the code by the momentum that each layer has (0.1 is torch's default).
+    term; weak copies are cropped without enlarging the image first.
 
     Example:
         >>> tesla(queue=256, operations=4).procedure.queue
@@ -376,7 +376,7 @@ def tesla(
         raise OptionError(f"operations is {operations}; expected a whole number from 1 to 14")
     return Recipe(
         scope=all_but_classifier,
-        statistics=RunningStatistics(),
+        statistics=RunningStatistics(momentum="own"),
         objective=flipped_cross_entropy,
         batch_objective=Diversity(weight=1.0),
         procedure=AdversarialTeacher(

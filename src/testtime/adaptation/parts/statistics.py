@@ -4,10 +4,11 @@ Only layers that stored statistics in training (batch normalisation, frozen or s
 are concerned; group, layer, instance and RMS normalisation know no batch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from testtime._core.options import in_range
 from testtime.adaptation.ranks import Ranks
@@ -68,18 +69,20 @@ class RunningStatistics:
     A layer that runs several times in a forward takes a step for each, as torch's does in training.
 
     Args:
-        momentum: the step a; None is the cumulative mean, 1 / (batches seen + 1).
+        momentum: the step a; None is the cumulative mean, 1 / (batches seen + 1); "own" the step
+            that each layer takes in training, where None counts the batches of that too, and 0.1
+            for one that has no momentum.
         unbiased: whether the batch's variance is the unbiased one (torch's running statistics).
         robust: whether the forward that updates the average also normalises with it (RobustBN of
             RoTTA, gradients flow through the batch's share), or with the batch's own statistics.
     """
 
-    momentum: float | None = 0.1
+    momentum: float | Literal["own"] | None = 0.1
     unbiased: bool = True
     robust: bool = False
 
     def __post_init__(self) -> None:
-        if self.momentum is not None:
+        if self.momentum not in (None, "own"):
             in_range(0, 1, momentum=self.momentum)
 
     @property
@@ -87,16 +90,31 @@ class RunningStatistics:
         """Whether it is what torch's batch normalisation does in training."""
         return self.unbiased and not self.robust
 
-    def share(self, seen: int) -> float:
-        """The step a of the batch after `seen` others."""
-        return 1 / (seen + 1) if self.momentum is None else self.momentum
+    def share(self, layer: nn.Module, *, seen: int) -> float:
+        """The step a of a layer on the batch after `seen` others."""
+        momentum = self.momentum
+        if momentum == "own":
+            momentum = getattr(layer, "momentum", 0.1)
+            if momentum is None:
+                seen += int(getattr(layer, "num_batches_tracked", None) or 0)
+        return 1 / (seen + 1) if momentum is None else momentum
 
-    def update(self, old: Moments, batch: Moments, *, seen: int, values: float) -> Moments:
-        """The average after one more batch; `seen` batches came before."""
-        return _mixed(old, unbiased(batch, values) if self.unbiased else batch, self.share(seen))
+    def update(
+        self, old: Moments, batch: Moments, *, layer: nn.Module, seen: int, values: float
+    ) -> Moments:
+        """The average of a layer after one more batch; `seen` batches came before."""
+        batch = unbiased(batch, values) if self.unbiased else batch
+        return _mixed(old, batch, self.share(layer, seen=seen))
 
-    def repeat(self, averages: Averages, before: Averages, after: Averages) -> Averages:
-        """The averages after a batch like the one that led from `before` to `after`.
+    def repeat(
+        self,
+        averages: Averages,
+        before: Averages,
+        after: Averages,
+        *,
+        layers: Mapping[str, nn.Module],
+    ) -> Averages:
+        """The averages of layers after a batch like the one that led from `before` to `after`.
 
         Its moments are m = before + (after - before) / a, so that it need not be seen again. That
         is exact for layers that run once in a forward.
@@ -104,17 +122,20 @@ class RunningStatistics:
         Example:
             >>> import torch
             >>> seen = [{"seen": torch.tensor(n), "norm.mean": torch.tensor(n * 1.0)} for n in (0, 1)]
-            >>> RunningStatistics(momentum=0.5).repeat(seen[1], *seen)  # m = 2
+            >>> layers = {"norm": nn.BatchNorm1d(1)}
+            >>> RunningStatistics(momentum=0.5).repeat(seen[1], *seen, layers=layers)  # m = 2
             {'seen': tensor(2), 'norm.mean': tensor(1.5000)}
         """
-        first, share = (self.share(int(each["seen"])) for each in (before, averages))
-        ratio = share / first if first else 0.0
-        moved = {
-            name: now + share * (before[name] - now) + ratio * (after[name] - before[name])
-            for name, now in averages.items()
-            if name != "seen"
-        }
-        return {"seen": averages["seen"] + 1, **moved}
+        counts = [int(each["seen"]) for each in (before, averages)]
+        moved = {"seen": averages["seen"] + 1}
+        for name, now in averages.items():
+            if name == "seen":
+                continue
+            layer = layers[name.rpartition(".")[0]]
+            first, share = (self.share(layer, seen=count) for count in counts)
+            ratio = share / first if first else 0.0
+            moved[name] = now + share * (before[name] - now) + ratio * (after[name] - before[name])
+        return moved
 
 
 @dataclass(frozen=True, kw_only=True)
