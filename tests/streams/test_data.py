@@ -223,6 +223,7 @@ def test_sets_without_usable_labels_are_refused():
 
 def test_every_name_in_data_is_understood(monkeypatch, tmp_path):
     monkeypatch.setattr(data_file, "image_folder", lambda path, split: path)
+    monkeypatch.setattr(data_file, "Recorded", lambda path: path)
     monkeypatch.setattr(data_file, "digits", lambda split, size: size)
     monkeypatch.setattr(data_file.fashion_mnist, "locate", lambda split: tmp_path)
     monkeypatch.setattr(

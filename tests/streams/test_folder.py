@@ -85,3 +85,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content, kind):
     file.write_bytes(file.read_bytes()[:1500] if isinstance(content, str) else content)
     with pytest.raises(InputError, match=rf"broken\.{kind} cannot be read as an image"):
         stack(image_folder(tmp_path), [0])
+
+
+def test_classes_that_are_numbers_stand_in_their_order(tmp_path):
+    """As in ImageNet-V2, whose folders are 0 to 999: by letters, 10 would come before 2."""
+    for name in ("10", "0", "2"):
+        fill(tmp_path / name)
+    data = image_folder(tmp_path)
+    assert data.classes == ["0", "2", "10"]
+    assert {path.split("/")[-2]: label for path, label in data.samples} == {"0": 0, "2": 1, "10": 2}
+    assert labels_of(data).tolist() == [label for _, label in data.samples]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
@@ -29,6 +30,7 @@ from testtime.measures.confidence import confidence
 from testtime.streams.batches import UNKNOWN, Batch, Stream
 from testtime.streams.data import labels_of, load_data, stack
 from testtime.streams.open_set import held_out
+from testtime.streams.recorded import Recorded
 from testtime.streams.scenarios import Scenario
 
 CLEAN_SAMPLES = 2000
@@ -190,16 +192,28 @@ def _plain_seconds(model: nn.Module, inputs: Tensor, device: torch.device) -> fl
 
 def _check_fit(cell: Cell, model: nn.Module, dataset: Dataset[Any], device: torch.device) -> None:
     """Refuses a model that cannot run on the data, with both shapes in the message."""
-    images, _ = stack(dataset, [0])
+    images, _ = stack(_seen(dataset), [0])
     try:
         with torch.no_grad():
-            read_logits(model(images.to(device)))
+            answers = read_logits(model(images.to(device))).shape[1]
     except Exception as error:  # models of others refuse a size in ways of their own
         size = ", as folder:PATH@SIZE" if cell.data.startswith("folder:") else ""
         raise InputError(
             f"{cell.model} cannot run on {cell.data}, whose images have the shape "
             f"{tuple(images.shape[1:])}: {error}. Give a model made for such images, or other data{size}."
         ) from error
+    names = getattr(dataset, "classes", None)  # of folders, where labels are their places
+    if names and len(names) != answers:
+        raise InputError(
+            f"{cell.data} has {len(names)} folders of classes, and {cell.model} answers with {answers} "
+            "classes, so that labels, the places of the folders in order, would be wrong ones. Give "
+            "file:PATH.py@FUNCTION, which returns the model with the logits of these classes alone."
+        )
+
+
+def _seen(dataset: Dataset[Any]) -> Dataset[Any]:
+    """What is surely there of a data set: itself, or some corrupted images."""
+    return dataset.some() if isinstance(dataset, Recorded) else dataset
 
 
 def _adapter(cell: Cell, model: nn.Module, scenario: Scenario, device: torch.device) -> tt.Adapter:
@@ -238,8 +252,11 @@ def _clean_errors(
 ) -> tuple[float, float]:
     """Error on clean samples of the source model, and of the adapted one, which learns no more.
 
-    In batches of the stream's size; of 64 where single samples arrive.
+    In batches of the stream's size; of 64 where single samples arrive. No numbers where corrupted
+    images came without clean ones.
     """
+    if isinstance(dataset, Recorded) and not dataset.has_clean:
+        return math.nan, math.nan
     before, after = Score(), Score()
     size = scenario.batch_size if scenario.batch_size > 1 else 64
     with torch.no_grad():

@@ -26,8 +26,9 @@ def bench(
     ),
     data: str = typer.Option(
         "fashion-mnist:sample",
-        help="Data set: fashion-mnist:sample, fashion-mnist, digits, or folder:PATH with a folder "
-        "of images for each class, in the size that the model says, or folder:PATH@SIZE in another.",
+        help="Data set: fashion-mnist:sample, fashion-mnist, digits, folder:PATH with a folder of "
+        "images for each class, in the size that the model says, folder:PATH@SIZE in another, or "
+        "corrupted:PATH, as ImageNet-C or CIFAR-10-C.",
     ),
     model: str = typer.Option(
         "embedded:batch",

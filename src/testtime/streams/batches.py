@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from testtime._core.seeds import generator
 from testtime.streams.corruptions import corrupt
 from testtime.streams.data import stack
+from testtime.streams.recorded import Recorded
 
 UNKNOWN = -1
 """Label of a sample whose class the model does not know."""
@@ -132,9 +133,16 @@ class Stream:
     def _block(self, segment: Segment, block: int) -> tuple[Tensor, Tensor]:
         """Corrupted images and labels of positions [128 block, 128 (block + 1))."""
         cut = slice(block * BLOCK, (block + 1) * BLOCK)
-        images, labels = stack(self._dataset, segment.indices[cut])
-        labels = labels.masked_fill(_strange(segment)[cut].to(labels.device), UNKNOWN)
         kinds = torch.stack([segment.domains[cut], segment.severities[cut]])
+        if isinstance(self._dataset, Recorded):
+            images, labels = self._recorded(self._dataset, segment, segment.indices[cut], kinds)
+        else:
+            images, labels = stack(self._dataset, segment.indices[cut])
+            self._corrupt(images, segment, kinds, block)
+        return images, labels.masked_fill(_strange(segment)[cut].to(labels.device), UNKNOWN)
+
+    def _corrupt(self, images: Tensor, segment: Segment, kinds: Tensor, block: int) -> None:
+        """Corrupts images in place, each by its domain and severity."""
         for domain, severity in kinds.unique(dim=1).T.tolist():
             name = segment.names[domain]
             if name == "clean":
@@ -144,7 +152,21 @@ class Stream:
             key = (self._seed, "noise", name, severity, segment.visit, block)
             noise = generator(*key, device=images.device)
             images[mine] = corrupt(images[mine], name, severity, generator=noise)
-        return images, labels
+
+    @staticmethod
+    def _recorded(
+        dataset: Recorded, segment: Segment, indices: Tensor, kinds: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Images that were corrupted beforehand, each from where its domain and severity lie."""
+        images, labels, order = list[Tensor](), list[Tensor](), list[Tensor]()
+        for domain, severity in kinds.unique(dim=1).T.tolist():
+            mine = (kinds == kinds.new_tensor([[domain], [severity]])).all(dim=0).nonzero()[:, 0]
+            own = stack(dataset.at(segment.names[domain], severity), indices[mine])
+            images.append(own[0])
+            labels.append(own[1])
+            order.append(mine)
+        back = torch.cat(order).argsort()
+        return torch.cat(images)[back], torch.cat(labels)[back]
 
 
 def _strange(segment: Segment) -> Tensor:
@@ -152,6 +174,15 @@ def _strange(segment: Segment) -> Tensor:
     if segment.strange is None:
         return torch.zeros_like(segment.indices, dtype=torch.bool)
     return segment.strange
+
+
+def kinds_of(segments: Sequence[Segment]) -> list[tuple[str, int]]:
+    """Each domain with each of its severities, once."""
+    found: dict[tuple[str, int], None] = {}
+    for segment in segments:
+        pairs = torch.stack([segment.domains, segment.severities]).unique(dim=1).T.tolist()
+        found.update({(segment.names[domain], severity): None for domain, severity in pairs})
+    return list(found)
 
 
 def visits(names: Sequence[str]) -> list[int]:

@@ -15,6 +15,7 @@ from testtime._core.errors import InputError, MissingExtra, OptionError, unknown
 from testtime._core.seeds import generator
 from testtime.streams import fashion_mnist
 from testtime.streams.folder import image_folder, read_spec
+from testtime.streams.recorded import Recorded
 from testtime.streams.severity import in_range
 
 DATA = (
@@ -24,6 +25,7 @@ DATA = (
     "digits:16",
     "folder:PATH",
     "folder:PATH@SIZE",
+    "corrupted:PATH",
 )
 """What `load_data` understands."""
 
@@ -73,8 +75,9 @@ def load_data(spec: str, *, split: str = "test") -> Dataset[Any]:
             `fashion-mnist` (whole; from $TESTTIME_DATA, the cache folder or the Debian package
             `dataset-fashion-mnist`, else downloaded), `digits` (scikit-learn, 8x8) or `digits:16`
             (the same, bilinear to 16x16), `folder:PATH` (one folder of images per class, 224 pixels
-            wide and high; see `image_folder`) or `folder:PATH@SIZE` (the same, of whose shorter
-            side SIZE pixels are made, and the middle is kept).
+            wide and high; see `image_folder`), `folder:PATH@SIZE` (the same, of whose shorter
+            side SIZE pixels are made, and the middle is kept) or `corrupted:PATH` (images that were
+            corrupted beforehand, as ImageNet-C; see `Recorded`).
         split: "test", or "train" for what may be learnt from (source statistics, Fisher
             information).
 
@@ -105,6 +108,8 @@ def load_data(spec: str, *, split: str = "test") -> Dataset[Any]:
     if kind == "folder" and rest:
         path, shown = read_spec(rest)
         return image_folder(path, split=split, **shown)
+    if kind == "corrupted" and rest:
+        return Recorded(rest) if split == "test" else image_folder(rest, split=split)
     raise unknown("data set", spec, DATA)
 
 

@@ -11,6 +11,7 @@ from testtime._core.options import whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torchvision.datasets import ImageFolder
 
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
 """Names that the folder of a split may have; the first that exists is read."""
@@ -60,7 +61,8 @@ def image_folder(
     The shorter side is resized to `resize` (antialiased) and the centre cropped to `crop`: what
     torchvision's ImageNet models expect, without their normalisation, which belongs into the model.
     Grey, palette and transparent images become RGB; those of 16 or 32 bits are
-    refused. Labels are the places of the class folders in sorted order.
+    refused. Labels are the places of the class folders in sorted order; where all are numbers, as in
+    ImageNet-V2, in order of the numbers.
 
     Args:
         path: the folder with the classes, which is then the test split; or one with a folder
@@ -89,12 +91,24 @@ def image_folder(
     resized = transforms.Resize(side, transforms.InterpolationMode(interpolation))
     steps = [resized, transforms.CenterCrop(crop), transforms.ToTensor()]
     try:
-        return ImageFolder(str(root), transforms.Compose(steps), loader=_open)
+        found = ImageFolder(str(root), transforms.Compose(steps), loader=open_image)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{root} is not a folder of images ({error}). "
             "Expected one folder per class with images in it."
         ) from error
+    if all(name.isdecimal() for name in found.classes):
+        _in_order_of_numbers(found)
+    return found
+
+
+def _in_order_of_numbers(found: "ImageFolder") -> None:
+    """Labels by number instead of by letter, where 10 comes before 2."""
+    classes = sorted(found.classes, key=int)
+    place = {found.class_to_idx[name]: number for number, name in enumerate(classes)}
+    found.samples = found.imgs = [(path, place[label]) for path, label in found.samples]
+    found.targets = [label for _, label in found.samples]
+    found.classes, found.class_to_idx = classes, {n: p for p, n in enumerate(classes)}
 
 
 def split_folder(root: Path, split: str) -> Path:
@@ -122,7 +136,8 @@ def _holds_folders(folder: Path) -> bool:
     return folder.is_dir() and any(child.is_dir() for child in folder.iterdir())
 
 
-def _open(path: str) -> "Image":
+def open_image(path: str) -> "Image":
+    """The image in a file, as RGB; an `InputError` names one that cannot be read."""
     from PIL import Image  # noqa: PLC0415
 
     try:

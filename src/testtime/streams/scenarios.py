@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from testtime._core.errors import OptionError, unknown
-from testtime.streams.batches import UNKNOWN, Batch, Sample, Stream
+from testtime.streams.batches import UNKNOWN, Batch, Sample, Stream, kinds_of
 from testtime.streams.corruptions import (
     CORRUPTIONS,
     EXTRA_CORRUPTIONS,
@@ -19,9 +19,10 @@ from testtime.streams.corruptions import (
     ILLUMINATION,
 )
 from testtime.streams.data import labels_of, stack
-from testtime.streams.open_set import check_kinds, with_strangers
+from testtime.streams.open_set import MADE, check_kinds, with_strangers
 from testtime.streams.order import DISTRIBUTIONS, ORDERS
 from testtime.streams.plan import segments
+from testtime.streams.recorded import Recorded
 
 __all__ = [
     "PATTERNS",
@@ -156,7 +157,8 @@ class Scenario:
 
         Args:
             dataset: items (image, label), images as float (C, H, W) in [0, 1], bytes (uint8) or
-                Pillow images of one size; a user's own will do.
+                Pillow images of one size; a user's own will do. Or a `Recorded` one, whose
+                corrupted images are read instead of made.
             seed: of the choice of samples, of their order and of the noise in corruptions.
 
         Raises:
@@ -171,13 +173,23 @@ class Scenario:
             [(64, 1, 28, 28), (36, 1, 28, 28)]
         """
         labels = labels_of(dataset).cpu()
-        stack(dataset, [0])  # what cannot be stacked is told now, not at the first batch
+        recorded = dataset if isinstance(dataset, Recorded) else None
+        if recorded is None:
+            stack(dataset, [0])  # what cannot be stacked is told now, not at the first batch
         strangers: list[Tensor] = []
         if self.unknown:
+            if recorded is not None and set(self.unknown) & set(MADE):
+                raise OptionError(
+                    f"unknown samples of {', '.join(self.unknown)} cannot be corrupted as images "
+                    "that were so beforehand. Hold a class out: unknown=class:8."
+                )
             dataset, strangers = with_strangers(dataset, labels, self.unknown, seed=seed)
+        found = segments(self, labels, seed=seed, strangers=strangers)
+        if recorded is not None:
+            recorded.check(kinds_of(found))
         return Stream(
             dataset,
-            segments(self, labels, seed=seed, strangers=strangers),
+            found,
             batch_size=self.batch_size,
             seed=seed,
             resets=self.pattern == "reset",
