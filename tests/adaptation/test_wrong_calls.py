@@ -16,6 +16,7 @@ from testtime._core.errors import (
     OptionError,
     ScopeError,
     StateError,
+    TesttimeWarning,
     UnknownName,
 )
 from testtime.adaptation.methods.tent import tent
@@ -142,3 +143,37 @@ def in_inference_mode() -> nn.Module:
 def test_wrong_calls_are_answered_with_the_way_out(call, error, says):
     with pytest.raises(error, match=says):
         call()
+
+
+def test_what_a_loader_gives_is_told_from_a_batch():
+    adapter = tt.adapt(tiny(), "tent")
+    with pytest.raises(InputError, match="pass the inputs alone"):
+        adapter((batches(1)[0], torch.zeros(16)))
+
+
+def test_a_type_that_is_not_the_weights_is_named():
+    with pytest.raises(InputError, match=r"weights are of type torch.float32; give the batch"):
+        tt.adapt(tiny(), "tent")(batches(1)[0].half())
+
+
+@pytest.mark.parametrize("mark", [3, "state.safetensors", None])
+def test_a_mark_that_is_no_snapshot_is_refused(mark):
+    with pytest.raises(StateError, match=r"expected what adapter.snapshot\(\) gave"):
+        tt.adapt(tiny(), "tent").restore(mark)
+
+
+def test_a_state_of_other_options_says_which(tmp_path):
+    saved = tt.adapt(tiny(), "tent", lr=0.5)
+    saved.save(tmp_path / "state.safetensors")
+    says = r"method: it has optimizer=Adam\(lr=0.5, .* and this adapter optimizer=Adam\(lr=0.1, .*\. Build"
+    for adapt in ("load", "restore"):
+        given = tmp_path / "state.safetensors" if adapt == "load" else saved.snapshot()
+        with pytest.raises(StateError, match=says):
+            getattr(tt.adapt(tiny(), "tent", lr=0.1), adapt)(given)
+
+
+def test_probabilities_in_place_of_logits_are_warned_of():
+    probable = nn.Sequential(tiny(), nn.Softmax(1)).eval()
+    with pytest.warns(TesttimeWarning, match="seems to return probabilities"):
+        tt.adapt(probable, "tent")(batches(1)[0])
+    tt.adapt(nn.Sequential(tiny(), nn.LogSoftmax(1)).eval(), "tent")(batches(1)[0])  # says nothing

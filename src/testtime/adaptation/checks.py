@@ -1,6 +1,7 @@
 """Bad input is refused before anything changes."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from testtime._core.arrays import as_given
-from testtime._core.errors import InputError, OptionError, ScopeError, TesttimeError
+from testtime._core.errors import (
+    InputError,
+    OptionError,
+    ScopeError,
+    TesttimeError,
+    TesttimeWarning,
+)
 from testtime.adaptation.monitors import is_aside
 from testtime.adaptation.parts.prediction import student
 from testtime.adaptation.parts.views import needs_pixels
@@ -83,7 +90,10 @@ def check_input(x: Tensor, recipe: Recipe, *, rank: int | None, device: torch.de
         device: of the model.
     """
     if not isinstance(x, Tensor):
-        raise InputError(f"a batch is a tensor; given {type(x).__name__}. {AROUND}")
+        way = AROUND
+        if isinstance(x, tuple | list) and x and isinstance(x[0], Tensor):
+            way = f"Of what a loader gives, (inputs, labels), pass the inputs alone. {AROUND}"
+        raise InputError(f"a batch is a tensor; given {type(x).__name__}. {way}")
     if x.layout is not torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else f"of layout {x.layout}"
         raise InputError(f"the batch is {kind}; expected a dense tensor. Use x.to_dense(), or pad.")
@@ -181,6 +191,15 @@ def check_output(logits: Tensor, recipe: Recipe, *, samples: int) -> None:
             f"the model returns dense logits {tuple(logits.shape)}; this method needs one "
             "prediction for each sample. Use tent, eta, eata, sar, ostta or bn-adapt."
         )
+    sums = logits.detach().double().sum(1)
+    if logits.shape[1] > 1 and bool((logits >= 0).all() & ((sums - 1).abs() < 1e-3).all()):
+        warnings.warn(
+            "the model seems to return probabilities: its numbers are not negative and sum to one. "
+            "Methods take them for logits, whose softmax is nearly even then. Leave the last softmax "
+            "out, or return its logarithm.",
+            TesttimeWarning,
+            stacklevel=2,
+        )
 
 
 NO_GRADIENT = "modified by an inplace operation", "derivative for", "backward or vjp"
@@ -226,6 +245,11 @@ def taking(model: nn.Module, x: Tensor, run: Callable[[], Any], *, met: bool = F
         said = f"{error}" if isinstance(error, RuntimeError | ValueError) else repr(error)
         expected = expected_rank(model)
         hint = f". {AROUND}" if isinstance(error, TypeError | KeyError) else ""
+        kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        if len(kinds) == 1 and x.dtype not in kinds and isinstance(error, RuntimeError):
+            hint = (
+                f". The weights are of type {kinds.pop()}; give the batch in that type: x.to(...)"
+            )
         if expected and expected[0] != x.dim():
             hint = f". Its first convolution takes {expected[1]}; for a single sample use x[None]"
         raise InputError(

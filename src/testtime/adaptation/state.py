@@ -95,11 +95,10 @@ def load_state(path: str | Path, *, owner: dict[str, str], device: torch.device)
             if about.get("format") != FORMAT:
                 raise StateError(f"{path} is not a state that adapter.save() wrote.")
             for what, mine in owner.items():
-                if about.get(what) != mine:
+                if (theirs := about.get(what, "")) != mine:
                     raise StateError(
-                        f"{path} belongs to another {what}: it was saved for {about.get(what)}, "
-                        f"and this adapter has {mine}. Build the adapter with the same model and "
-                        "method that saved it."
+                        f"{path} belongs to another {what}: {differing(theirs, mine)}. Build the "
+                        "adapter with the same model and method that saved it."
                     )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
@@ -121,6 +120,32 @@ def load_state(path: str | Path, *, owner: dict[str, str], device: torch.device)
     return replace(State(), **loaded)
 
 
+def differing(theirs: str, mine: str) -> str:
+    """In which fields two descriptions of recipes differ; the whole of what is no such description.
+
+    Example:
+        >>> differing("Recipe(scope=norms, optimizer=SGD(lr=1, momentum=0))",
+        ...           "Recipe(scope=norms, optimizer=SGD(lr=2, momentum=0))")
+        'it has optimizer=SGD(lr=1, momentum=0), and this adapter optimizer=SGD(lr=2, momentum=0)'
+    """
+    pairs = [pair for pair in zip(_parts(theirs), _parts(mine), strict=False) if len(set(pair)) > 1]
+    if len(_parts(theirs)) == len(_parts(mine)) > 1:
+        theirs, mine = (", ".join(own) for own in zip(*pairs, strict=True))
+    return f"it has {theirs or 'none'}, and this adapter {mine}"
+
+
+def _parts(text: str) -> list[str]:
+    """The fields of `Name(field=value, ...)`; commas within brackets belong to a value."""
+    depth, found = 0, [""]
+    for letter in text[text.find("(") + 1 :].removesuffix(")"):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [part.strip() for part in found]
+
+
 def check_state(
     state: State, method: str, source: Callable[[str], Tensor | None], what: str
 ) -> None:
@@ -132,9 +157,15 @@ def check_state(
         source: gives the model's own tensor of a name, or None where it has none.
         what: the state, in words.
     """
+    if not isinstance(state, State):
+        raise StateError(
+            f"{what} is of type {type(state).__name__}; expected what adapter.snapshot() gave. For "
+            "a file there is adapter.load(path)."
+        )
     if state.method != method:
         raise StateError(
-            f"{what} belongs to another method: {state.method}; this adapter has {method}."
+            f"{what} belongs to another method: {differing(state.method, method)}. Build the "
+            "adapter with the same method."
         )
     for name, tensor in state.tensors.items():
         own = source(name)
