@@ -177,3 +177,13 @@ def test_probabilities_in_place_of_logits_are_warned_of():
     with pytest.warns(TesttimeWarning, match="seems to return probabilities"):
         tt.adapt(probable, "tent")(batches(1)[0])
     tt.adapt(nn.Sequential(tiny(), nn.LogSoftmax(1)).eval(), "tent")(batches(1)[0])  # says nothing
+
+
+def test_what_only_a_module_has_is_answered_with_the_way_out():
+    adapter = tt.adapt(tiny(), "tent")
+    for name in ("eval", "to", "parameters", "state_dict", "cuda"):
+        with pytest.raises(AttributeError, match=rf"no attribute '{name}'\. It is no module"):
+            getattr(adapter, name)
+    with pytest.raises(AttributeError, match=r"no attribute 'predikt'$"):
+        adapter.predikt  # noqa: B018
+    assert not hasattr(adapter, "train")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testtime._core.errors import InputError, OptionError, StateError, TesttimeWarning
+from testtime._core.errors import InputError, OptionError, TesttimeWarning
 from testtime._core.gates import Gate
 from testtime._core.guards import Guard
 from testtime._core.options import whole
@@ -30,6 +30,7 @@ from testtime.adaptation.knowledge import SourceKnowledge
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import lock_of
 from testtime.adaptation.modes import autocasting, computing
+from testtime.adaptation.no_module import NoModule
 from testtime.adaptation.outputs import detached
 from testtime.adaptation.parts.statistics import BatchStatistics
 from testtime.adaptation.plan import Plan, planned
@@ -40,7 +41,7 @@ from testtime.adaptation.state import State, load_state, save_state
 from testtime.adaptation.steps import Step, Steps, begun, ended
 
 
-class Adapter:
+class Adapter(NoModule):
     """A model that learns from the batches it answers; made by `tt.adapt`.
 
     The model is borrowed: whatever is learnt lives beside it, and between calls its parameters,
@@ -88,13 +89,6 @@ class Adapter:
             self._state = self._engine.fresh()
         self._lane = Lane(self._engine.device)
         self._seen: tuple[torch.Size, torch.dtype] | None = None  # kind of batch the model took
-
-    def __reduce__(self) -> Any:
-        raise StateError(
-            "an adapter is neither copied nor pickled. For a second stream of the same model call "
-            "tt.adapt(model, adapter.recipe) and restore(adapter.snapshot()); for a file use save "
-            "and load, and export for a plain model."
-        )
 
     # --- answers ------------------------------------------------------------------------------
 
