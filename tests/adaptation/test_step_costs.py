@@ -3,11 +3,13 @@
 import gc
 import weakref
 
+import pytest
 import torch
 from torch import Tensor
 
+import testtime as tt
 from battery import adapter_of, each
-from models import batches
+from models import batches, tiny
 from testtime.adaptation.engine import Engine
 
 PASSES = {  # forward and backward passes for each sample, as the algorithms need them
@@ -90,3 +92,17 @@ def test_memory_is_bounded(name):
 
     go(10)  # fills memories
     assert go(10) >= go(60) - 8
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "first"),
+    [("tent", {}, True), ("cotta", {"views": 2}, True), ("tent", {"steps": 2}, False),
+     ("memo", {"views": 4}, False)],
+)  # fmt: skip
+def test_whether_the_answer_comes_before_the_update_is_told(name, options, first):
+    adapter = tt.adapt(tiny(), name, **options)
+    x = batches(1)[0].sigmoid()
+    assert adapter.plan(x).answers_first is first
+    assert f"answers {'before' if first else 'after'} the update" in str(adapter.plan())
+    assert torch.equal(adapter.predict(x), adapter(x)) is first
+    assert "update" not in str(tt.adapt(tiny(), "bn-adapt").plan())

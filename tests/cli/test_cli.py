@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -233,3 +235,9 @@ def test_a_stopped_command_says_what_is_true(name, says, monkeypatch, tmp_path):
     assert stopped.exit_code == 1
     assert "interrupted" in stopped.stderr
     assert ("goes on from here" in stopped.stderr) == says
+
+
+def test_the_package_runs_as_a_module():
+    call = [sys.executable, "-m", "testtime", "methods", "--help"]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert "Usage: testtime methods" in done.stdout

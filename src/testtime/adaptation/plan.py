@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from testtime._core.arrays import as_real
 from testtime.adaptation.budget import Spending
+from testtime.adaptation.deferred import answers_last
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.recipe import Recipe, describe
 from testtime.adaptation.state import State
@@ -29,6 +30,7 @@ class Plan:
             None when the method does not tell.
         bytes: held beside the model, by tensors that adapt, optimizer, teacher, moving averages and
             what is in memory by now.
+        answers_first: whether a batch is answered as the model was before it learnt from that batch.
         spending: what was chosen for a budget, and what was measured; None without one.
     """
 
@@ -41,6 +43,7 @@ class Plan:
     forwards: float | None
     backwards: float | None
     bytes: int
+    answers_first: bool
     spending: Spending | None = None
 
     def __str__(self) -> str:
@@ -50,6 +53,8 @@ class Plan:
             f"model; normalisation layers: {kinds}; statistics: {self.statistics}; "
             f"at most {self.forwards or '?'} forward and {self.backwards if self.forwards else '?'} "
             f"backward passes for each sample; {self.bytes} bytes held"
+            + f"; answers {'before' if self.answers_first else 'after'} the update"
+            * bool(self.tensors)
         )
 
 
@@ -68,7 +73,7 @@ def planned(model: nn.Module, recipe: Recipe, state: State, spending: Spending |
         _, held["optimizer"] = recipe.optimizer.step(held["optimizer"], now, zeros)
     return Plan(
         tuple(state.tensors), values, values / max(total, 1), kinds, describe(recipe.statistics),
-        False, forwards, backwards, size_of(held), spending,
+        False, forwards, backwards, size_of(held), answers_last(recipe) is None, spending,
     )  # fmt: skip
 
 
