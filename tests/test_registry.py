@@ -89,3 +89,10 @@ except tt.TesttimeError as error:
     tt.methods()["sar"]
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_is_loaded_late_is_listed():
+    """For those who type `tt.` and wait for names."""
+    code = "import testtime as tt; print(set(tt.__all__) - set(dir(tt)), 'torch' in __import__('sys').modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set() False"

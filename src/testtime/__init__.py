@@ -57,3 +57,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'testtime' has no attribute {name!r}")
     home = import_module(_HOMES[name])
     return home if _HOMES[name] == f"testtime.{name}" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

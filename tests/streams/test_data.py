@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from testtime._core.errors import InputError, MissingExtra, OptionError, UnknownName
 from testtime.streams import data as data_file
@@ -211,6 +211,8 @@ def test_items_that_cannot_be_stacked_are_refused(pairs, words):
 def test_sets_without_usable_labels_are_refused():
     with pytest.raises(InputError, match="is empty"):
         labels_of(TensorDataset(torch.rand(0, 1, 4, 4), torch.arange(0)))
+    with pytest.raises(InputError, match=r"a DataLoader gives batches.*Use its \.dataset"):
+        labels_of(DataLoader(ImageSet(torch.rand(2, 1, 4, 4), torch.arange(2))))
     with pytest.raises(InputError, match="has no length"):
         labels_of(iter([]))
     data = Pairs(images(), range(5))

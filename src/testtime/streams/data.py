@@ -168,6 +168,11 @@ def labels_of(dataset: Dataset[Any]) -> Int[Tensor, " n"]:
 
 def length(dataset: Dataset[Any]) -> int:
     """Number of items; a set without a length or without items is an `InputError`."""
+    if not hasattr(dataset, "__getitem__") and hasattr(dataset, "dataset"):
+        raise InputError(
+            f"a {type(dataset).__name__} gives batches in an order of its own; expected the data set "
+            "behind it, since the scenario makes the batches. Use its .dataset."
+        )
     try:
         size = len(dataset)  # pyright: ignore[reportArgumentType]
     except TypeError as error:
