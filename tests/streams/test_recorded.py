@@ -82,6 +82,18 @@ def test_clean_images_are_brought_to_the_size_of_the_others(folders):
     assert data.domains == ("fog", "snow")
 
 
+def test_training_images_are_brought_to_that_size(root):
+    with pytest.raises(InputError, match="no folder train"):
+        load_data(f"corrupted:{root}", split="train")
+    save(root / "train", 4, (9, 0, 0), (40, 30))
+    save(root / "train", 5, (7, 0, 0), (8, 8))  # is left as it is
+    images, labels = stack(load_data(f"corrupted:{root}", split="train"), [0, 1])
+    assert images.shape == (2, 3, 8, 8)
+    assert labels.tolist() == [0, 1]
+    assert images[:, 0, 4, 4].mul(255).round().tolist() == [9, 7]
+    assert load_data(f"corrupted:{root}").domains == ("fog", "snow")
+
+
 def test_what_is_not_there_is_said_before_the_first_batch(root):
     data = load_data(f"corrupted:{root}")
     with pytest.raises(InputError, match=r"no images of the domain frost.*domains=fog\+snow"):

@@ -109,7 +109,8 @@ def load_data(spec: str, *, split: str = "test") -> Dataset[Any]:
         path, shown = read_spec(rest)
         return image_folder(path, split=split, **shown)
     if kind == "corrupted" and rest:
-        return Recorded(rest) if split == "test" else image_folder(rest, split=split)
+        found = Recorded(rest)
+        return found if split == "test" else found.train()
     raise unknown("data set", spec, DATA)
 
 

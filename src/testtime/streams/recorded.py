@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from testtime._core.errors import InputError
 from testtime.streams.corruptions import SEVERITIES
-from testtime.streams.folder import image_folder, open_image
+from testtime.streams.folder import image_folder, open_image, split_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,6 +106,16 @@ class Recorded(Dataset[tuple[Any, int]]):
         name = self.domains[0]
         return self.at(name, next(iter(self._levels(name))) if self._names else 1)
 
+    def train(self) -> Dataset[Any]:
+        """Training images, in folders of classes below `train`, at the size of the corrupted ones.
+
+        Raises:
+            InputError: there are none.
+        """
+        folder = split_folder(self.root, "train")
+        names, labels, _ = _samples(folder)
+        return _Files(folder, names, labels, self._size())
+
     def check(self, wanted: Iterable[tuple[str, int]]) -> None:
         """Raises an `InputError` where a domain is not there at a severity."""
         for domain, severity in wanted:
@@ -121,6 +131,9 @@ class Recorded(Dataset[tuple[Any, int]]):
 
     def _size(self) -> tuple[int, int]:
         """Width and height of the corrupted images."""
+        if not self._names:
+            _, height, width, _ = self._array(self.domains[0]).shape
+            return width, height
         folder = next(iter(self._levels(self.domains[0]).values()))
         return open_image(str(folder / self._names[0])).size
 
@@ -182,7 +195,7 @@ def _folders(root: Path) -> dict[str, Path]:
 
 def _samples(folder: Path) -> tuple[list[str], Tensor, list[str]]:
     """Names of the images below a folder of classes, their labels, and the names of the classes."""
-    found: Any = image_folder(folder)
+    found: Any = image_folder(folder)  # the folder of a split holds no other split
     names = [str(Path(path).relative_to(found.root)) for path, _ in found.samples]
     return names, torch.tensor(found.targets, device="cpu"), found.classes
 
