@@ -20,6 +20,9 @@ from testtime._core.errors import (
     UnknownName,
 )
 from testtime.adaptation.methods.tent import tent
+from testtime.bench.models import load_model
+from testtime.streams.data import load_data, stack
+from testtime.streams.scenarios import Scenario, known_domains
 
 
 def test_unknown_names_are_answered_with_the_nearest():
@@ -187,3 +190,16 @@ def test_what_only_a_module_has_is_answered_with_the_way_out():
     with pytest.raises(AttributeError, match=r"no attribute 'predikt'$"):
         adapter.predikt  # noqa: B018
     assert not hasattr(adapter, "train")
+
+
+def test_inputs_of_another_scale_than_in_training_are_warned_of():
+    """But no corruption is, at the highest severity."""
+    model, data = load_model("embedded:batch"), load_data("fashion-mnist:sample")
+    x = stack(data, range(8))[0]
+    with pytest.warns(TesttimeWarning, match=r"stem\.1, gets values .* on another scale"):
+        tt.adapt(model, "tent")(x * 255)
+    domains = "+".join(known_domains())
+    for batch in Scenario.parse(f"continual,samples=2,domains={domains}").stream(data):
+        tt.adapt(model, "source")(batch.inputs)
+    fresh = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
+    tt.adapt(fresh, "tent")(batches(1)[0] * 1e4)  # was never trained

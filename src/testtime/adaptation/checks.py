@@ -223,7 +223,7 @@ def taking(model: nn.Module, x: Tensor, run: Callable[[], Any], *, met: bool = F
     """
     try:
         return run()
-    except (TesttimeError, torch.OutOfMemoryError, MemoryError):
+    except (TesttimeError, TesttimeWarning, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         if any(text in str(error) for text in NO_GRADIENT):
