@@ -10,7 +10,7 @@ from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import generator
-from testtime.adaptation.places import left_open, places
+from testtime.adaptation.places import alone, left_open, places
 
 RUN = 48
 """Samples in a row that are looked at before others are let go."""
@@ -35,6 +35,7 @@ class NeverWorse:
 
         of the last `memory` samples, with the answers a of the adapted and s of the source model:
             kept    = ( I(a; s) - chance ) / ( H(s) - chance )    # chance: I with a in random order
+                      or 1 - H( place of s in the list of the adapted model ) / H(s), if that is more
             spread  = H(a) - H(s)                                 # of the last `recent` samples
             runs_x  = share of neighbours in time with equal x, less chance
             told_x  = I( x; its neighbour in time ) - chance      # x in random order in each block
@@ -166,8 +167,11 @@ class NeverWorse:
 
         even = _of_even_draws(2 * self.recent, len(ours), classes, self._seen)
         even_a, even_s = (_entropy_of(x) / even for x in self._answers[:2, -2 * self.recent :])
-        gained = surprise(ours[-self.recent :]) - surprise(theirs[-self.recent :])
-        spread = errors(gained.mean(), gained)
+        late = ours[-self.recent :], theirs[-self.recent :]
+        gained = surprise(late[0]) - surprise(late[1])
+        # among more classes than answers, what tells are the few that come again, each with another
+        each = gained if classes <= self.recent else alone(late[0]) - alone(late[1])
+        spread = errors(gained.mean(), each)
         knows = spread >= 1 and len(ours) >= self.recent and told >= TOLD and more >= MORE
         if knows and even_a >= EVEN:
             return good

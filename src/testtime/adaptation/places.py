@@ -1,4 +1,4 @@
-"""How far down one model's list of classes another's answer stands: what it tells of that answer."""
+"""What answers tell that hardly ever come again: places in lists of classes, and the few that do."""
 
 import torch
 from torch import Tensor
@@ -41,3 +41,18 @@ def left_open(found: Tensor, classes: int) -> float:
     size = (2 ** (first + 1) - 1).clamp(max=classes) - (2**first - 1)
     share = count.double() / len(found)
     return float((share * (size.clamp(min=1).log() - share.log())).sum())
+
+
+def alone(values: Tensor) -> Tensor:
+    """What each value adds to the entropy of all by being there, times their number, but for a constant.
+
+    For values that come often it is their surprise; of two that are equal each adds what both do, so
+    that its error is that of few pairs and not of twice as many values.
+
+    Example:
+        >>> alone(torch.tensor([3, 3, 0])).exp()
+        tensor([0.2500, 0.2500, 1.0000], dtype=torch.float64)
+    """
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    many = counts.double()
+    return (torch.xlogy(many - 1, many - 1) - torch.xlogy(many, many))[place]
