@@ -200,7 +200,8 @@ def run(
         for stream in STREAMS:
             if (norm, method, stream) in there or time.monotonic() > until:
                 continue
-            row = {"norm": norm, "method": method, "stream": stream, "machine": machine}
+            row: dict[str, Any] = {"norm": norm, "method": method, "stream": stream}
+            row["machine"] = machine
             row["plain"] = cell(model, method, stream)
             if method != "source":
                 row["guard"] = cell(model, method, stream, guard=True)
