@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import evidence
+import many_classes
 import testtime as tt
 from between import write_json
 from guard_streams import CLASSES, METHODS, OPTIONS, STREAMS, sent, source_of, streams_of
@@ -217,7 +218,7 @@ def page(found: Sequence[dict[str, Any]], pair: Sequence[dict[str, Any]]) -> str
     said = f"{total - failed} of {total} hold; the largest excess over the frozen model is {worst:.1f} points."
     if old:
         said += f" Of these, {old} were measured before the last change of the rule (`--again`)."
-    return "\n\n".join([parts[0], said, *parts[1:]]) + "\n"
+    return "\n\n".join([parts[0], said, *parts[1:], many_classes.section()]) + "\n"
 
 
 def holds(frozen: float, row: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import generator
+from testtime.adaptation.places import alone, left_open, places
 
 RUN = 48
 """Samples in a row that are looked at before others are let go."""
@@ -34,6 +35,7 @@ class NeverWorse:
 
         of the last `memory` samples, with the answers a of the adapted and s of the source model:
             kept    = ( I(a; s) - chance ) / ( H(s) - chance )    # chance: I with a in random order
+                      or 1 - H( place of s in the list of the adapted model ) / H(s), if that is more
             spread  = H(a) - H(s)                                 # of the last `recent` samples
             runs_x  = share of neighbours in time with equal x, less chance
             told_x  = I( x; its neighbour in time ) - chance      # x in random order in each block
@@ -126,14 +128,17 @@ class NeverWorse:
                 "(n, classes), not empty."
             )
         size, classes = source.shape
-        answers = torch.stack([adapted.argmax(1), source.argmax(1), answered(adapted).long()])
+        theirs = source.argmax(1)
+        answers = torch.stack(
+            [adapted.argmax(1), theirs, places(adapted, theirs), answered(adapted).long()]
+        )
         sums = torch.stack([probabilities(adapted), probabilities(source)])
         told = torch.cat([answers.to(sums.dtype).flatten(), sums.flatten()]).cpu()  # one wait
-        *pair, numbers = told[: 3 * size].long().view(3, size)
+        *pair, numbers = told[: 4 * size].long().view(4, size)
         if not numbers.all():
             return True
         self._block = torch.cat([self._block, torch.stack(pair)], 1)
-        part = told[3 * size :].view(2, -1).double()
+        part = told[4 * size :].view(2, -1).double()
         self._part = part if self._part is None else self._part + part
         if self._block.shape[1] < self.block:
             return self._worse
@@ -150,7 +155,7 @@ class NeverWorse:
         return self._worse
 
     def _judge(self, classes: int) -> bool | None:
-        ours, theirs = self._answers
+        ours, theirs, _ = self._answers
         if torch.equal(ours, theirs):
             return None
         sums = torch.stack(self._parts).sum(0)
@@ -161,9 +166,12 @@ class NeverWorse:
         bad = None if told_late >= TOLD and more_late >= MORE else True
 
         even = _of_even_draws(2 * self.recent, len(ours), classes, self._seen)
-        even_a, even_s = (_entropy_of(x) / even for x in self._answers[:, -2 * self.recent :])
-        gained = surprise(ours[-self.recent :]) - surprise(theirs[-self.recent :])
-        spread = errors(gained.mean(), gained)
+        even_a, even_s = (_entropy_of(x) / even for x in self._answers[:2, -2 * self.recent :])
+        late = ours[-self.recent :], theirs[-self.recent :]
+        gained = surprise(late[0]) - surprise(late[1])
+        # among more classes than answers, what tells are the few that come again, each with another
+        each = gained if classes <= self.recent else alone(late[0]) - alone(late[1])
+        spread = errors(gained.mean(), each)
         knows = spread >= 1 and len(ours) >= self.recent and told >= TOLD and more >= MORE
         if knows and even_a >= EVEN:
             return good
@@ -186,15 +194,20 @@ class NeverWorse:
         return False if good else True if lead < -SURE else None
 
     def _kept(self, classes: int) -> float:
-        """Share of what the source's answers tell that the adapted ones tell too, less chance."""
-        ours, theirs = self._answers
+        """Share of what the source's answers tell that the adapted model tells too, less chance.
+
+        By its answers, which takes many samples of a class, or by its lists, which does not.
+        """
+        ours, theirs, found = self._answers
         shared, _, known = information(ours, theirs, classes)
         random = generator(self._seen, "guard")
         orders = [
             torch.randperm(len(ours), generator=random, device="cpu") for _ in range(SHUFFLES)
         ]
         chance = sum(information(ours[o], theirs, classes)[0] for o in orders) / SHUFFLES
-        return (shared - chance) / (known - chance) if known - chance > 1e-6 else -math.inf
+        by_answers = (shared - chance) / (known - chance) if known - chance > 1e-6 else -math.inf
+        by_lists = 1 - left_open(found, classes) / known if known > 1e-6 else -math.inf
+        return max(by_answers, by_lists)
 
     def _runs(self, answers: Tensor) -> float:
         """How much more often neighbours are equal than by chance, on the mean of the blocks."""
@@ -207,7 +220,7 @@ class NeverWorse:
         near = blocks[1:] == blocks[:-1]
         found: list[Tensor] = []  # of each model: whether neighbours are equal, what each tells
         chance: list[Tensor] = []
-        for answers in self._answers[:, -last:]:
+        for answers in self._answers[:2, -last:]:
             random = generator(self._seen, "guard", "order")
             orders = [
                 torch.randperm(len(answers), generator=random, device="cpu")
@@ -223,7 +236,7 @@ class NeverWorse:
 
     def reset(self) -> None:
         """Forgets the stream."""
-        self._block = self._answers = torch.zeros(2, 0, dtype=torch.long, device="cpu")
+        self._block = self._answers = torch.zeros(3, 0, dtype=torch.long, device="cpu")
         self._blocks = torch.zeros(0, dtype=torch.long, device="cpu")
         self._part: Tensor | None = None
         self._parts: list[Tensor] = []

@@ -191,7 +191,8 @@ def roid(
         temperature: tau; 1/3 (code).
         probs_momentum: share of the mean prediction that is kept; 0.9 (code).
         correction: of the answer: of the `logits`, as the code does, or of the `probs`, which is
-            Bayes' rule.
+            Bayes' rule. The first are logits times shares of about 1 / C, whose probabilities are
+            nearly alike where classes are many: take `probs` where these are read, as by a guard.
         augment: T.
 
     Departures from the code: B is the size of the batch at hand, in the code the configured one,
