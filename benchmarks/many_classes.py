@@ -230,8 +230,7 @@ window, the error of how even these are is that of the few pairs that are equal.
 
 Severity 3, but for "continual, 5"; batches of 64, unless said; 100 or 5 of the classes come where their
 number is said, and 100 in "sorted" and "dirichlet"; {machine}. Copies that `rotta` and `roid` make are not
-mirrored, since that would change the class; `roid` has `correction="probs"`, since logits times shares of
-a thousandth are no probabilities that a guard can read. **Bold** as above.
+mirrored, since that would change the class; `roid` has `correction="probs"`. **Bold** as above.
 
 {held} of {total} hold; the largest excess over the frozen model is {worst:.1f} points.
 

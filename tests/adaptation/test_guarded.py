@@ -309,3 +309,17 @@ def test_samples_that_one_model_alone_answers(learnt):
         assert shown[-1].shape == (2, 15, 5)
         assert shown[-1].isfinite().all()
         assert answer[3].isfinite().all() == (learnt is False)
+
+
+@pytest.mark.parametrize(("correction", "scale"), [("logits", 5), ("probs", 1)])
+def test_a_guard_is_shown_answers_on_the_scale_of_logits(correction, scale):
+    class Seen(Says):
+        def update(self, adapted: Tensor, source: Tensor) -> bool:
+            self.adapted = adapted.clone()
+            return super().update(adapted, source)
+
+    guard, x = Seen(False), batches(1)[0]
+    options = {"augment": lambda x, generator: x, "correction": correction}
+    answer = tt.adapt(tiny(), "roid", guard=guard, **options)(x)
+    assert answer.shape[1] == 5
+    assert torch.equal(guard.adapted, scale * answer)

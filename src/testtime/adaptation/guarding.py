@@ -158,6 +158,8 @@ def _asked(
     It is asked of samples that both models answer. A model that gives no number where its source
     does is not trusted, whatever the guard.
     """
+    to_scale = getattr(engine.recipe.prediction, "to_scale", None)
+    adapted = to_scale(adapted) if to_scale else adapted
     pair, memory = (_answers(adapted, state), _answers(source, state)), seen["memory"]
     both = answered(pair[1])  # where nothing is missing, the adapted model answers there too
     missing = (answered(source) & ~answered(adapted)).any()

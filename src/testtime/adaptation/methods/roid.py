@@ -150,6 +150,10 @@ class PriorCorrection:
 
     form: Literal["logits", "probs"]
 
+    def to_scale(self, answers: Tensor) -> Tensor:
+        """The same answers on the scale of logits, for guards: shares are 1 / C on the mean."""
+        return answers * answers.shape[1] if self.form == "logits" else answers
+
     def __call__(self, logits: Tensor, ranks: Ranks) -> Tensor:
         prior = self.smoothed(ranks.gather(at_least_single(logits.detach()).softmax(-1)))
         prior = prior.to(logits.dtype)
@@ -191,8 +195,8 @@ def roid(
         temperature: tau; 1/3 (code).
         probs_momentum: share of the mean prediction that is kept; 0.9 (code).
         correction: of the answer: of the `logits`, as the code does, or of the `probs`, which is
-            Bayes' rule. The first are logits times shares of about 1 / C, whose probabilities are
-            nearly alike where classes are many: take `probs` where these are read, as by a guard.
+            Bayes' rule. The first are logits times shares of about 1 / C, whose softmax is nearly
+            flat: take `probs` where probabilities are read. A guard is shown C times as much.
         augment: T.
 
     Departures from the code: B is the size of the batch at hand, in the code the configured one,
