@@ -104,6 +104,23 @@ def test_what_is_not_there_is_said_before_the_first_batch(root):
     assert -1 in torch.cat([batch.labels for batch in stream])
 
 
+@pytest.mark.parametrize("domain", ["fog", "weather/fog"])
+def test_classes_may_be_numbers(tmp_path, domain):
+    for place in (f"{domain}/1", f"{domain}/2", "clean", "train"):
+        for number in (1, 2, 10):
+            folder = tmp_path / place / str(number)
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "a.png")
+    data = Recorded(tmp_path)
+    assert data.domains == ("fog",)
+    assert data.classes == ["1", "2", "10"]
+    images, labels = stack(data.at("fog", 2), range(3))
+    red = images[:, 0, 0, 0].mul(255).round().int().tolist()
+    assert [data.classes[label] for label in labels] == [f"{number}" for number in red]
+    assert sorted(red) == [1, 2, 10]
+    assert len(load_data(f"corrupted:{tmp_path}", split="train")) == 3
+
+
 def test_a_severity_that_is_missing(folders):
     for file in (folders / "weather" / "fog" / "2").rglob("*.png"):
         file.unlink()

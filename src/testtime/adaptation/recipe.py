@@ -62,7 +62,8 @@ class Recipe:
         start: where a stream begins when that is not the source: `start(known)` gives the adapted
             tensors and the teacher's.
         recovery: when to give up and go back to the source.
-        prediction: what is answered, as logits.
+        prediction: what is answered, as logits. One whose answers have another scale may have
+            `to_scale(answers)`, which is what a guard is shown.
         outlier: says of each answer, from its logits, how likely its sample is of no known class;
             told in the events as `measured["outlier"]`.
         optimizer: how a step is taken.

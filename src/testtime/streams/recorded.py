@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from testtime._core.errors import InputError
 from testtime.streams.corruptions import SEVERITIES
-from testtime.streams.folder import image_folder, open_image, split_folder
+from testtime.streams.folder import SPLIT_FOLDERS, image_folder, open_image, split_folder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -185,12 +185,20 @@ def _arrays(root: Path) -> dict[str, Path]:
 
 
 def _folders(root: Path) -> dict[str, Path]:
-    """Domains in a folder, or one folder further down: those with a folder that a severity names."""
+    """Domains in a folder, or one folder further down: those with a folder that a severity names.
+
+    Names of classes may be numbers too: nothing is looked for within a domain, clean or training images.
+    """
     found = {CLEAN: root / CLEAN} if (root / CLEAN).is_dir() else {}
-    for folder in sorted([*root.glob("*"), *root.glob("*/*")]):
-        if any((folder / str(level)).is_dir() for level in SEVERITIES):
+    taken = {CLEAN, *(name for names in SPLIT_FOLDERS.values() for name in names)}
+    for group in sorted(path for path in root.glob("*") if path.name not in taken):
+        for folder in [group] if _is_domain(group) else filter(_is_domain, sorted(group.glob("*"))):
             found.setdefault(folder.name, folder)
     return found
+
+
+def _is_domain(folder: Path) -> bool:
+    return any((folder / str(level)).is_dir() for level in SEVERITIES)
 
 
 def _samples(folder: Path) -> tuple[list[str], Tensor, list[str]]:
