@@ -26,6 +26,7 @@ import many_classes
 import testtime as tt
 from between import write_json
 from guard_streams import CLASSES, METHODS, OPTIONS, STREAMS, sent, source_of, streams_of
+from guarded import Errors, errors_table, kept, line, said
 from testtime._core.seeds import generator
 from testtime.bench.machine import describe_machine
 from testtime.bench.models import load_model
@@ -43,7 +44,7 @@ DOUBTED = (*HELPED, *HARMED, "open-set", *CLASSES)
 DOUBTED_METHODS = ("bn-adapt", "tent", "tent 10x", "deyo")
 """Streams and methods whose windows are looked at for other evidence."""
 SIGNS = ("more even", "kept", "agree", "second choice", "surer", "tells more")
-RULE = 5
+RULE = 6
 """Of the guard; raised by one when what it decides changes, so that its errors are measured again."""
 
 
@@ -190,45 +191,25 @@ def page(found: Sequence[dict[str, Any]], pair: Sequence[dict[str, Any]]) -> str
         methods=", ".join(f"`{name}`" for name in DOUBTED_METHODS), doubted="; ".join(DOUBTED),
         nearest=evidence.NEAREST, few=evidence.FEW,
     )  # fmt: skip
-    parts = [top.strip()]
-    failed = total = 0
-    worst = 0.0
+    parts, cells = list[str](), list[tuple[dict[str, float], Errors]]()
     for model in dict.fromkeys(row["model"] for row in found):
         mine = {(row["method"], row["stream"]): row for row in found if row["model"] == model}
         methods = [name for name in METHODS[model] if any(name == key[0] for key in mine)]
-        lines = [line(["stream", "frozen", *methods]), line(["---", *["--:"] * (len(methods) + 1)])]
-        for stream in streams_of(model):
-            if ("source", stream) not in mine:
-                continue
-            frozen = mine["source", stream]["error"]
-            cells = [stream, f"{frozen:.1f}"]
-            for method in methods:
-                row = mine.get((method, stream))
-                if row is None:
-                    cells.append("")
-                    continue
-                total, good = total + 1, holds(frozen, row)
-                failed += not good
-                worst = max(worst, row["guarded"] - frozen)
-                text = f"{row['error']:.1f} / {row['guarded']:.1f}"
-                cells.append(text if good else f"**{text}**")
-            lines.append(line(cells))
-        parts += [f"### {model}", "\n".join(lines)]
+        frozen = {
+            stream: mine["source", stream]["error"]
+            for stream in streams_of(model)
+            if ("source", stream) in mine
+        }
+        errors = {
+            key: (row["error"], row["guarded"]) for key, row in mine.items() if key[0] in methods
+        }
+        cells.append((frozen, errors))
+        parts += [f"### {model}", "\n".join(errors_table(methods, frozen, errors))]
+    total = said(cells)
     old = sum("guarded" in row and row.get("rule", 1) != RULE for row in found)
-    said = f"{total - failed} of {total} hold; the largest excess over the frozen model is {worst:.1f} points."
     if old:
-        said += f" Of these, {old} were measured before the last change of the rule (`--again`)."
-    return "\n\n".join([parts[0], said, *parts[1:], many_classes.section()]) + "\n"
-
-
-def holds(frozen: float, row: dict[str, Any]) -> bool:
-    """At most a point above the frozen model, and 80 % of a gain of more than a point kept."""
-    gain = frozen - row["error"]
-    return row["guarded"] <= frozen + 1 and (gain <= 1 or frozen - row["guarded"] >= 0.8 * gain)
-
-
-def line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        total += f" Of these, {old} were measured before the last change of the rule (`--again`)."
+    return "\n\n".join([top.strip(), total, *parts, many_classes.section()]) + "\n"
 
 
 def main() -> None:
@@ -349,7 +330,9 @@ def searched(name: str, found: Sequence[dict[str, Any]]) -> None:
     mine = {(row["method"], row["stream"]): row for row in found if row["model"] == name}
     frozen = {stream: mine["source", stream]["error"] for stream in streams_of(name)}
     cells = {key: row for key, row in mine.items() if key[0] != "source"}
-    failed = {key for key, row in cells.items() if not holds(frozen[key[1]], row)}
+    failed = {
+        key for key, row in cells.items() if not kept(frozen[key[1]], row["error"], row["guarded"])
+    }
     evidence.write(name, rows, failed)
 
 

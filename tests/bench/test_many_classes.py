@@ -1,4 +1,4 @@
-"""A thousand classes out of ten: what an image is, and its class."""
+"""A thousand classes out of ten: what an image is, and its class; which cells of a guard hold."""
 
 import torch
 
@@ -16,7 +16,7 @@ def test_a_class_is_three_garments_in_their_order():
 
 
 def test_a_guard_holds_that_keeps_most_of_a_gain_and_does_no_harm():
-    kept = script("many_classes").kept
+    kept = script("guarded").kept
     assert kept(40.0, 20.0, 24.0)
     assert not kept(40.0, 20.0, 24.5)
     assert kept(40.0, 60.0, 41.0)
