@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--evidence", metavar="MODEL", choices=METHODS, help="only other evidence")
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
+    torch.set_num_threads(1)  # the digits' networks are trained here: threads change them
     until = time.monotonic() + given.seconds
     found: list[dict[str, Any]] = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else []
     if given.alike:
