@@ -62,8 +62,10 @@ METHODS = (
 """All that work on any classifier of images; `foa` is for transformers, and `sqrl` for tables."""
 OF_BATCH_NORMS = ("bn-adapt", "rotta", "domainadaptor", "dent")
 """Methods whose textbook forms, at least, are for networks with BatchNorm."""
-BATCH = {"embedded": 200, "resnet50": 16, "resnet50_gn": 16, "vit_s": 16}
-TIMM = {"resnet50": "resnet50", "resnet50_gn": "resnet50_gn", "vit_s": "vit_small_patch16_224"}
+BATCH = {"embedded": 200}
+"""Images where nobody says how many; else 16."""
+TIMM = {"vit_s": "vit_small_patch16_224"}
+"""What timm calls a network that has another name here."""
 VIEWS = 8
 ALONE = ("memo", "textbook memo")
 """What adapts to one image at a time, and is measured on one."""
@@ -96,7 +98,7 @@ def make(name: str, size: int, device: str = "cpu") -> tuple[nn.Module, Tensor]:
         return load_model("embedded:batch").to(device), x.to(device)
     import timm  # noqa: PLC0415
 
-    model = timm.create_model(TIMM[name], pretrained=False).eval()
+    model = timm.create_model(TIMM.get(name, name), pretrained=False).eval()
     x = torch.rand(2 * size, 3, 224, 224) * torch.linspace(0.3, 1, 2 * size).view(-1, 1, 1, 1)
     model, x = model.to(device), x[torch.randperm(2 * size)].to(device)
     with torch.no_grad():
@@ -323,7 +325,11 @@ def keep(path: Path | None, found: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", default="embedded,resnet50,resnet50_gn,vit_s")
+    parser.add_argument(
+        "--models",
+        default="embedded,resnet50,resnet50_gn,vit_s",
+        help="or others, by their names in timm",
+    )
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--batch", type=int, default=None, help="images; by the model")
     parser.add_argument("--rounds", type=int, default=5)
@@ -350,7 +356,7 @@ def main() -> int:
         return 0
     rows: list[dict[str, Any]] = []
     for name in chosen.models.split(","):
-        size = chosen.batch or BATCH[name]
+        size = chosen.batch or BATCH.get(name, 16)
         rows += measure(
             name, size, chosen.methods.split(","), chosen.rounds, chosen.measure.split(","),
             chosen.device,

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torchvision.models import vgg
 
@@ -25,7 +27,10 @@ from testtime.adaptation.loan import is_compiled
 from testtime.adaptation.methods.tent import tent
 from testtime.adaptation.parts.optimizer import SGD
 
-NETS = ["resnet18", "vgg11_bn", "squeezenet1_1", "densenet121", "googlenet", "shufflenet_v2_x0_5"]
+NETS = [
+    "resnet18", "vgg11_bn", "squeezenet1_1", "densenet121", "googlenet", "shufflenet_v2_x0_5",
+    "efficientnet_b0", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf",
+]  # fmt: skip
 
 
 def norms_learn(model: nn.Module) -> list[nn.Parameter]:
@@ -97,6 +102,59 @@ def test_layers(layer):
             return model(x * 2)  # no leaf, so that it may be written to
 
     assert_same(Scaled(), source)
+
+
+NORMS = [nn.BatchNorm2d(4).eval(), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm((4, 5, 5))]
+SMOOTH = [*lean.ACTIVATIONS, F.elu, F.relu, torch.sigmoid]
+WRITING = [partial(f, inplace=True) for f in SMOOTH if f not in (F.gelu, torch.sigmoid)]
+
+
+class Gated(nn.Module):
+    """A normalisation, an activation, and gates on what it gives."""
+
+    def __init__(self, norm: nn.Module, activation) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.activation = norm, activation
+        self.weight = torch.randn(4, 4, 1, 1)
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+        nn.init.normal_(norm.bias)
+
+    def forward(self, x):
+        z = self.activation(self.norm(F.conv2d(x, self.weight)))
+        gate = torch.sigmoid(z.mean((2, 3), keepdim=True))
+        z = z * gate + gate * torch.mul(z, gate)
+        return F.conv2d(z, self.weight)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+@pytest.mark.parametrize("activation", [*SMOOTH, *WRITING])
+@pytest.mark.parametrize("first", [False, True])
+def test_activations_of_a_normalisation(norm, activation, first):
+    model = Gated(norm, activation)
+    x = torch.randn(3, 4, 5, 5, requires_grad=not first)  # a first layer's input gets no gradient
+    assert_same(model, x, list(norm.parameters()))
+
+
+def test_averages_move_once():
+    """To make again what a normalisation gave is no second batch for its averages."""
+    x = torch.randn(3, 4, 5, 5)
+    found = []
+    for context in (nullcontext(), Lean(least=1)):
+        model = Gated(nn.BatchNorm2d(4), F.silu)
+        answer_and_gradients(model, x, list(model.norm.parameters()), context)
+        found.append(model.norm.state_dict())
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_what_was_written_to_is_not_made_again():
+    class Shifted(nn.Module):
+        def forward(self, x):
+            y = F.layer_norm(x, (5,))
+            y += 1.0
+            return F.silu(y) * 2.0
+
+    assert_same(Shifted(), torch.randn(3, 5, requires_grad=True))
 
 
 def test_what_learns_still_gets_its_gradient():
@@ -209,7 +267,8 @@ def test_second_derivatives_are_torchs():
     found = []
     for context in (nullcontext(), Lean(least=1)):
         with context:
-            y = torch.relu(torch.nn.functional.conv2d(x * x, weight))
+            y = F.silu(F.group_norm(torch.relu(F.conv2d(x * x, weight)), 1))
+            y = y * torch.sigmoid(y.mean((2, 3), keepdim=True))
         (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), x)[0])
     torch.testing.assert_close(found[1], found[0])
@@ -237,13 +296,21 @@ def peak(step, x) -> int:
     return top
 
 
-@pytest.mark.parametrize(("activations", "share"), [(None, 0.55), (torch.bfloat16, 0.3)])
-def test_a_step_holds_a_share_of_the_textbooks(activations, share):
-    model = torchvision.models.resnet18().eval()
+@pytest.mark.parametrize(
+    ("name", "activations", "share"),
+    [
+        ("resnet18", None, 0.55),
+        ("resnet18", torch.bfloat16, 0.3),
+        ("efficientnet_b0", None, 0.3),
+        ("mobilenet_v3_large", None, 0.4),
+    ],
+)
+def test_a_step_holds_a_share_of_the_textbooks(name, activations, share):
+    model = torchvision.models.get_model(name).eval()
     x = torch.rand(12, 3, 128, 128)
     adapter = tt.adapt(model, replace(tent(), activations=activations))
     adapter(x)
-    book = torchvision.models.resnet18()
+    book = torchvision.models.get_model(name)
     learnt = norms_learn(book)
 
     def textbook(x):

@@ -202,7 +202,7 @@ class Loan:
             others = () if isinstance(statistics, SourceStatistics) else self.lent_statistics
             watched = self.traces.watched_once(self.named_modules, x, others)
             tapped = tap() if tap is not None else nullcontext()
-            with keeping, quick, short, apart, tapped, watched, self._heard(), learnable():
+            with quick, short, apart, tapped, keeping, watched, self._heard(), learnable():
                 return self.model(x), fresh
 
     def _heard(self) -> Any:

@@ -3,7 +3,8 @@
 torch keeps the input of every convolution, also of one that is frozen, whose backward needs only the
 shape; the result of every ReLU, of which it needs a bit for each value; and the input of every
 maximum pooling, of which it needs the shape. Of a convolution, its normalisation and its ReLU, the
-normalisation's input remains here, and a bit for each value.
+normalisation's input remains here, and a bit for each value. Other activations of what a normalisation
+gave, and a product with them, keep nothing of it: it is made again (`remade`).
 
 On a GPU small tensors are kept as they are, for it is the host that they would keep busy.
 
@@ -22,6 +23,7 @@ from testtime.adaptation.kernels.bits import bit_relu
 from testtime.adaptation.kernels.calls import Call, Watching
 from testtime.adaptation.kernels.holders import held_by_nobody
 from testtime.adaptation.kernels.layout import Shape, dense
+from testtime.adaptation.kernels.remade import Remade
 
 LEAST = {"cpu": 1 << 17, "cuda": 1 << 22}
 """Values of a tensor below which keeping less costs more time than the memory is worth."""
@@ -62,7 +64,7 @@ def kept_as(
 
 
 class Lean(Watching):
-    """While it lasts, frozen convolutions, ReLUs and maximum poolings keep less.
+    """While it lasts, frozen convolutions, activations, maximum poolings and products keep less.
 
     Args:
         least: values of an input for which it is done; None: by its device.
@@ -79,26 +81,29 @@ class Lean(Watching):
 
     def __init__(self, least: int | None = None) -> None:
         self.functions, self.least = _KEPT.keys(), least
+        self.remade = Remade()
         held_by_nobody()  # found out before anything is seen
 
     def see(self, func: Call, go_on: Call, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """The call, with less kept where that is worth it."""
+        tensors = [each for each in args[:2] if isinstance(each, Tensor)]
+        x = max(tensors, key=Tensor.numel, default=None) if func in PRODUCTS else args and args[0]
         if (
-            not args
+            not isinstance(x, Tensor)
             or not torch.is_grad_enabled()
-            or not args[0].requires_grad
-            or args[0].numel() < self._least(args[0])
+            or not (x.requires_grad or func in NORMALISATIONS)
+            or x.numel() < self._least(x)
             or torch._C._are_functorch_transforms_active()
         ):
             return go_on(*args, **kwargs)
-        return _KEPT[func](func, go_on, *args, **kwargs)
+        return _KEPT[func](self.remade, func, go_on, *args, **kwargs)
 
     def _least(self, x: Tensor) -> int:
         return LEAST.get(x.device.type, LEAST["cpu"]) if self.least is None else self.least
 
 
 def _conv(
-    func: Call, go_on: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None,
+    remade: Remade, func: Call, go_on: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None,
     stride: Any = 1, padding: Any = 0, *more: Any, **named: Any,
 ) -> Tensor:  # fmt: skip
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -108,14 +113,36 @@ def _conv(
         return go_on(x, weight, bias, stride, padding, *more, **named)
 
 
-def _relu(func: Call, go_on: Call, x: Tensor, inplace: bool = False) -> Tensor:
+def _relu(remade: Remade, func: Call, go_on: Call, x: Tensor, inplace: bool = False) -> Tensor:
     inplace = inplace or func in (torch.relu_, Tensor.relu_)
     if not dense(x) or (inplace and x._is_view()):
         return go_on(x) if func is not F.relu else go_on(x, inplace)
-    return bit_relu(x, inplace)
+    way = remade.way(x)
+    made = bit_relu(x, inplace)
+    if way is not None:
+        remade.note(made, lambda: torch.relu_(way()))
+    return made
 
 
-def _max_pool(func: Call, go_on: Call, x: Tensor, *more: Any, **named: Any) -> Tensor:
+def _normalisation(
+    remade: Remade, func: Call, go_on: Call, x: Tensor, *more: Any, **named: Any
+) -> Tensor:
+    made = go_on(x, *more, **named)
+    remade.normalised(made, func, *more, **named)
+    return made
+
+
+def _activation(remade: Remade, func: Call, go_on: Call, *args: Any, **named: Any) -> Tensor:
+    return remade.activated(func, go_on, *args, **named)
+
+
+def _product(remade: Remade, func: Call, go_on: Call, *args: Any, **named: Any) -> Tensor:
+    return remade.multiplied(go_on, *args, **named)
+
+
+def _max_pool(
+    remade: Remade, func: Call, go_on: Call, x: Tensor, *more: Any, **named: Any
+) -> Tensor:
     with _shape_of(x):
         return go_on(x, *more, **named)
 
@@ -138,9 +165,16 @@ def _lengthen(kept: Tensor | Shape) -> Tensor:
     return kept.long() if kept.dtype == torch.int32 else kept
 
 
+NORMALISATIONS = F.batch_norm, F.layer_norm, F.group_norm
+ACTIVATIONS = F.silu, F.gelu, F.hardswish, F.mish, F.relu6, F.hardtanh, F.leaky_relu
+"""Of which torch keeps the input; or, in its place, a result that masks a gradient alike."""
+PRODUCTS = torch.mul, Tensor.mul
 _KEPT: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv),
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), _relu),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool),
+    **dict.fromkeys(NORMALISATIONS, _normalisation),
+    **dict.fromkeys(ACTIVATIONS, _activation),
+    **dict.fromkeys(PRODUCTS, _product),
 }
 """Functions whose backward needs less than torch keeps."""

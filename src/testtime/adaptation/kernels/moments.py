@@ -173,18 +173,25 @@ class _OfBatch(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, least: int
     ) -> Tensor:
         mean, var = of_batch(x, least=least)
-        ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps))
+        ctx.save_for_backward(x, weight, mean, var)
         ctx.eps = eps
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse = ctx.saved_tensors
+        x, weight, mean, var = ctx.saved_tensors
+        inverse = torch.rsqrt(var + ctx.eps)
         found = torch.ops.aten.native_batch_norm_backward(
             grads[0].contiguous(), x, weight, None, None, mean, inverse, True, ctx.eps,
             list(ctx.needs_input_grad[:3]),
         )  # fmt: skip
         return *found, None, None
+
+
+def of_batch_again(node: Any, bias: Tensor | None) -> Tensor:
+    """What a batch normalisation by `of_batch` gave, from what its node in the graph keeps."""
+    x, weight, mean, var = node.saved_tensors
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, node.eps)
 
 
 def moments(x: Tensor, ranks: Ranks) -> tuple[Moments, float]:
