@@ -34,7 +34,7 @@ SOME = 0.15
 """Share of teaching samples from which on it pays to keep what their second forward can take."""
 TRIES = 3
 """Forwards of each kind that are measured: the first is slow, and others may be disturbed."""
-WAIT = 1.1
+WAIT = 1.05
 """What an answer may take, in the time of one without a graph."""
 
 
