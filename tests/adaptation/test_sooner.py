@@ -1,7 +1,6 @@
 """Answers without a graph, which is made behind them: the same to the last bit."""
 
 import threading
-import time
 
 import pytest
 import torch
@@ -155,18 +154,20 @@ def test_what_was_written_to_is_computed_and_what_is_taken_may_be_written_to(twi
     assert all(twice)
 
 
-def measured(once: float, again: float) -> Sooner:
+def measured(once: float, again: float, monkeypatch) -> Sooner:
+    now = [0.0]
+    monkeypatch.setattr(shortcuts.time, "perf_counter", lambda: now[0])
     sooner = Sooner()
     for _ in range(2 * TRIES):
         with sooner:
-            time.sleep(again if sooner.twice else once)
+            now[0] += again if sooner.twice else once
     return sooner
 
 
-def test_a_graph_is_made_behind_only_where_the_answer_would_wait_for_it():
-    assert measured(0.006, 0.001).twice
-    assert not measured(0.003, 0.003).twice
-    assert not measured(0.001, 0.006).twice
+def test_a_graph_is_made_behind_only_where_the_answer_would_wait_for_it(monkeypatch):
+    assert measured(1.06, 1.0, monkeypatch).twice
+    assert not measured(1.04, 1.0, monkeypatch).twice
+    assert not measured(1.0, 6.0, monkeypatch).twice
 
 
 def test_a_forward_that_failed_is_not_measured():
