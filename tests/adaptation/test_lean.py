@@ -136,6 +136,26 @@ def test_activations_of_a_normalisation(norm, activation, first):
     assert_same(model, x, list(norm.parameters()))
 
 
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu6])
+def test_activations_under_autocast(norm, activation):
+    class Inside(Gated):  # the backward runs outside
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x)
+
+    x = torch.randn(3, 4, 5, 5, requires_grad=True)
+    assert_same(Inside(norm, activation), x, list(norm.parameters()))
+
+
+def test_products_are_kept_in_a_shorter_type_as_all_is():
+    x, w = torch.randn(2, 3, 4).requires_grad_()
+    with lean.kept_as(torch.bfloat16, least=1), Lean(least=1):
+        y = x * w
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, w.bfloat16().float())
+
+
 def test_averages_move_once():
     """To make again what a normalisation gave is no second batch for its averages."""
     x = torch.randn(3, 4, 5, 5)

@@ -6,6 +6,7 @@ input, or the product with a gate, of which torch keeps both factors.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -71,7 +72,7 @@ class Remade:
             sizes, way = ways.get(kept.data_ptr(), (None, None))
             return way if way is not None and kept.shape == sizes else kept
 
-        with _kept(shorten):
+        with _kept(shorten) if ways else nullcontext():
             return go_on(*factors, **named)
 
 
