@@ -202,7 +202,10 @@ def check_output(logits: Tensor, recipe: Recipe, *, samples: int) -> None:
         )
 
 
-NO_GRADIENT = "modified by an inplace operation", "derivative for", "backward or vjp"
+NO_GRADIENT = (
+    "modified by an inplace operation", "being modified inplace", "derivative for",
+    "backward or vjp",
+)  # fmt: skip
 """What torch says where it has no gradient through a forward."""
 ONE_VALUE = "more than 1 value per channel"
 """What it says where batch normalisation is to take statistics of one value."""

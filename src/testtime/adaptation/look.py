@@ -73,7 +73,7 @@ def look(
         return lambda *_: order.append(name)
 
     def head(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and not output.is_nested:  # that has no shape
             heads.append((module, output.shape))
 
     def taking(module: Any, args: tuple[Any, ...]) -> None:
