@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import testtime as tt
@@ -229,3 +231,34 @@ def test_scaled_sides_are_divided_as_before():
             (scaled,) = scaled_size((side,), scale)
             assert scaled % divides == 0
             assert scale * side <= scaled < scale * side + divides
+
+
+def two_kinds() -> tuple[list[Tensor], float]:
+    """Batches of two images, and a confidence that each pixel of the second has in the first batch."""
+    xs = images(3)
+    surest = tt.adapt(segmenter(), "bn-adapt")(xs[0])["out"].softmax(1).amax(1).flatten(1).amin(1)
+    order = surest.argsort()
+    assert surest[order[1]] - surest[order[0]] > 1e-3
+    return [x[order] for x in xs], float(surest.mean())
+
+
+def work(rank: int, folder: str, xs: list[Tensor], threshold: float) -> None:
+    torch.set_num_threads(1)
+    place = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    adapter = tt.adapt(
+        segmenter(), "cotta", threshold=threshold, restore=0.0, process_group=dist.group.WORLD
+    )
+    torch.save([adapter(x[rank : rank + 1])["out"] for x in xs], f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_rank_without_an_unsure_pixel_makes_views_for_the_others(tmp_path):
+    xs, threshold = two_kinds()
+    mp.spawn(work, (str(tmp_path), xs, threshold), nprocs=2)
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    adapter = tt.adapt(segmenter(), "cotta", threshold=threshold, restore=0.0)
+    for x, *parts in zip(xs, *halves, strict=True):
+        torch.testing.assert_close(torch.cat(parts), adapter(x)["out"], rtol=0, atol=1e-9)
