@@ -171,6 +171,7 @@ def fit_source(
     source = Engine(model, Recipe(), norms, ranks=Ranks())
     sought = [Sought(need, Engine(model, own, norms, ranks=Ranks())) for need, own in needs]
     rank: int | None = None  # of the batches, once the model has met one
+    kind: tuple[torch.Size, torch.dtype] | None = None  # of the batch before
     samples = batches = 0
     for number in range(max((each.passes for each in sought), default=1)):
         samples = batches = 0
@@ -185,8 +186,10 @@ def fit_source(
                 samples, batches = samples + len(x), batches + 1
                 tapped = source.feature_layer is not None
                 seen = Evidence(source, source.fresh(), {}, x, tapped=tapped)
+                kind, was = (x.shape[1:], x.dtype), kind
                 for each in sought:
-                    each.add(x, labels, seen, number)
+                    add = partial(each.add, x, labels, seen, number)
+                    taking(model, x, add, met=kind == was)
         with computing():
             for each in sought:
                 each.turn(number)
