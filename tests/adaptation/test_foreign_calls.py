@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import testtime as tt
 from battery import ALL, adapter_of
-from models import batches
+from models import batches, tiny
 from reference.methods import RobustNorm
 from testtime._core.errors import InputError, ScopeError
 from testtime.adaptation.methods.tent import tent
@@ -137,3 +137,28 @@ def test_a_layer_that_gets_one_value_says_so():
     assert adapter.snapshot() is mark
     for name, options in (("bn-adapt", {"prior": 16}), ("rotta", {}), ("lame", {})):
         assert tt.adapt(model, name, **options)(alone).isfinite().all()
+
+
+class Overwriting(nn.Module):
+    """Writes to what the backward of its activation needs, as inference may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.net.norm1(self.net.conv1(x)).relu()
+        return self.net.head(self.net.norm2(self.net.conv2(h.mul_(0.5))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["eata", "petal", "psmt"])
+def test_a_source_through_which_nothing_can_be_learnt_says_so(name):
+    loader = [(x, torch.arange(len(x)) % 5) for x in batches(1)]
+    with pytest.raises(ScopeError, match="written for inference alone"):
+        tt.fit_source(Overwriting().eval(), loader, methods=[name])
+
+
+def test_a_later_source_batch_that_the_model_refuses_is_told_of():
+    x = batches(1)[0]
+    with pytest.raises(InputError, match=r"a batch of shape \(16, 2, 8, 8\)"):
+        tt.fit_source(tiny(), [x, x[:, :2]], methods=["eata"])

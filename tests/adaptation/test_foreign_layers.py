@@ -261,3 +261,16 @@ def test_features_of_source_samples_are_of_one_shape(name):
     loader = [(x, torch.arange(16) % 5) for x in (*batches(1), torch.rand(16, 3, 9, 9))]
     with pytest.raises(InputError, match="samples of one size"):
         tt.fit_source(Places().eval(), loader, methods=[name])
+
+
+@pytest.mark.parametrize("name", ["dent", "domainadaptor", "rotta"])
+def test_batch_normalisation_without_a_scale_leaves_the_others_to_learn(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.GroupNorm(2, 6),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5),
+    ).eval()  # fmt: skip
+    adapter = adapter_of(name, model)
+    assert adapter.plan().tensors == ("3.weight", "3.bias")
+    for x in batches(2):
+        assert adapter(x).isfinite().all()

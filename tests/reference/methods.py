@@ -57,7 +57,7 @@ class Eata:
     def __call__(self, x: Tensor) -> Tensor:
         z = self.model(x)
         h = entropy(z)
-        keep = [i for i in range(len(x)) if h[i] < self.e0]
+        keep = [i for i in range(len(z)) if h[i] < self.e0]
         if self.mean is not None:
             p = z.detach().softmax(1)
             keep = [i for i in keep if abs(F.cosine_similarity(self.mean, p[i], dim=0)) < self.d]

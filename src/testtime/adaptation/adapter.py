@@ -286,7 +286,7 @@ class Adapter(NoModule):
             if x is not None:
                 self._admit(x)
             spending = self._ration and self._ration.told(self._state.account)
-            plan = planned(self.model, self.recipe, self._state, spending)
+            plan = planned(self.model, self.recipe, self._state, spending, self._engine.dense)
             if self._guard is not None and plan.forwards is not None:
                 plan = replace(plan, forwards=plan.forwards + 1)
             return replace(plan, ordered=self._seen is not None)
@@ -351,6 +351,7 @@ class Adapter(NoModule):
         if self._ration is not None:
             self._ration.count(x, norm_layers(self.model, found.order))
         engine = self._build(found.order, found.feature_layer)
+        engine.dense = found.dense
         if self.recipe.asks_for("features") and found.feature_layer is None:
             with engine.loan.recording(None, []):
                 pass

@@ -189,7 +189,7 @@ def check_output(logits: Tensor, recipe: Recipe, *, samples: int) -> None:
     if logits.dim() > 2 and not recipe.dense:
         raise InputError(
             f"the model returns dense logits {tuple(logits.shape)}; this method needs one "
-            "prediction for each sample. Use tent, eta, eata, sar, ostta or bn-adapt."
+            "prediction for each sample. Use tent, eta, eata, sar, ostta, cotta or bn-adapt."
         )
     sums = logits.detach().double().sum(1)
     if logits.shape[1] > 1 and bool((logits >= 0).all() & ((sums - 1).abs() < 1e-3).all()):
@@ -202,7 +202,10 @@ def check_output(logits: Tensor, recipe: Recipe, *, samples: int) -> None:
         )
 
 
-NO_GRADIENT = "modified by an inplace operation", "derivative for", "backward or vjp"
+NO_GRADIENT = (
+    "modified by an inplace operation", "being modified inplace", "derivative for",
+    "backward or vjp",
+)  # fmt: skip
 """What torch says where it has no gradient through a forward."""
 ONE_VALUE = "more than 1 value per channel"
 """What it says where batch normalisation is to take statistics of one value."""
@@ -258,11 +261,11 @@ def taking(model: nn.Module, x: Tensor, run: Callable[[], Any], *, met: bool = F
         ) from error
 
 
-def read_labels(given: Any, *, count: int, classes: int, who: str) -> Tensor:
-    """The classes (count,) that somebody gave, as a tensor, list or array.
+def read_labels(given: Any, *, shape: tuple[int, ...], classes: int, who: str) -> Tensor:
+    """The classes that somebody gave, as a tensor, list or array of that shape.
 
     Raises:
-        InputError: they are no whole numbers from 0 to classes - 1, one for each sample.
+        InputError: they are no whole numbers from 0 to classes - 1, one for each sample, or pixel.
     """
     said = f"{given!r:.200}"
     try:
@@ -271,14 +274,15 @@ def read_labels(given: Any, *, count: int, classes: int, who: str) -> Tensor:
         labels = torch.zeros(0, device="cpu")
     else:
         said = f"labels of shape {tuple(labels.shape)} and type {labels.dtype}"
-    fits = labels.shape == (count,) and not (labels.is_floating_point() or labels.is_complex())
+    fits = labels.shape == shape and not (labels.is_floating_point() or labels.is_complex())
     if fits:
         labels = labels.long()
         said += f", from {int(labels.min())} to {int(labels.max())}"
         fits = labels.min() >= 0 and labels.max() < classes
     if not fits:
+        what = f"each of {shape[0]} samples" if len(shape) == 1 else f"each pixel of {shape}"
         raise InputError(
-            f"{who} gave {said}; expected the class of each of {count} samples as a whole number "
+            f"{who} gave {said}; expected the class of {what} as a whole number "
             f"from 0 to {classes - 1}, in their order."
         )
     return labels

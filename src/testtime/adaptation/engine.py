@@ -47,6 +47,7 @@ class Engine:
         hasty: whether the next update is deferred, and nobody waits for one before it: its answer
             may then come from a forward without a graph, and one with a graph run behind it.
         shortcuts: that change no result, and whether a batch may take them.
+        dense: whether the model was seen to answer each pixel.
         forwards, backwards: samples that went through the model so far.
     """
 
@@ -74,7 +75,7 @@ class Engine:
         scales_and_shifts = {name for layer in norms for name in layer.tensors}
         self.only_norms = scales_and_shifts.issuperset(self.names)
         self.shortcuts = Shortcuts(recipe, self.loan, norms, ranks)
-        self.hasty = False
+        self.hasty = self.dense = False
         self.feature_layer = feature_layer
         self.device = device_of(model)
         self.generator = generator(seed, "adapter", device=self.device)

@@ -30,7 +30,7 @@ class SourceBatch:
 
     Args:
         inputs: the batch.
-        labels: (B,), as the loader gives them, or None.
+        labels: (B,), or (B, H, W) for dense logits, as the loader gives them, or None.
         seen: what the source model answers.
         engine: of the method that needs it.
     """
@@ -53,22 +53,18 @@ class SourceBatch:
 
     @cached_property
     def labels_or_predictions(self) -> Tensor:
-        """Class of each sample (B,): its label where the loader gives one, else the prediction.
+        """Class of each sample (B,), or pixel: its label where there is one, else the prediction.
 
         Raises:
-            InputError: the labels are no whole numbers (B,) from 0 to C - 1, or the logits dense.
+            InputError: the labels are no whole numbers from 0 to C - 1, or not one for each.
         """
-        if len(self.logits) != len(self.inputs):
-            raise InputError(
-                f"the model returns dense logits, {len(self.logits)} predictions for "
-                f"{len(self.inputs)} samples; what is needed here is of one class for each sample."
-            )
         return self.logits.argmax(-1) if self._labels is None else self._read_labels()
 
     def _read_labels(self) -> Tensor:
-        count, classes = self.logits.shape
-        labels = read_labels(self._labels, count=count, classes=classes, who="the loader")
-        return labels.to(self.logits.device)
+        logits = read_logits(self._seen.output)
+        shape, classes = tuple(logits[:, 0].shape), logits.shape[1]
+        labels = read_labels(self._labels, shape=shape, classes=classes, who="the loader")
+        return labels.flatten().to(logits.device)
 
     @property
     def logits(self) -> Tensor:
@@ -175,6 +171,7 @@ def fit_source(
     source = Engine(model, Recipe(), norms, ranks=Ranks())
     sought = [Sought(need, Engine(model, own, norms, ranks=Ranks())) for need, own in needs]
     rank: int | None = None  # of the batches, once the model has met one
+    kind: tuple[torch.Size, torch.dtype] | None = None  # of the batch before
     samples = batches = 0
     for number in range(max((each.passes for each in sought), default=1)):
         samples = batches = 0
@@ -189,8 +186,10 @@ def fit_source(
                 samples, batches = samples + len(x), batches + 1
                 tapped = source.feature_layer is not None
                 seen = Evidence(source, source.fresh(), {}, x, tapped=tapped)
+                kind, was = (x.shape[1:], x.dtype), kind
                 for each in sought:
-                    each.add(x, labels, seen, number)
+                    add = partial(each.add, x, labels, seen, number)
+                    taking(model, x, add, met=kind == was)
         with computing():
             for each in sought:
                 each.turn(number)

@@ -27,11 +27,13 @@ class Look:
         output: of the model, for a sample or two.
         order: names of normalisation layers in order of execution.
         feature_layer: the layer whose input are the features; None when there is none such.
+        dense: whether each pixel has an answer of its own.
     """
 
     output: Any
     order: list[str]
     feature_layer: nn.Module | None
+    dense: bool
 
 
 def look(
@@ -71,7 +73,7 @@ def look(
         return lambda *_: order.append(name)
 
     def head(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and not output.is_nested:  # that has no shape
             heads.append((module, output.shape))
 
     def taking(module: Any, args: tuple[Any, ...]) -> None:
@@ -102,9 +104,10 @@ def look(
             TesttimeWarning,
             stacklevel=2,
         )
+    logits = read(output)
     if chosen is None:
-        chosen = _head(heads, classes=read(output).shape[1])
-    return Look(output, list(dict.fromkeys(order)), chosen)
+        chosen = _head(heads, classes=logits.shape[1])
+    return Look(output, list(dict.fromkeys(order)), chosen, dense=logits.dim() > 2)
 
 
 def spread(layer: nn.Module, x: Tensor) -> float | None:

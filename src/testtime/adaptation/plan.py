@@ -11,6 +11,7 @@ from testtime._core.arrays import as_real
 from testtime.adaptation.budget import Spending
 from testtime.adaptation.deferred import answers_last
 from testtime.adaptation.layers import norm_layers
+from testtime.adaptation.parts.scales import SCALES
 from testtime.adaptation.recipe import Recipe, describe
 from testtime.adaptation.state import State
 
@@ -58,7 +59,9 @@ class Plan:
         )
 
 
-def planned(model: nn.Module, recipe: Recipe, state: State, spending: Spending | None) -> Plan:
+def planned(
+    model: nn.Module, recipe: Recipe, state: State, spending: Spending | None, dense: bool
+) -> Plan:
     """What a recipe will change in a model from a state on; layers as they are registered."""
     kinds: dict[str, int] = {}
     for layer in norm_layers(model):
@@ -66,6 +69,8 @@ def planned(model: nn.Module, recipe: Recipe, state: State, spending: Spending |
     values = sum(tensor.numel() for tensor in state.tensors.values())
     total = sum(as_real(parameter.detach()).numel() for parameter in model.parameters())
     forwards, backwards = recipe.passes or (None, None)
+    if dense and forwards and recipe.views is not None:
+        forwards += 2 * len(SCALES) - recipe.views.count
     held = dict(vars(state))
     if recipe.optimizer is not None:  # what it holds from its first step on
         now = [*state.tensors.values(), *state.beside.values()]

@@ -35,6 +35,8 @@ def summaries(layer: NormLayer, x: Tensor) -> Tensor:
         >>> summaries(layer, torch.tensor([[[[1.0, 3.0]]]]))
         tensor([[2., 5.]])
     """
+    if x.is_nested:  # as torch's encoders leave padding out
+        return torch.cat([summaries(layer, sample[None]) for sample in x.unbind()])
     x = at_least_single(x.detach())
     own = next((t for t in layer.module._parameters.values() if t is not None), None)
     own = layer.module._buffers.get("running_mean") if own is None else own

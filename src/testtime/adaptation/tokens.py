@@ -83,7 +83,8 @@ def _changed(args: Any, kwargs: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _tokens(given: list[Any]) -> Tensor | None:
-    return next((v for v in given if isinstance(v, Tensor) and v.dim() == 3), None)
+    each = (v for v in given if isinstance(v, Tensor) and not v.is_nested)
+    return next((v for v in each if v.dim() == 3), None)
 
 
 def find_blocks(loan: Loan, x: Tensor) -> Blocks:

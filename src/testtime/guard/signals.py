@@ -12,6 +12,7 @@ They are what `Exchangeability` watches; `entropy` over ln C and `1 - confidence
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from testtime._core.errors import InputError
@@ -79,6 +80,8 @@ def read_signals(model: nn.Module, x: Tensor, *, features: str | None = None) ->
 
 def _distance(layer: NormLayer, x: Tensor) -> Tensor:
     """How far each sample of a layer's input lies from what the layer expects: (n,)."""
+    if x.is_nested:
+        return torch.cat([_distance(layer, sample[None]) for sample in x.unbind()])
     x = x.float()
     if layer.has_statistics:
         stored = {name: value.float() for name, value in layer.module.named_buffers()}

@@ -192,7 +192,8 @@ def petal(
     StochasticRestoration(rate=0.01))`.
 
     Needs `source=tt.fit_source(model, loader, methods=["petal"])` with labels; the loader is read
-    `passes` times, so give a list or a DataLoader.
+    `passes` times, so give a list or a DataLoader. For dense logits these are (B, H, W), of the size
+    of the logits, and views are those of `cotta`.
 
     Departures from the code: the views are made only when they are used; the further training
     normalises with the statistics of each batch, where the code leaves the model in eval mode

@@ -217,7 +217,7 @@ class ActiveLearning:
         assert self.oracle is not None
         given = self.oracle(chosen.cpu() + before, x[chosen])
         classes = logits.shape[-1]
-        labels = read_labels(given, count=len(chosen), classes=classes, who="the oracle")
+        labels = read_labels(given, shape=(len(chosen),), classes=classes, who="the oracle")
         return labels.to(x.device)
 
     def _features(self, engine: Engine, state: State, inputs: Tensor, like: Tensor) -> Tensor:

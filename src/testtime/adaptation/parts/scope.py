@@ -87,7 +87,7 @@ def all_but_classifier(
 
 def batchnorm_affine(model: nn.Module, norms: Sequence[NormLayer]) -> list[str]:
     """Scales and shifts of batch normalisation, where there is any; else of all normalisation."""
-    batch = [layer for layer in norms if layer.kind == "batch"]
+    batch = [layer for layer in norms if layer.kind == "batch" and layer.tensors]
     return norm_affine(model, batch or norms)
 
 

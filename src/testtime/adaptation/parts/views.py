@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from testtime._core.arrays import at_least_single, places_of
 from testtime._core.errors import InputError
 from testtime.adaptation.outputs import map_tensors, read_logits, with_logits
 from testtime.adaptation.parts.pixels import blended, grey, moved, turn_hue, warp
+from testtime.adaptation.parts.scales import averaged_pixels
 
 if TYPE_CHECKING:
     from testtime.adaptation.engine import Engine
@@ -68,7 +69,9 @@ def joined_copies(
 class AveragedViews:
     """The teacher's logits, averaged over changed copies where the source model is not sure.
 
-    Small copies share a forward; batch statistics are those of one copy nevertheless.
+    Small copies share a forward; batch statistics are those of one copy nevertheless. Copies for
+    dense logits are the images at other scales and mirrored, and each pixel is averaged, or not, by
+    itself: see `averaged_pixels`.
 
     Args:
         count: copies.
@@ -79,7 +82,6 @@ class AveragedViews:
     count: int
     threshold: float
     augment: Augment
-    dense: ClassVar[bool] = False
 
     @property
     def pixels(self) -> bool:
@@ -88,13 +90,15 @@ class AveragedViews:
 
     def wanted(self, evidence: "Evidence") -> bool:
         """Whether the source model is unsure of this batch; it is asked only if that matters."""
-        if self.threshold <= 0 or self.threshold >= 1:
-            return self.threshold >= 1
+        if self.threshold <= 0 or self.threshold >= 1 or evidence.engine.dense:
+            return self.threshold > 0
         confidence = at_least_single(evidence.source).softmax(-1).amax(-1)
         return float(evidence.ranks.mean(confidence)) < self.threshold
 
     def average(self, evidence: "Evidence", teach: Callable[[Tensor, int], Any]) -> Any:
-        """Output whose logits are the mean over the copies."""
+        """Output whose logits are the mean over the copies; of pixels, those of the mean softmax."""
+        if evidence.engine.dense:
+            return averaged_pixels(evidence, lambda x: teach(x, 1), threshold=self.threshold)
         total, output, size = 0.0, None, len(evidence.inputs)
         for copies, count in joined_copies(
             evidence.engine, evidence.inputs, self.augment, self.count
