@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from testtime.adaptation.kernels.holders import held_by_nobody, holders
-from testtime.adaptation.kernels.moments import Blend, wide
+from testtime.adaptation.kernels.moments import Blend, normalise_blended, transformed, wide
 from testtime.adaptation.parts.statistics import Moments
 
 CACHED = 1 << 18
@@ -113,6 +113,8 @@ def normalise_as_written(
         tensor([[0.],
                 [2.]])
     """
+    if transformed(x, weight, bias):
+        return normalise_blended(x, weight, bias, blend, eps)
     return _AsWritten.apply(x, weight, bias, blend, eps)
 
 
