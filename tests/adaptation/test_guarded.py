@@ -157,6 +157,17 @@ def test_a_state_that_an_older_guard_kept_is_refused_on_load(tmp_path):
         two(batches(1)[0])
 
 
+def test_a_state_that_rolls_back_to_what_is_not_known_is_refused_on_load():
+    one = tt.adapt(tiny(), "tent", guard=Says(False))
+    outcomes(one, batches(4))
+    mark = one.snapshot()
+    marks = [{**each, "mood": 1} for each in mark.guard["marks"]]
+    assert marks
+    with pytest.raises(StateError, match="another version"):
+        one.restore(replace(mark, guard={**mark.guard, "marks": marks}))
+    assert one.snapshot() is mark
+
+
 class Spoilt(nn.Module):
     """Answers NaN once anything was learnt, or while nothing was."""
 

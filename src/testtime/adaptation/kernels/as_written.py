@@ -139,7 +139,7 @@ def infer_as_written(module: Any, input: Tensor) -> Tensor:  # noqa: A002  (as t
     x = input
     mean, var, weight, bias = module.running_mean, module.running_var, module.weight, module.bias
     plain = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled()
-    if not plain or weight is None or bias is None:
+    if not plain or weight is None or bias is None or transformed(x, weight, bias):
         return type(module).forward(module, x)
     if not x.dtype == weight.dtype == var.dtype:
         return type(module).forward(module, x)
