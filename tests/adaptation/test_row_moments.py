@@ -238,6 +238,30 @@ def test_rows_are_added_up_where_the_mean_is_near_zero_and_by_torch_where_it_is_
     assert torch.equal(asked[0], x[:, 2:])
 
 
+@pytest.mark.filterwarnings("ignore:.*trace")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("bn-adapt", {"prior": 16}),
+        ("bn-adapt", {"alpha": 0.3}),
+        ("domainadaptor", {}),
+        ("tent", {}),
+    ],
+)
+def test_a_graph_of_an_export_serves_batches_of_another_size(name, options):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
+    exported = tt.adapt(model.eval(), name, **options).export()
+    x, fewer = draw(16, 3, 8, 8).sigmoid(), draw(5, 3, 8, 8).sigmoid() + 1
+    sizes = ({0: torch.export.Dim("batch", min=2)},)
+    for made in (
+        torch.jit.trace(exported, x),
+        torch.export.export(exported, (x,), dynamic_shapes=sizes).module(),
+        torch.compile(exported, backend="eager", dynamic=True, fullgraph=True),
+    ):
+        for each in (x, fewer):
+            torch.testing.assert_close(made(each), exported(each), rtol=1e-5, atol=1e-5)
+
+
 STATISTICS = [
     ("bn-adapt", {"prior": 16}), ("bn-adapt", {"alpha": 0.3}), ("bn-adapt", {"momentum": 0.1}),
     ("rotta", {}), ("tent", {}), ("domainadaptor", {}),

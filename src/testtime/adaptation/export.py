@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testtime._core.arrays import as_was
+from testtime._core.arrays import as_was, at_least_single
 from testtime._core.errors import ScopeError
-from testtime.adaptation.kernels.moments import moments, wide
+from testtime.adaptation.kernels.moments import moments, plain_moments, wide
 from testtime.adaptation.layers import NormLayer, bound, device_of, named_input, norm_layers
 from testtime.adaptation.loan import places
 from testtime.adaptation.parts.prediction import from_teacher
@@ -143,9 +143,14 @@ class Restated:
         module, name = self.module, named_input(args, kwargs)
         x = args[0] if name is None else kwargs[name]
         stored = Moments(module._buffers["running_mean"], module._buffers["running_var"])  # pyright: ignore[reportArgumentType]
-        used, values = moments(x, Ranks())
+        samples: Any = x.shape[0]
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            # a graph serves batches of other sizes: none of a tensor's may become a number
+            used, values = plain_moments(at_least_single(x)), x.numel() // x.shape[1]
+        else:
+            used, values = moments(x, Ranks())
         if isinstance(self.statistics, MixedStatistics):
-            used = self.statistics.blend(stored, used, samples=len(x), values=values)
+            used = self.statistics.blend(stored, used, samples=samples, values=values)
         elif isinstance(self.statistics, AdaptiveMixture):
             used = self.statistics.blend(x, stored, used, values=values, ranks=Ranks())
         scale = ((stored.var + self.eps) / (used.var + self.eps)).sqrt()

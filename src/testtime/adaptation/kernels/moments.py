@@ -305,8 +305,8 @@ def transformed(*given: Tensor | None) -> bool:
 def plain_moments(x: Tensor) -> Moments:
     """Mean and biased variance of each channel by operations that torch can do anything with."""
     others = [d for d in range(x.dim()) if d != 1]
-    mean = x.mean(others)
-    return Moments(mean, (x - wide(mean, x)).square().mean(others))
+    var, mean = torch.var_mean(x, others, correction=0)
+    return Moments(mean, var)
 
 
 class InGroups(Watching):
