@@ -1,5 +1,6 @@
 """What a cell depends on that its record only names: images, weights and code, each by its hash."""
 
+import hashlib
 import inspect
 import json
 from collections.abc import Iterator
@@ -19,9 +20,6 @@ from testtime.streams.data import load_data
 from testtime.streams.recorded import Recorded
 from testtime.streams.scenarios import Scenario
 
-Stamps = dict[Path, tuple[int, int]]
-"""Files -> size and time."""
-
 
 class Watched:
     """The hashes of what cells depend on, each made once: column of their rows -> value.
@@ -38,13 +36,13 @@ class Watched:
     def __init__(self) -> None:
         self._images, self._weights = cache(images_hash), cache(_weights_hash)
         self._model, self._method = cache(model_code_hash), cache(method_code_hash)
-        self._stamps: dict[tuple[Any, ...], Stamps] = {}
+        self._stamps: dict[tuple[Any, ...], str | None] = {}
 
     def __call__(self, cell: Cell) -> dict[str, str | None]:
         """The hashes for a cell; None where a name stands for the same everywhere."""
         own = cell.model.startswith("file:")
         if (key := _images_of(cell)) not in self._stamps:  # before they are read
-            self._stamps[key] = _stamps(cell)
+            self._stamps[key] = _stamp(cell)
         return {
             **({"weights_sha256": self._weights(cell.model)} if own else {}),
             "model_code_sha256": self._model(cell.model),
@@ -57,7 +55,7 @@ class Watched:
 
         Told by their names, sizes and times; of a folder whose files were touched the hash tells.
         """
-        key, now = _images_of(cell), _stamps(cell)
+        key, now = _images_of(cell), _stamp(cell)
         if self._stamps[key] == now:
             return False
         if not cell.data.startswith("folder:"):
@@ -80,20 +78,23 @@ def _needs_source(cell: Cell) -> bool:
 
 
 def _images_of(cell: Cell) -> tuple[Any, ...]:
-    """What cells share that see the same images."""
-    return cell.data, cell.stream, cell.seed, _needs_source(cell)
+    """What cells share that see the same files."""
+    if cell.data.startswith("corrupted:"):
+        return cell.data, cell.stream, cell.seed
+    return cell.data, _needs_source(cell)
 
 
-def _stamps(cell: Cell) -> Stamps:
-    """Size and time of the files that a cell's images are read from; of none where they cannot be."""
-    found: Stamps = {}
+def _stamp(cell: Cell) -> str | None:
+    """Hash of names, sizes and times of the files that images are read from; None where they are not."""
+    total = hashlib.sha256()
     try:
-        for path in _files(cell):
+        for path in sorted(set(_files(cell))):
             about = path.stat()
-            found[path] = about.st_size, about.st_mtime_ns
+            told = f"{path}\0{about.st_size} {about.st_mtime_ns}\n"
+            total.update(told.encode("utf-8", "surrogateescape"))
     except (TesttimeError, OSError):  # the cell will tell
-        return {}
-    return found
+        return None
+    return total.hexdigest()
 
 
 def _files(cell: Cell) -> Iterator[Path]:
@@ -105,7 +106,7 @@ def _files(cell: Cell) -> Iterator[Path]:
         found = load_data(cell.data)
         assert isinstance(found, Recorded)
         order = Scenario.from_toml(cell.stream).stream(found, seed=cell.seed).order()
-        yield from {found.file(each.position, each.domain, each.severity) for each in order}
+        yield from (found.file(each.position, each.domain, each.severity) for each in order)
 
 
 def images_hash(data: str, split: str) -> str | None:
