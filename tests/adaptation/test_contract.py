@@ -17,6 +17,7 @@ from battery import ALL, KINDS, SMALL, WEIGHING, adapter_of, each, refuses, suit
 from models import Headed, batches, tiny
 from testtime._core.errors import TesttimeWarning
 from testtime._core.registry import find
+from testtime.adaptation.export import MARK
 from testtime.adaptation.parts.prediction import from_teacher, student
 from testtime.adaptation.recipe import describe
 
@@ -187,6 +188,29 @@ def test_export_is_a_plain_model(name, kind):
             if not corrected and name not in CORRECTING:
                 torch.testing.assert_close(answer, adapter.predict(x), rtol=1e-3, atol=1e-4)
         assert all(torch.equal(value, before[key]) for key, value in exported.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in WEIGHING])
+@pytest.mark.parametrize("kind", ["batch", "sync", "group", "instance", "frozen"])
+def test_a_plain_model_takes_the_state_of_an_export_or_says_why_not(name, kind):
+    if refuses(name, kind):
+        return
+    for options in MIXED.get(name, [{}]):
+        model, x = tiny(kind), batches(1)[0]
+        adapter = adapter_of(name, model, **options)
+        adapter(x)
+        exported = adapter.export()
+        saved, plain = exported.state_dict(), copy.deepcopy(model).eval()
+        if not hasattr(exported, MARK):
+            plain.load_state_dict(saved)
+        else:
+            with pytest.raises(RuntimeError, match=rf'Unexpected key.*"{MARK}"'):
+                plain.load_state_dict(saved)
+            plain.load_state_dict(saved, strict=False)
+            assert not torch.allclose(plain(x), exported(x), atol=1e-4)
+            plain = adapter_of(name, model, **options).export()
+            plain.load_state_dict(saved)
+        assert torch.equal(plain(x), exported(x))
 
 
 class Tied(nn.Module):

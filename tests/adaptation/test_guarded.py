@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -139,6 +139,33 @@ def test_a_state_of_another_guard_is_refused_before_anything_changes(tmp_path):
             take()
     assert two.snapshot().steps == 0
     two(batches(1)[0])
+
+
+def test_a_state_that_an_older_guard_kept_is_refused_on_load(tmp_path):
+    one = tt.adapt(tiny(), "tent", guard=True)
+    outcomes(one, batches(4))
+    mark = one.snapshot()
+    memory = dict(mark.guard["memory"])
+    for name in ("block", "answers"):
+        old = {**mark.guard, "memory": {**memory, name: memory[name][:2]}}
+        one._state = replace(mark, guard=old)
+        one.save(tmp_path / "state")
+        two = tt.adapt(tiny(), "tent", guard=True)
+        with pytest.raises(StateError, match="another version"):
+            two.load(tmp_path / "state")
+        assert two.snapshot().steps == 0
+        two(batches(1)[0])
+
+
+def test_a_state_that_rolls_back_to_what_is_not_known_is_refused_on_load():
+    one = tt.adapt(tiny(), "tent", guard=Says(False))
+    outcomes(one, batches(4))
+    mark = one.snapshot()
+    marks = [{**each, "mood": 1} for each in mark.guard["marks"]]
+    assert marks
+    with pytest.raises(StateError, match="another version"):
+        one.restore(replace(mark, guard={**mark.guard, "marks": marks}))
+    assert one.snapshot() is mark
 
 
 class Spoilt(nn.Module):

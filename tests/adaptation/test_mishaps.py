@@ -2,13 +2,15 @@
 
 import copy
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import testtime as tt
-from battery import LEARNING, WHOLE, adapter_of, each
+from battery import LEARNING, WHOLE, adapter_of, alike, each
 from models import batches, tiny
 from testtime._core.errors import InputError
 from testtime._core.outcomes import Outcome
@@ -173,6 +175,55 @@ def test_an_error_in_the_middle_of_a_step_changes_nothing(name, error):
 
 def test_a_callback_that_raises_is_heard_after_the_step():
     adapter = tt.adapt(tiny(), "tent", on_event=lambda event: 1 / 0)
+    adapter(batches(1)[0])
     with pytest.raises(ZeroDivisionError):
-        adapter(batches(1)[0])
+        adapter.flush()
     assert adapter.counts.steps == len(adapter.events) == 1
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_callback_that_raises_costs_no_answer(deferred):
+    def fail(event):
+        raise ConnectionError(f"step {event.step} was not told")
+
+    xs = batches(3)
+    adapter = tt.adapt(tiny(), "tent", on_event=fail, deferred=deferred)
+    quiet = tt.adapt(tiny(), "tent", deferred=deferred)
+    for step, x in enumerate(xs, start=1):
+        assert torch.equal(adapter(x), quiet(x))
+        with pytest.raises(ConnectionError, match=f"step {step} was not told") as heard:
+            adapter(x)  # does nothing itself
+        assert heard.value.__notes__ == [f"raised by on_event after step {step}, which stands"]
+        assert adapter.counts == quiet.counts
+    adapter.flush()
+    assert alike(vars(adapter.snapshot()), vars(quiet.snapshot()))
+
+
+def test_errors_of_callbacks_in_several_threads_are_all_heard():
+    together = threading.Barrier(3)
+
+    def fail(event):
+        together.wait(timeout=60)  # all have answered before any error is kept
+        raise ConnectionError(event.step)
+
+    adapter = tt.adapt(tiny(), "tent", on_event=fail)
+    with ThreadPoolExecutor(3) as pool:
+        assert all(answer.isfinite().all() for answer in pool.map(adapter, batches(3)))
+    heard = set()
+    for _ in range(3):
+        with pytest.raises(ConnectionError) as error:
+            adapter.flush()
+        heard.add(error.value.args[0])
+    adapter.flush()
+    assert heard == {1, 2, 3}
+
+
+def test_an_interrupt_in_a_callback_is_not_kept():
+    def interrupt(event):
+        raise KeyboardInterrupt
+
+    adapter = tt.adapt(tiny(), "tent", on_event=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        adapter(batches(1)[0])
+    adapter.flush()
+    assert adapter.counts.steps == 1

@@ -17,6 +17,8 @@ from models import Headed, batches, tiny
 from testtime._core.errors import StateError
 from testtime._core.files import digest
 from testtime.adaptation.knowledge import fingerprint
+from testtime.adaptation.resuming import owner
+from testtime.adaptation.state import save_state
 
 
 @each
@@ -283,3 +285,15 @@ def test_chance_of_a_state_without_steps_is_its_own():
         assert torch.equal(second(x), first(x))
         assert torch.equal(second.snapshot().generator, first.snapshot().generator)
     assert not torch.equal(second.snapshot().generator, mark.generator)
+
+
+def test_a_state_of_a_version_that_knew_more_is_refused(tmp_path):
+    adapter = tt.adapt(tiny(), "tent")
+    adapter(batches(1)[0])
+    later = replace(adapter.snapshot())
+    vars(later)["mood"] = {"good": torch.ones(2)}
+    save_state(later, tmp_path / "state", owner=owner(adapter.model, adapter.recipe))
+    mark = adapter.snapshot()
+    with pytest.raises(StateError, match=r"another version .* mood"):
+        adapter.load(tmp_path / "state")
+    assert adapter.snapshot() is mark

@@ -4,12 +4,13 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from testtime._core import registry
-from testtime._core.errors import InputError, RunError
+from testtime._core.errors import InputError, RunError, WorkFailed
 from testtime.bench.cells import plan
 from testtime.bench.code_hash import code_hash
 from testtime.bench.runner import run
@@ -98,6 +99,69 @@ def test_cells_of_other_images_or_code_run_again(place, go, change):
     change(place)
     assert go("bn-adapt") == (["source", "bn-adapt"], 2)
     assert go("bn-adapt") == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda place: draw(place / "photos/test/cat/2.bmp", (0, 9, 3)), "images of folder"),
+        (
+            lambda place: (place / "photos/test/dog/1.bmp").unlink(missing_ok=True),
+            "images of folder",
+        ),
+        (lambda place: (place / "net.py").write_text(f"{NET}\n"), r"the code of file:.*net\.py"),
+    ],
+    ids=["repainted", "removed", "code"],
+)
+def test_what_changes_while_a_run_goes_on_is_told(place, go, change, says):
+    cells = plan(
+        methods=["bn-adapt"], models=[f"file:{place}/net.py@build"], data=f"folder:{place}/photos",
+        streams=[Scenario(domains=("fog",), batch_size=16)], seeds=1,
+    )  # fmt: skip
+    with pytest.raises(WorkFailed, match=f"{says}.* changed since the run began"):
+        run(cells, place / "out", jobs=0, on_done=lambda *_: change(place))
+    assert go("bn-adapt") == (["source", "bn-adapt"], 1)
+
+
+def test_images_that_are_touched_while_a_run_goes_on_are_the_same(place):
+    cells = plan(
+        methods=["bn-adapt"], models=[f"file:{place}/net.py@build"], data=f"folder:{place}/photos",
+        streams=[Scenario(domains=("fog",), batch_size=16)], seeds=1,
+    )  # fmt: skip
+    rows = run(
+        cells, place / "out", jobs=0,
+        on_done=lambda *_: (place / "photos/test/cat/2.bmp").touch(),
+    )  # fmt: skip
+    assert [row["method"] for row in rows] == ["source", "bn-adapt"]
+
+
+@pytest.mark.parametrize("change", ["array", "file", None])
+def test_corrupted_images_that_change_while_a_run_goes_on_are_told(place, change):
+    root = place / "corrupted"
+    if change == "file":
+        for number in range(8):
+            draw(root / f"fog/5/{'cat' if number < 4 else 'dog'}/{number}.bmp", (9, 30 * number, 9))
+    else:
+        root.mkdir()
+        np.save(root / "fog.npy", np.zeros((40, 8, 8, 3), np.uint8))
+        np.save(root / "labels.npy", np.arange(8) % 2)
+    (place / "net.py").write_text(NET.replace("224 // SIDE", "4"))
+    cells = plan(
+        methods=["bn-adapt"], models=[f"file:{place}/net.py@build"], data=f"corrupted:{root}",
+        streams=[Scenario(domains=("fog",), batch_size=8)], seeds=1,
+    )  # fmt: skip
+
+    def paint(*_):
+        if change == "file":
+            draw(root / "fog/5/cat/2.bmp", (0, 0, 0))
+        elif change == "array":
+            np.save(root / "fog.npy", np.ones((40, 8, 8, 3), np.uint8))
+
+    if change is None:
+        assert len(run(cells, place / "out", jobs=0, on_done=paint)) == 2
+    else:
+        with pytest.raises(WorkFailed, match=r"images of corrupted.* another --out"):
+            run(cells, place / "out", jobs=0, on_done=paint)
 
 
 def test_what_a_cell_does_not_see_may_change(place, go):

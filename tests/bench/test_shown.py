@@ -1,6 +1,7 @@
 """Images of a folder in the size that a model was made for, or that is named."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,32 @@ def test_images_are_shown_as_timm_shows_them(photos, name):
     about = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     shown = timm.data.create_transform(**about | {"mean": (0.0,) * 3, "std": (1.0,) * 3})
     assert torch.equal(ours, torch.stack([shown(file) for file in files]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"crop_mode": "border"},
+        {"crop_mode": "border", "crop_pct": 1.0},
+        {"crop_mode": "squash", "crop_pct": 0.9},
+        {"input_size": (3, 48, 80)},
+        {"crop_mode": "squash", "input_size": (3, 48, 80), "crop_pct": 1.0},
+    ],
+)
+def test_images_are_shown_as_timm_shows_them_in_ways_of_its_own(photos, monkeypatch, changes):
+    timm = pytest.importorskip("timm")
+    known = timm.get_pretrained_cfg("resnet18")
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: replace(known, **changes))
+    data = shown_to("timm:resnet18", f"folder:{photos}")
+    assert data == f"folder:{photos}@timm:resnet18"
+    assert shown_to("torchvision:inception_v3", data) == data
+    files, ours = images(data)
+    shown = timm.data.create_transform(
+        **timm.data.resolve_data_config(pretrained_cfg=replace(known, **changes).to_dict())
+    )
+    mean, std = (torch.tensor(own).view(3, 1, 1) for own in (known.mean, known.std))
+    theirs = torch.stack([shown(file) * std + mean for file in files])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

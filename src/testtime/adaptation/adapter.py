@@ -172,8 +172,14 @@ class Adapter(NoModule):
         return job
 
     def _tell(self, event: Event) -> None:
-        if self._on_event is not None:
+        """Tells of a step that stands; an error of the caller's own must not cost him the answer."""
+        if self._on_event is None:
+            return
+        try:
             self._on_event(event)
+        except Exception as error:
+            error.add_note(f"raised by on_event after step {event.step}, which stands")
+            self._behind.keep(error)
 
     def predict(self, x: Tensor) -> Any:
         """Predicts only; changes nothing. What a call would answer, where the answer comes first.
@@ -210,7 +216,8 @@ class Adapter(NoModule):
         """Waits for the update that runs behind the last answer, and raises the error it ended with.
 
         With `deferred=True` all other methods wait likewise. This is for a stream's end, and for
-        before one writes to the model or runs it oneself.
+        before one writes to the model or runs it oneself. What `on_event` raised, deferred or not,
+        is raised here as well.
         """
         with self._settled():
             pass
@@ -269,6 +276,11 @@ class Adapter(NoModule):
         copy too. What is done around the model is left out: corrections of the answer (LAME),
         averages over views (CoTTA); and MEMO looks at each image alone, so it is the copy's answer
         for batches of one that is `predict`'s.
+
+        Its `state_dict` fits the model itself where the copy answers with what it stores. Where it
+        normalises with statistics of each batch, no state_dict says so, and the model refuses it:
+        unexpected key `normalises_with_statistics_of_its_input`. Such a state_dict fits another
+        export of the same method; `torch.save` and `torch.export` of the copy keep the whole.
         """
         with self._settled(), self._engine.loan.lock:
             if self._guard is not None and not vouched(self._state):

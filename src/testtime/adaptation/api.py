@@ -54,8 +54,9 @@ def adapt(
         method: name of a method, or a recipe.
         seed: of the method's random parts.
         source: what the method needs to know of the source data, from `fit_source`.
-        on_event: called after each step with what became of it; what it raises is raised by the call,
-            with `deferred` by the next one, and the step stands.
+        on_event: called after each step with what became of it. What it raises costs no answer: the
+            step stands, and the error is raised by the next call, which then has done nothing, or by
+            `Adapter.flush`.
         process_group: ranks that adapt together, each with its own batch, as one process would
             with the joined batch. None: this process adapts alone.
         features: name of the layer whose input are the features, for methods that read them. None:

@@ -9,6 +9,7 @@ import inspect
 import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -85,6 +86,7 @@ class Behind:
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
+        self._kept = deque[Exception]()
         self._hearing = threading.Lock()
         self._thread: int | None = None
         _all.add(self)
@@ -96,9 +98,10 @@ class Behind:
 
     @property
     def busy(self) -> bool:
-        """Whether a job runs, or its error has not been heard."""
+        """Whether a job runs, or an error has not been heard."""
         pending = self._pending
-        return pending is not None and (not pending.done() or pending.exception() is not None)
+        runs = pending is not None and (not pending.done() or pending.exception() is not None)
+        return runs or bool(self._kept)
 
     def ask(self, job: Job) -> Any:
         """The answer of a job, which goes on behind the caller. No other may be pending.
@@ -124,20 +127,27 @@ class Behind:
         finally:
             answer.cancel()
 
+    def keep(self, error: Exception) -> None:
+        """Keeps an error that came after an answer, for `wait` to raise."""
+        self._kept.append(error)
+
     def wait(self) -> None:
-        """Waits for the job that runs; its error is raised here, once.
+        """Waits for the job that runs; its error is raised here, once, and so is one that was kept.
 
         The job itself may call this, and waits for nothing.
         """
-        pending = self._pending
-        if pending is None or self.inside:
+        if self.inside:
             return
-        error = pending.exception()
+        pending = self._pending
+        error = None if pending is None else pending.exception()
         with self._hearing:
-            first = self._pending is pending
-            if first:
+            if self._pending is not pending:
+                error = None  # another has heard it
+            else:
                 self._pending = None
-        if first and error is not None:
+            if error is None and self._kept:
+                error = self._kept.popleft()
+        if error is not None:
             raise error
 
     def settle(self) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testtime._core.arrays import as_was
+from testtime._core.arrays import as_was, at_least_single
 from testtime._core.errors import ScopeError
-from testtime.adaptation.kernels.moments import moments, wide
-from testtime.adaptation.layers import NormLayer, bound, named_input, norm_layers
+from testtime.adaptation.kernels.moments import moments, plain_moments, wide
+from testtime.adaptation.layers import NormLayer, bound, device_of, named_input, norm_layers
 from testtime.adaptation.loan import places
 from testtime.adaptation.parts.prediction import from_teacher
 from testtime.adaptation.parts.statistics import (
@@ -27,6 +27,9 @@ from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
 from testtime.adaptation.state import State
 from testtime.adaptation.traces import inside, traces_of
+
+MARK = "normalises_with_statistics_of_its_input"
+"""Buffer of a copy that a state_dict alone does not make: the plain model refuses it by this name."""
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -79,32 +82,47 @@ def exported(model: nn.Module, recipe: Recipe, state: State) -> nn.Module:
         held = places(copy)
         of_layer = getattr(recipe.procedure, "statistics_of", lambda *_: recipe.statistics)
         keeping = bound(copy)
-        for layer in norm_layers(copy):
-            statistics = of_layer(layer, *held, tensors)
-            _give_statistics(layer, statistics, averages, keeping=layer.module in keeping)
+        of_input = [
+            _give_statistics(
+                layer, of_layer(layer, *held, tensors), averages, keeping=layer.module in keeping
+            )
+            for layer in norm_layers(copy)
+        ]
         traces_of(model).forget(copy)
+        if any(of_input):
+            copy.register_buffer(MARK, torch.ones((), dtype=torch.bool, device=device_of(copy)))
         return copy
 
 
 def _give_statistics(
     layer: NormLayer, statistics: Statistics, averages: dict[str, Tensor] | None, *, keeping: bool
-) -> None:
-    """Makes a layer of the copy normalise with the statistics that it has in the loan."""
+) -> bool:
+    """Makes a layer of the copy normalise with the statistics that it has in the loan.
+
+    Returns:
+        Whether these are its input's, in place of stored ones.
+    """
     module: Any = layer.module
     own = hasattr(module, "track_running_stats") and not keeping
     if not layer.has_statistics:
         ours = isinstance(statistics, BatchStatistics | RunningStatistics)
-        if ours and layer.kind == "instance":  # an image's own statistics, as in the loan
+        stored = layer.kind == "instance" and getattr(module, "track_running_stats", False)
+        if ours and stored:  # an image's own statistics, as in the loan
             module.track_running_stats = False
             module.running_mean = module.running_var = None
-    elif isinstance(statistics, RunningStatistics) and averages:
+        return ours and stored
+    if isinstance(statistics, RunningStatistics) and averages:
         module.running_mean.copy_(averages[f"{layer.name}.mean"])
         module.running_var.copy_(averages[f"{layer.name}.var"])
-    elif isinstance(statistics, BatchStatistics) and own:
+        return False
+    if isinstance(statistics, BatchStatistics) and own:
         module.track_running_stats = False
         module.running_mean = module.running_var = None
     elif isinstance(statistics, BatchStatistics | MixedStatistics | AdaptiveMixture):
         module.forward = Restated(module, vars(module).get("forward"), layer.eps, statistics)
+    else:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -125,9 +143,14 @@ class Restated:
         module, name = self.module, named_input(args, kwargs)
         x = args[0] if name is None else kwargs[name]
         stored = Moments(module._buffers["running_mean"], module._buffers["running_var"])  # pyright: ignore[reportArgumentType]
-        used, values = moments(x, Ranks())
+        samples: Any = x.shape[0]
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            # a graph serves batches of other sizes: none of a tensor's may become a number
+            used, values = plain_moments(at_least_single(x)), x.numel() // x.shape[1]
+        else:
+            used, values = moments(x, Ranks())
         if isinstance(self.statistics, MixedStatistics):
-            used = self.statistics.blend(stored, used, samples=len(x), values=values)
+            used = self.statistics.blend(stored, used, samples=samples, values=values)
         elif isinstance(self.statistics, AdaptiveMixture):
             used = self.statistics.blend(x, stored, used, values=values, ranks=Ranks())
         scale = ((stored.var + self.eps) / (used.var + self.eps)).sqrt()

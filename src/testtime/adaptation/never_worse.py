@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from testtime._core.arrays import at_least_single
-from testtime._core.errors import InputError
+from testtime._core.errors import InputError, StateError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import generator
 from testtime.adaptation.places import alone, left_open, places
@@ -251,7 +251,17 @@ class NeverWorse:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Goes on where `state_dict` was taken.
+
+        Raises:
+            StateError: another version kept other things of an answer.
+        """
+        for name in ("block", "answers"):
+            if state[name].shape[:-1] != self._answers.shape[:-1]:
+                raise StateError(
+                    f"{name} has shape {tuple(state[name].shape)}; expected {len(self._answers)} rows. "
+                    "It was kept by another version of testtime. Begin anew: reset()."
+                )
         self._block, self._answers = state["block"].cpu(), state["answers"].cpu()
         self._blocks, self._seen, self._worse = state["blocks"].cpu(), state["seen"], state["worse"]
         self._part = None if state["part"] is None else state["part"].cpu()

@@ -71,4 +71,9 @@ def resumed(
     if guard is None:  # nobody is left to distrust it
         return replace(state, guard=None)
     check_memory("guard", guard, state.guard["memory"], what)
+    if any(mark.keys() - vars(state).keys() for mark in state.guard.get("marks", ())):
+        raise StateError(
+            f"{what} was made by another version of testtime: it would roll back to what this one does "
+            "not know. Load it there, or begin anew."
+        )
     return state

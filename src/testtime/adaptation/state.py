@@ -117,6 +117,11 @@ def load_state(path: str | Path, *, owner: dict[str, str], device: torch.device)
         key: _unflatten(value, tensors, device if key != "generator" else torch.device("cpu"))
         for key, value in plain.items()
     }
+    if more := loaded.keys() - vars(State()).keys():
+        raise StateError(
+            f"{path} was saved by another version of testtime: it holds {', '.join(sorted(more))}, which "
+            "this one does not know. Load it there."
+        )
     return replace(State(), **loaded)
 
 

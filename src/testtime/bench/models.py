@@ -14,7 +14,7 @@ from testtime._core.arrays import as_given
 from testtime._core.errors import InputError, MissingExtra, TesttimeError, unknown
 from testtime.bench.networks import Normalised, SmallResNet, group_norm
 from testtime.bench.own import call_function
-from testtime.streams.folder import folder_spec, read_spec
+from testtime.streams.folder import folder_spec, read_spec, timm_config, timm_of
 
 EMBEDDED = {"batch": nn.BatchNorm2d, "group": group_norm}
 SPECS = ("embedded:batch", "embedded:group", "timm:NAME", "torchvision:NAME",
@@ -64,8 +64,8 @@ def preprocessing(model: nn.Module) -> str:
 def shown_to(model: str, data: str) -> str:
     """The name of a data set as a model sees it: images of a folder are prepared as it was published.
 
-    That is so for models of timm, torchvision and Hugging Face; others, and those whose images are
-    prepared in more ways than one size, one part and one interpolation, see a folder as
+    That is so for models of timm, torchvision and Hugging Face; others, and those of Hugging Face whose
+    images are prepared in more ways than one size, one part and one interpolation, see a folder as
     `load_data` gives it. A folder whose size is named keeps it.
 
     Args:
@@ -129,33 +129,21 @@ def _embedded(name: str) -> nn.Module:
     return model
 
 
-def _timm_of(name: str) -> Any:
-    """The package, which has this model."""
-    try:
-        import timm  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise MissingExtra("timm", "timm") from error
-    if not timm.is_model(name.partition(".")[0]):
-        raise unknown("model of timm", name, timm.list_models())
-    return timm
-
-
 def _timm_view(name: str) -> dict[str, Any] | None:
-    timm = _timm_of(name)
-    about = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    about = timm_config(name)
     channels, height, width = about["input_size"]
-    if channels != 3 or height != width or about["crop_mode"] not in ("center", "squash"):
+    if channels != 3:
         return None
     resize: int | None = math.floor(height / about["crop_pct"])
-    if about["crop_mode"] == "squash":
-        if resize != height:
-            return None
+    if height != width or about["crop_mode"] != "center":
+        if about["crop_mode"] != "squash" or not height == width == resize:
+            return {"timm": name}  # in a way of timm's own
         resize = None
     return {"crop": height, "resize": resize, "interpolation": about["interpolation"]}
 
 
 def _timm(name: str, pretrained: bool) -> nn.Module:
-    timm = _timm_of(name)
+    timm = timm_of(name)
     model = timm.create_model(name, pretrained=pretrained)
     about: Any = model.pretrained_cfg
     return Normalised(model, about.get("mean"), about.get("std"))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from testtime._core.errors import InputError, OptionError, ScopeError, WorkFailed
-from testtime.bench.cells import Cell
+from testtime.bench.cells import WATCHED, Cell
 from testtime.bench.store import forget, read_cell, write_cell, write_plan
 from testtime.bench.watched import Watched
 from testtime.bench.workers import Failure, Notice, Outcome, attempt, run_all
@@ -45,7 +45,8 @@ def run(
 
     Raises:
         WorkFailed: cells have failed; those that finished are kept.
-        InputError: a function that makes a model draws its weights anew at each call.
+        InputError: a function that makes a model draws its weights anew at each call; or images, weights
+            or code changed while the run went on.
         TesttimeError: data, model or stream do not fit, as the source model's cell found out.
 
     Example:
@@ -80,7 +81,7 @@ def run(
         on_changed(changed)
     failed: list[tuple[Cell, Failure]] = []
     for cell, made in _outcomes(list(missing.values()), jobs, on_notice or (lambda *_: None)):
-        outcome = _steady(cell, made, now[cell.key].get("weights_sha256"))
+        outcome = _steady(cell, made, now[cell.key], watched)
         if isinstance(outcome, Failure):
             error = outcome.error()
             if cell.method == "source" and error is not None:
@@ -102,16 +103,36 @@ def run(
     return [row for cell in cells for row in found.get(cell.key, ())]
 
 
-def _steady(cell: Cell, outcome: Outcome, weights: str | None) -> Outcome:
-    """The outcome; a failure where a model's file gave other weights than when the run began."""
-    if isinstance(outcome, Failure) or weights in (None, outcome[0]["weights_sha256"]):
+def _steady(
+    cell: Cell, outcome: Outcome, begun: dict[str, str | None], watched: Watched
+) -> Outcome:
+    """The outcome; a failure where weights, code or images are others than when the run began."""
+    if isinstance(outcome, Failure):
         return outcome
-    return Failure(
-        text=f"{cell.model} has other weights in this cell than when the run began: they are drawn "
-        "anew at each call, or a file has changed meanwhile. Read them from a file that stays, or "
-        "draw them with a seed; then give the same command again.",
-        kind=InputError,
-    )
+    changed = {
+        name for name, known in begun.items() if known and outcome[0].get(name, known) != known
+    }
+    why = None
+    if "weights_sha256" in changed:
+        why = (
+            f"{cell.model} has other weights in this cell than when the run began: they are drawn "
+            "anew at each call, or a file has changed meanwhile. Read them from a file that stays, or "
+            "draw them with a seed; then give the same command again."
+        )
+    elif changed:
+        why = (
+            f"the code of {' and '.join(getattr(cell, WATCHED[name]) for name in sorted(changed))} has "
+            "changed since the run began. Give the same command again."
+        )
+    elif watched.moved(cell):
+        why = f"images of {cell.data} have changed since the run began. {_again(cell)}"
+    return outcome if why is None else Failure(text=why, kind=InputError)
+
+
+def _again(cell: Cell) -> str:
+    if cell.data.startswith("folder:"):
+        return "Once they stay as they are, give the same command again."
+    return "Once they stay as they are, give the same command with another --out."
 
 
 def _outcomes(cells: Iterable[Cell], jobs: int, notice: Notice) -> Iterator[tuple[Cell, Outcome]]:

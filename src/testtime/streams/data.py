@@ -76,8 +76,9 @@ def load_data(spec: str, *, split: str = "test") -> Dataset[Any]:
             `dataset-fashion-mnist`, else downloaded), `digits` (scikit-learn, 8x8) or `digits:16`
             (the same, bilinear to 16x16), `folder:PATH` (one folder of images per class, 224 pixels
             wide and high; see `image_folder`), `folder:PATH@SIZE` (the same, of whose shorter
-            side SIZE pixels are made, and the middle is kept) or `corrupted:PATH` (images that were
-            corrupted beforehand, as ImageNet-C; see `Recorded`).
+            side SIZE pixels are made, and the middle is kept), `folder:PATH@timm:NAME` (as timm
+            shows them to that model) or `corrupted:PATH` (images that were corrupted beforehand,
+            as ImageNet-C; see `Recorded`).
         split: "test", or "train" for what may be learnt from (source statistics, Fisher
             information).
 
@@ -86,7 +87,7 @@ def load_data(spec: str, *, split: str = "test") -> Dataset[Any]:
         OptionError: no split has this name.
         InputError: files are missing or broken.
         RunError: the download failed.
-        MissingExtra: `digits` without scikit-learn.
+        MissingExtra: `digits` without scikit-learn, `@timm:` without timm.
 
     Example:
         >>> image, label = load_data("fashion-mnist:sample")[0]

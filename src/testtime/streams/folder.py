@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
-from testtime._core.errors import InputError, unknown
+from testtime._core.errors import InputError, MissingExtra, unknown
 from testtime._core.options import whole
 
 if TYPE_CHECKING:
@@ -19,7 +19,10 @@ SQUASH = "squash"
 """In place of a shorter side: height and width become those of what is kept, so that nothing is cut."""
 
 
-def folder_spec(path: str, *, crop: int, resize: int | None, interpolation: str) -> str:
+def folder_spec(
+    path: str, *, crop: int = 224, resize: int | None = 256, interpolation: str = "bilinear",
+    timm: str | None = None,
+) -> str:  # fmt: skip
     """The name of a folder and of what is done to its images, as `read_spec` reads it.
 
     Example:
@@ -28,20 +31,28 @@ def folder_spec(path: str, *, crop: int, resize: int | None, interpolation: str)
         >>> folder_spec("photos", crop=224, resize=256, interpolation="bilinear")
         'folder:photos'
     """
+    if timm is not None:
+        return f"folder:{path}@timm:{timm}"
     if (crop, resize, interpolation) == (224, 256, "bilinear"):
         return f"folder:{path}"
     return f"folder:{path}@{crop},{resize or SQUASH},{interpolation}"
 
 
 def read_spec(rest: str) -> tuple[str, dict[str, Any]]:
-    """The path in `PATH`, `PATH@CROP` or `PATH@CROP,RESIZE,INTERPOLATION`, and options of `image_folder`.
+    """The path in `PATH`, `PATH@CROP`, `PATH@CROP,RESIZE,INTERPOLATION` or `PATH@timm:NAME`, and options
+    of `image_folder`.
 
     Example:
         >>> read_spec("photos@32")
         ('photos', {'crop': 32, 'resize': 32})
+        >>> read_spec("photos@timm:naflexvit_base_patch16_siglip")
+        ('photos', {'timm': 'naflexvit_base_patch16_siglip'})
         >>> read_spec("me@home"), read_spec("me@32/")  # a path that ends like a size gets a slash
         (('me@home', {}), ('me@32/', {}))
     """
+    path, at, name = rest.rpartition("@timm:")
+    if at and re.fullmatch(r"[\w.-]+", name):
+        return path, {"timm": name}
     found = re.fullmatch(rf"(.+)@(\d+)(?:,(\d+|{SQUASH}),([\w-]+))?", rest, re.DOTALL)
     if found is None:
         return rest, {}
@@ -54,7 +65,7 @@ def read_spec(rest: str) -> tuple[str, dict[str, Any]]:
 
 def image_folder(
     path: str | Path, *, split: str = "test", resize: int | None = 256, crop: int = 224,
-    interpolation: str = "bilinear",
+    interpolation: str = "bilinear", timm: str | None = None,
 ) -> Dataset[Any]:  # fmt: skip
     """Images of any size in one folder per class, as float (3, crop, crop) in [0, 1].
 
@@ -72,10 +83,13 @@ def image_folder(
             its shape.
         crop: height and width of what is kept.
         interpolation: one of torchvision's: "bilinear", "bicubic", "lanczos", "nearest", "box", ...
+        timm: name of a model of timm: images are shown as timm shows them to it, without the
+            normalisation, and the three lengths and ways above have no effect.
 
     Raises:
+        MissingExtra: timm is named and not installed.
         OptionError: a length is no whole number of at least 1.
-        UnknownName: no interpolation has this name.
+        UnknownName: no interpolation, or no model of timm, has this name.
         InputError: `path` is no folder, has no class folders with images, or not this split. A file
             that cannot be read as an image raises one that names it, when it is asked for.
     """
@@ -90,8 +104,9 @@ def image_folder(
     side = (crop, crop) if resize is None else resize
     resized = transforms.Resize(side, transforms.InterpolationMode(interpolation))
     steps = [resized, transforms.CenterCrop(crop), transforms.ToTensor()]
+    shown = transforms.Compose(steps) if timm is None else _as_timm(timm)
     try:
-        found = ImageFolder(str(root), transforms.Compose(steps), loader=open_image)
+        found = ImageFolder(str(root), shown, loader=open_image)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(
             f"{root} is not a folder of images ({error}). "
@@ -100,6 +115,28 @@ def image_folder(
     if all(name.isdecimal() for name in found.classes):
         _in_order_of_numbers(found)
     return found
+
+
+def timm_of(name: str) -> Any:
+    """The package timm, which has this model."""
+    try:
+        import timm  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingExtra("timm", "timm") from error
+    if not timm.is_model(name.partition(".")[0]):
+        raise unknown("model of timm", name, timm.list_models())
+    return timm
+
+
+def timm_config(name: str) -> dict[str, Any]:
+    """How timm shows images to a model, as it says itself."""
+    timm = timm_of(name)
+    return timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+
+
+def _as_timm(name: str) -> Any:
+    """timm's own transform for a model, without the normalisation: bytes."""
+    return timm_of(name).data.create_transform(**timm_config(name), normalize=False)
 
 
 def _in_order_of_numbers(found: "ImageFolder") -> None:

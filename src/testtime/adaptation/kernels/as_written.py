@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from testtime.adaptation.kernels.holders import held_by_nobody, holders
-from testtime.adaptation.kernels.moments import Blend, wide
+from testtime.adaptation.kernels.moments import Blend, normalise_blended, transformed, wide
 from testtime.adaptation.parts.statistics import Moments
 
 CACHED = 1 << 18
@@ -113,6 +113,8 @@ def normalise_as_written(
         tensor([[0.],
                 [2.]])
     """
+    if transformed(x, weight, bias):
+        return normalise_blended(x, weight, bias, blend, eps)
     return _AsWritten.apply(x, weight, bias, blend, eps)
 
 
@@ -137,7 +139,7 @@ def infer_as_written(module: Any, input: Tensor) -> Tensor:  # noqa: A002  (as t
     x = input
     mean, var, weight, bias = module.running_mean, module.running_var, module.weight, module.bias
     plain = x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.is_grad_enabled()
-    if not plain or weight is None or bias is None:
+    if not plain or weight is None or bias is None or transformed(x, weight, bias):
         return type(module).forward(module, x)
     if not x.dtype == weight.dtype == var.dtype:
         return type(module).forward(module, x)

@@ -208,7 +208,7 @@ def moments(x: Tensor, ranks: Ranks) -> tuple[Moments, float]:
     """
     x = at_least_single(x)
     values = float(x.numel() // x.shape[1])
-    mean, var = _Moments.apply(x)
+    mean, var = plain_moments(x) if transformed(x) else _Moments.apply(x)
     if ranks.alone:
         return Moments(mean, var), values
     # all at once, since each time that ranks agree they wait for one another
@@ -230,6 +230,8 @@ def normalise(x: Tensor, used: Moments, eps: float) -> Tensor:
     """
     dtype = x.dtype
     x = x.to(used.mean.dtype)
+    if transformed(x, *used):
+        return ((x - wide(used.mean, x)) * wide((used.var + eps).rsqrt(), x)).to(dtype)
     return _Normalise.apply(x, used.mean, used.var, eps).to(dtype)
 
 
@@ -251,6 +253,9 @@ def normalise_blended(x: Tensor, weight: Tensor, bias: Tensor, blend: Blend, eps
         tensor([[0.],
                 [2.]])
     """
+    if transformed(x, weight, bias):
+        y = normalise(x, blend(plain_moments(x)), eps)
+        return y * wide(weight, x) + wide(bias, x)
     return _Blended.apply(x, weight, bias, blend, eps)
 
 
@@ -283,16 +288,25 @@ class Quick(Watching):
         training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
     ) -> Tensor:  # fmt: skip
         quick = training and running_mean is None and _in_rows(input, self.least)
-        if not quick or _transformed(input, weight, bias):
+        if not quick or transformed(input, weight, bias):
             more = running_mean, running_var, weight, bias, training, momentum, eps
             return go_on(input, *more)
         return _OfBatch.apply(input, weight, bias, eps, self.least)
 
 
-def _transformed(*given: Tensor | None) -> bool:
-    """Whether torch differentiates forwards or transforms a function, as `_OfBatch` cannot be."""
+def transformed(*given: Tensor | None) -> bool:
+    """Whether torch differentiates forwards or transforms a function, as none of these kernels can be."""
+    if torch.compiler.is_compiling():
+        return False
     dual = any(unpack_dual(each).tangent is not None for each in given if each is not None)
     return dual or torch._C._are_functorch_transforms_active()
+
+
+def plain_moments(x: Tensor) -> Moments:
+    """Mean and biased variance of each channel by operations that torch can do anything with."""
+    others = [d for d in range(x.dim()) if d != 1]
+    var, mean = torch.var_mean(x, others, correction=0)
+    return Moments(mean, var)
 
 
 class InGroups(Watching):

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from testtime.adaptation.kernels.as_written import normalise_as_written
-from testtime.adaptation.kernels.moments import moments, normalise, normalise_blended
+from testtime.adaptation.kernels.moments import (
+    moments,
+    normalise,
+    normalise_blended,
+    transformed,
+)
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,
     Averages,
@@ -58,6 +63,7 @@ class Normaliser:
         used = self.choose(x)
         buffers = module._buffers
         learnt_through = torch.is_grad_enabled() and used.mean.requires_grad
+        learnt_through |= transformed(x, *used)  # torch's kernel takes moments for constants
         # batch statistics take one path with and without a gradient: methods that compare two
         # forwards (OSTTA) must not see rounding in place of a difference
         if not learnt_through and not isinstance(self.statistics, BatchStatistics):
