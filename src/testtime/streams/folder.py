@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import Dataset
 
 from testtime._core.errors import InputError, MissingExtra, unknown
@@ -135,8 +136,11 @@ def timm_config(name: str) -> dict[str, Any]:
 
 
 def _as_timm(name: str) -> Any:
-    """timm's own transform for a model, without the normalisation: bytes."""
-    return timm_of(name).data.create_transform(**timm_config(name), normalize=False)
+    """timm's own transform for a model, without the normalisation, whose mean is what it pads with."""
+    from torchvision import transforms  # noqa: PLC0415
+
+    shown = timm_of(name).data.create_transform(**timm_config(name), normalize=False)
+    return transforms.Compose([shown, transforms.ConvertImageDtype(torch.float32)])
 
 
 def _in_order_of_numbers(found: "ImageFolder") -> None:
