@@ -121,8 +121,8 @@ another order of
 samples, but some things were changed with it in sight: that trust takes a standard error also where labels come
 in no order; that the last 256 samples count where they come in one; that answers which are a little more even need
 not be explained more, and nearly even ones are enough where something is kept; and what the last batch alone may
-say. That an answer must tell a bit more was found on tables of features, of two to a hundred classes,
-where one class of two or three had come to 18 points above the frozen model. All the rest is two data sets and
+say. That an answer must tell a bit more was found on tables of features with two classes or three,
+where statistics of the batch split the one that came. All the rest is two data sets and
 small networks; other thresholds may suit others. Where it errs:
 
 - evidence takes samples. On a few hundred of them, small gains and those of single samples are lost: three
