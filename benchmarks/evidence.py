@@ -14,17 +14,11 @@ from torch import Tensor, nn
 import testtime as tt
 from between import write_json
 from testtime._core.seeds import generator
+from testtime.adaptation.explained import probabilities, theil
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.look import look
-from testtime.adaptation.never_worse import (
-    errors,
-    excess,
-    information,
-    probabilities,
-    surprise,
-    theil,
-)
+from testtime.adaptation.never_worse import errors, excess, information, surprise
 from testtime.measures.detection import auroc
 
 NUMBERS = Path(__file__).with_name("evidence.json")

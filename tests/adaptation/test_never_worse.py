@@ -11,7 +11,8 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor, nn
 
 from testtime._core.errors import OptionError
-from testtime.adaptation.never_worse import NeverWorse, excess, information, probabilities, theil
+from testtime.adaptation.explained import probabilities, tells, theil
+from testtime.adaptation.never_worse import NeverWorse, excess, information
 
 answers = st.lists(st.integers(0, 3), min_size=4, max_size=40)
 
@@ -149,6 +150,14 @@ def test_who_mends_a_source_of_one_answer_must_be_even_and_sure():
     assert set(told(same, same)) == {None}
 
 
+def test_one_answer_of_two_that_is_split_is_mended_by_a_surer_model_alone():
+    split, one = logits(drawn(512, classes=2), 2), logits(torch.zeros(512, dtype=torch.long), 2)
+    assert told(split, one)[-1] is False
+    assert False not in told(0.8 * split, one)  # even, and told of: as one class in two halves is
+    third = logits(drawn(512, classes=3), 3), logits(torch.zeros(512, dtype=torch.long), 3)
+    assert told(0.9 * third[0], third[1])[-1] is False  # a bit more than one answer tells
+
+
 def test_answers_that_are_more_even_and_less_sure_must_be_told_more_of():
     labels = drawn(512)
     crowded = torch.where(labels % 2 == 0, 0, 5)
@@ -193,6 +202,7 @@ def test_theil_s_coefficient_is_what_the_input_tells_over_what_is_open(n, classe
     most = -(p.mean(0) * p.mean(0).log()).sum()
     parts = torch.stack([probabilities(part.double()) for part in x.split(7)]).sum(0)
     assert theil(parts) == pytest.approx(float(told / most), abs=1e-9)
+    assert tells(parts) == pytest.approx(float(told), abs=1e-9)
 
 
 def test_what_is_kept_of_a_stream_is_bounded():

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from testtime._core.arrays import at_least_single
 from testtime._core.errors import InputError, StateError
 from testtime._core.options import in_range, whole
 from testtime._core.seeds import generator
+from testtime.adaptation.explained import explained, probabilities, tells
 from testtime.adaptation.places import alone, left_open, places
 
 RUN = 48
@@ -22,6 +22,9 @@ than of another's is no chance."""
 EVEN, NEARLY = 0.93, 0.87
 """How even its answers are, as a share of even draws, where nothing of the source's is kept; and where
 enough is."""
+BIT = math.log(2)
+"""More than the source's must an answer tell that leaves more open: to split one answer in two is no
+news, and statistics of a batch do that to a single class."""
 CLAIMED, FREE = 0.75, 0.2
 """How much more inputs must explain of answers that are more even, by a share beyond `FREE`."""
 ROUNDING = 1.001
@@ -41,9 +44,11 @@ class NeverWorse:
             told_x  = I( x; its neighbour in time ) - chance      # x in random order in each block
             u_x     = I( x; input ) / H(x)   # of the probabilities of the last 2 `recent` samples
             even_x  = H(x) / H of as many even draws                        # of these samples
+            as sure: the input leaves no more open, H( a | input ) <= H( s | input )
             lead    = spread, or min( runs_a - runs_s, told_a - told_s ) where runs_s > `runs`,
                       each in units of its standard error
-        knows   if u_a >= 0.5, u_a - u_s >= 0.1 and spread >= 1, once `recent` samples are there
+        knows   if u_a >= 0.5, u_a - u_s >= 0.1 and spread >= 1, once `recent` samples are there, and it
+                is as sure as the source or tells a bit more: I( a; input ) - I( s; input ) >= log 2
         trusted if it knows and even_a >= 0.93
         else dropped if kept < `kept` or lead < -2
         else, where labels come in an order,
@@ -58,8 +63,10 @@ class NeverWorse:
     What each says. Theil's uncertainty coefficient `u` is what the inputs explain of what a model's
     answers leave open on the whole. Statistics of a batch of few classes spread its answers over all,
     and leave each open; a model that knows what it sees is even and sure, and more so than a source
-    that gives nearly all samples one answer. An adapted model is worth nothing once its answers have
-    nothing to do with the source's (`kept`): single samples on batch statistics, garbage, collapse.
+    that gives nearly all samples one answer. Of two classes, one of which comes, such a source may well
+    be right, and the split is sure as well: hence the bit. An adapted model is worth nothing once its
+    answers have nothing to do with the source's (`kept`): single samples on batch statistics, garbage,
+    collapse.
     Where labels come in an order, so do a good model's answers, and the better follows it more
     closely: its neighbours are equal more often (`runs`), and each tells more of the next (`told`).
     Better answers show both, and each can be had without them: equal neighbours by crowding into few
@@ -172,7 +179,9 @@ class NeverWorse:
         # among more classes than answers, what tells are the few that come again, each with another
         each = gained if classes <= self.recent else alone(late[0]) - alone(late[1])
         spread = errors(gained.mean(), each)
+        as_sure = bool(sums[0, 0] < ROUNDING * sums[1, 0])
         knows = spread >= 1 and len(ours) >= self.recent and told >= TOLD and more >= MORE
+        knows = knows and (as_sure or tells(sums[0]) - tells(sums[1]) >= BIT)
         if knows and even_a >= EVEN:
             return good
         if self._kept(classes) < self.kept:
@@ -182,7 +191,6 @@ class NeverWorse:
         if spread < -SURE or more < -MORE:
             return bad
         wider = 1 - even_s / max(even_a, 1e-9)
-        as_sure = bool(sums[0, 0] < ROUNDING * sums[1, 0])
         begins = spread >= 1 and (as_sure or more > CLAIMED * (wider - FREE))
         lasts = spread >= 0 and self._worse is False
         return good if begins or lasts or (knows and even_a >= NEARLY) else None
@@ -278,50 +286,6 @@ def information(a: Tensor, b: Tensor, classes: int) -> tuple[float, float, float
     """
     both, one, other = (_entropy_of(each) for each in (a * classes + b, a, b))
     return one + other - both, one, other
-
-
-def probabilities(logits: Tensor) -> Tensor:
-    """Sum of the entropies of the probabilities, then of each class's probabilities (classes + 1,).
-
-    Example:
-        >>> probabilities(torch.tensor([[0.0, 0.0], [9.0, -9.0]])).round(decimals=3)
-        tensor([0.6930, 1.5000, 0.5000])
-    """
-    p = at_least_single(logits.detach()).softmax(1)
-    return torch.cat([torch.special.entr(p).sum()[None], p.sum(0)])
-
-
-def theil(sums: Tensor) -> float:
-    """Theil's coefficient: the share of the answers' entropy that the inputs explain, from 0 to 1.
-
-    Args:
-        sums: of `probabilities`, of one batch or of several added up.
-
-    Example:
-        >>> round(theil(probabilities(torch.tensor([[9.0, 0.0], [0.0, 9.0]]))), 3)
-        0.998
-        >>> round(theil(probabilities(torch.zeros(2, 2))), 3)  # even, and explained by no input
-        0.0
-    """
-    left, shares = sums[0] / sums[1:].sum(), sums[1:] / sums[1:].sum()
-    entropy = float(torch.special.entr(shares).sum())
-    return 1 - float(left) / entropy if entropy > 1e-9 else 0.0
-
-
-def explained(sums: Tensor) -> tuple[float, float]:
-    """What inputs explain of the first model's answers, and how much more than of the second's.
-
-    Args:
-        sums: of `probabilities`, of two models (2, classes + 1).
-
-    Example:
-        >>> sure, lost = torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.zeros(2, 2)
-        >>> told, more = explained(torch.stack([probabilities(sure), probabilities(lost)]))
-        >>> round(told, 3), round(more, 3)
-        (0.998, 0.998)
-    """
-    ours, theirs = map(theil, sums)
-    return ours, ours - theirs
 
 
 def _samples(parts: list[Tensor]) -> float:
