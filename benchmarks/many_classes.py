@@ -281,6 +281,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="when to stop")
     given = parser.parse_args()
+    torch.set_num_threads(1)
     until = time.monotonic() + given.seconds
     found: list[dict[str, Any]] = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else []
     for norm, methods in METHODS.items():

@@ -158,6 +158,19 @@ def test_one_answer_of_two_that_is_split_is_mended_by_a_surer_model_alone():
     assert told(0.9 * third[0], third[1])[-1] is False  # a bit more than one answer tells
 
 
+def test_who_keeps_nothing_mends_a_source_of_one_answer_alone():
+    spread, three = logits(drawn(512)), drawn(512, 3, classes=3)
+    assert False not in told(
+        spread, 0.6 * logits(three)
+    )  # as one class and its mistakes are spread
+    nearly_one = torch.where(drawn(512, 3) == 0, 3, 0)
+    assert told(spread, 0.6 * logits(nearly_one))[-1] is False
+    many = 3.0 * logits(drawn(512, classes=1000), 1000)
+    for some, word in ((50, False), (300, None)):  # few of a thousand are as good as one of ten
+        crowded = 1.5 * logits(drawn(512, 3, classes=some), 1000)
+        assert told(many, crowded)[-1] is word
+
+
 def test_answers_that_are_more_even_and_less_sure_must_be_told_more_of():
     labels = drawn(512)
     crowded = torch.where(labels % 2 == 0, 0, 5)

@@ -22,6 +22,9 @@ than of another's is no chance."""
 EVEN, NEARLY = 0.93, 0.87
 """How even its answers are, as a share of even draws, where nothing of the source's is kept; and where
 enough is."""
+ONE, TENTH = 1 / 3, 0.1
+"""How even a source's answers are at most that gives nearly all samples one, and for what share of many
+classes they stand: there is nothing to keep."""
 BIT = math.log(2)
 """More than the source's must an answer tell that leaves more open: to split one answer in two is no
 news, and statistics of a batch do that to a single class."""
@@ -45,11 +48,12 @@ class NeverWorse:
             u_x     = I( x; input ) / H(x)   # of the probabilities of the last 2 `recent` samples
             even_x  = H(x) / H of as many even draws                        # of these samples
             as sure: the input leaves no more open, H( a | input ) <= H( s | input )
+            few: the source answers with few classes, even_s < 1/3 or exp H(s) < C / 10
             lead    = spread, or min( runs_a - runs_s, told_a - told_s ) where runs_s > `runs`,
                       each in units of its standard error
         knows   if u_a >= 0.5, u_a - u_s >= 0.1 and spread >= 1, once `recent` samples are there, and it
                 is as sure as the source or tells a bit more: I( a; input ) - I( s; input ) >= log 2
-        trusted if it knows and even_a >= 0.93
+        trusted if it knows, even_a >= 0.93, and kept >= `kept` or few
         else dropped if kept < `kept` or lead < -2
         else, where labels come in an order,
                 trusted if lead >= 1, and >= -1 of the last 2 `recent` samples alone
@@ -66,7 +70,7 @@ class NeverWorse:
     that gives nearly all samples one answer. Of two classes, one of which comes, such a source may well
     be right, and the split is sure as well: hence the bit. An adapted model is worth nothing once its
     answers have nothing to do with the source's (`kept`): single samples on batch statistics, garbage,
-    collapse.
+    collapse; a source that gives nearly all samples one answer leaves nothing to keep.
     Where labels come in an order, so do a good model's answers, and the better follows it more
     closely: its neighbours are equal more often (`runs`), and each tells more of the next (`told`).
     Better answers show both, and each can be had without them: equal neighbours by crowding into few
@@ -173,7 +177,8 @@ class NeverWorse:
         bad = None if told_late >= TOLD and more_late >= MORE else True
 
         even = _of_even_draws(2 * self.recent, len(ours), classes, self._seen)
-        even_a, even_s = (_entropy_of(x) / even for x in self._answers[:2, -2 * self.recent :])
+        h_a, h_s = (_entropy_of(x) for x in self._answers[:2, -2 * self.recent :])
+        even_a, even_s = h_a / even, h_s / even
         late = ours[-self.recent :], theirs[-self.recent :]
         gained = surprise(late[0]) - surprise(late[1])
         # among more classes than answers, what tells are the few that come again, each with another
@@ -182,9 +187,11 @@ class NeverWorse:
         as_sure = bool(sums[0, 0] < ROUNDING * sums[1, 0])
         knows = spread >= 1 and len(ours) >= self.recent and told >= TOLD and more >= MORE
         knows = knows and (as_sure or tells(sums[0]) - tells(sums[1]) >= BIT)
-        if knows and even_a >= EVEN:
+        few = even_s < ONE or math.exp(h_s) < TENTH * classes
+        little = self._kept(classes) < self.kept
+        if knows and even_a >= EVEN and (few or not little):
             return good
-        if self._kept(classes) < self.kept:
+        if little:
             return bad
         if self._runs(theirs) > self.runs:
             return self._follows(classes)
