@@ -156,6 +156,15 @@ def test_products_are_kept_in_a_shorter_type_as_all_is():
     assert torch.equal(grad, w.bfloat16().float())
 
 
+def test_a_factor_that_lies_otherwise_in_the_same_memory_is_not_taken_for_the_other():
+    class Turned(nn.Module):
+        def forward(self, x):
+            y = F.silu(F.layer_norm(x, (5, 5)))
+            return y * y.transpose(1, 2)
+
+    assert_same(Turned(), torch.randn(3, 5, 5, requires_grad=True))
+
+
 def test_averages_move_once():
     """To make again what a normalisation gave is no second batch for its averages."""
     x = torch.randn(3, 4, 5, 5)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from testtime.adaptation.kernels.calls import Call
+from testtime.adaptation.kernels.layout import Shape
 from testtime.adaptation.kernels.moments import of_batch_again
 
 Way = Callable[[], Tensor]
@@ -66,14 +67,18 @@ class Remade:
 
     def multiplied(self, go_on: Call, *factors: Any, **named: Any) -> Tensor:
         """What a product gives, which keeps none of its factors that can be made again."""
-        ways = {x.data_ptr(): (x.shape, way) for x in factors if (way := self.way(x)) is not None}
+        ways = {_lies(x): way for x in factors if (way := self.way(x)) is not None}
 
         def shorten(kept: Tensor) -> Tensor | Way:
-            sizes, way = ways.get(kept.data_ptr(), (None, None))
-            return way if way is not None and kept.shape == sizes else kept
+            return ways.get(_lies(kept), kept)
 
         with _kept(shorten) if ways else nullcontext():
             return go_on(*factors, **named)
+
+
+def _lies(x: Tensor) -> tuple[int, Shape]:
+    """Where a tensor lies and how: its transpose begins in the same place."""
+    return x.data_ptr(), Shape.of(x)
 
 
 def _kept(shorten: Callable[[Tensor], Tensor | Way]) -> torch.autograd.graph.saved_tensors_hooks:
