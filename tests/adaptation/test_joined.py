@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import testtime as tt
 from models import batches, tiny, tiny_vit
 from testtime.adaptation import shortcuts
-from testtime.adaptation.kernels.moments import InGroups
+from testtime.adaptation.kernels.batch_statistics import InGroups
 
 OPTIONS = {"cotta": {"views": 5, "threshold": 1.0}, "vcotta": {"views": 5}, "stamp": {"views": 5}}
 

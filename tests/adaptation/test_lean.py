@@ -20,6 +20,7 @@ import testtime as tt
 from models import batches, tiny, tiny_vit
 from testtime._core.errors import OptionError
 from testtime.adaptation.kernels import bits, lean
+from testtime.adaptation.kernels.batch_statistics import norm_of_batch
 from testtime.adaptation.kernels.bits import masked, pack, unpack
 from testtime.adaptation.kernels.layout import Shape
 from testtime.adaptation.kernels.lean import Lean
@@ -104,7 +105,21 @@ def test_layers(layer):
     assert_same(Scaled(), source)
 
 
-NORMS = [nn.BatchNorm2d(4).eval(), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm((4, 5, 5))]
+class OfBatch(nn.BatchNorm2d):
+    """As the engine has torch's own layers normalise; from `least` values on by the quick kernel."""
+
+    def __init__(self, channels: int, least: int) -> None:
+        super().__init__(channels)
+        self.least = least
+
+    def forward(self, input):
+        return norm_of_batch(input, self.weight, self.bias, self.eps, self.least)
+
+
+NORMS = [
+    nn.BatchNorm2d(4).eval(), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm((4, 5, 5)),
+    OfBatch(4, least=1), OfBatch(4, least=1000),
+]  # fmt: skip
 SMOOTH = [*lean.ACTIVATIONS, F.elu, F.relu, torch.sigmoid]
 WRITING = [partial(f, inplace=True) for f in SMOOTH if f not in (F.gelu, torch.sigmoid)]
 

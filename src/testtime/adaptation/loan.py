@@ -15,8 +15,8 @@ from torch.overrides import BaseTorchFunctionMode
 from testtime._core.arrays import as_real, as_was
 from testtime._core.errors import ScopeError
 from testtime.adaptation.kernels.as_written import as_torch, infer_as_written
+from testtime.adaptation.kernels.batch_statistics import InGroups, Quick, forward_of_batch
 from testtime.adaptation.kernels.lean import Lean, kept_as
-from testtime.adaptation.kernels.moments import InGroups, Quick
 from testtime.adaptation.kernels.normaliser import Normaliser
 from testtime.adaptation.layers import NormLayer, bound, hooked, on_input
 from testtime.adaptation.modes import learnable
@@ -132,6 +132,9 @@ class Loan:
         self.modules = list(self.named_modules.values())
         self.traces = traces_of(model)
         self.places, self.canonical = places(model)
+        self.batch_norms = [
+            m for m in self.modules if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
         self.parameters = list(model.parameters())
         self.own_functions = not any(map(is_compiled, self.modules))
         attends = any(isinstance(module, nn.MultiheadAttention) for module in self.modules)
@@ -189,20 +192,22 @@ class Loan:
             # each layer reads the count, and a loaded state may have it on a device that one waits for
             fresh = {**averages, "seen": averages["seen"].cpu() + 1}
         x = x.clone() if self.traces.batch else x
-        lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x)
+        of_batch = self.own_functions and isinstance(statistics, BatchStatistics)
+        quick = of_batch and x.is_cpu and x.numel() >= groups * MANY  # as each batch would alone
+        # each call of torch pays for a mode, together a fiftieth of a ResNet-50's inference
+        by_layers = quick and all(map(as_torch, self.batch_norms))
+        lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x, by_layers)
         with self.lock, self.traces.hidden(self.named_modules), lent:
             worth_it = lean and self.own_functions and x.numel() >= MANY
             keeping = Lean() if worth_it else nullcontext()
-            of_batch = self.own_functions and isinstance(statistics, BatchStatistics)
-            large = x.is_cpu and x.numel() >= groups * MANY  # as each batch would alone
-            quick = Quick() if of_batch and large else nullcontext()
+            by_calls = Quick() if quick and not by_layers else nullcontext()
             shorter = activations is not None and self.own_functions and torch.is_grad_enabled()
             short = kept_as(activations, self.parameters) if shorter else nullcontext()  # pyright: ignore[reportArgumentType]
             apart = InGroups(groups) if groups > 1 else nullcontext()
             others = () if isinstance(statistics, SourceStatistics) else self.lent_statistics
             watched = self.traces.watched_once(self.named_modules, x, others)
             tapped = tap() if tap is not None else nullcontext()
-            with quick, short, apart, tapped, keeping, watched, self._heard(), learnable():
+            with by_calls, short, apart, tapped, keeping, watched, self._heard(), learnable():
                 return self.model(x), fresh
 
     def _heard(self) -> Any:
@@ -239,6 +244,7 @@ class Loan:
         learn: bool,
         ranks: Ranks,
         x: Tensor,
+        by_layers: bool,
     ) -> Iterator[None]:
         swapped: list[tuple[dict[str, Any], str, Any]] = []
         hooks: list[Any] = []
@@ -288,6 +294,9 @@ class Loan:
                         put(layer.module.__dict__, "forward", normalise.in_place_of(layer.module))
                     else:
                         hooks.append(on_input(layer.module, normalise))
+            for module in self.batch_norms if by_layers else ():
+                if module._buffers.get("running_mean") is None:
+                    put(vars(module), "forward", partial(forward_of_batch, module))
             yield
         finally:
             for hook in hooks:

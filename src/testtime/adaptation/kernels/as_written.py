@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from testtime.adaptation.kernels.calls import transformed
 from testtime.adaptation.kernels.holders import held_by_nobody, holders
-from testtime.adaptation.kernels.moments import Blend, normalise_blended, transformed, wide
+from testtime.adaptation.kernels.moments import Blend, normalise_blended, wide
 from testtime.adaptation.parts.statistics import Moments
 
 CACHED = 1 << 18

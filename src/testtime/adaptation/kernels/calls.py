@@ -9,6 +9,9 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.overrides import TorchFunctionMode
 
 Call = Callable[..., Any]
@@ -95,3 +98,11 @@ class _Mode(TorchFunctionMode):
             if func in watcher.functions:
                 return watcher.see(func, partial(self._through, place, func), args, kwargs)
         return func(*args, **kwargs)
+
+
+def transformed(*given: Tensor | None) -> bool:
+    """Whether torch differentiates forwards or transforms a function, as none of these kernels can be."""
+    if torch.compiler.is_compiling():
+        return False
+    dual = any(unpack_dual(each).tangent is not None for each in given if each is not None)
+    return dual or torch._C._are_functorch_transforms_active()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from testtime.adaptation.kernels.batch_statistics import norm_of_batch
 from testtime.adaptation.kernels.bits import bit_relu
 from testtime.adaptation.kernels.calls import Call, Watching
 from testtime.adaptation.kernels.holders import held_by_nobody
@@ -165,7 +166,7 @@ def _lengthen(kept: Tensor | Shape) -> Tensor:
     return kept.long() if kept.dtype == torch.int32 else kept
 
 
-NORMALISATIONS = F.batch_norm, F.layer_norm, F.group_norm
+NORMALISATIONS = norm_of_batch, F.batch_norm, F.layer_norm, F.group_norm
 ACTIVATIONS = F.silu, F.gelu, F.hardswish, F.mish, F.relu6, F.hardtanh, F.leaky_relu
 """Of which torch keeps the input; or, in its place, a result that masks a gradient alike."""
 PRODUCTS = torch.mul, Tensor.mul

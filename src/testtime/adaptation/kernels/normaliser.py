@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from testtime.adaptation.kernels.as_written import normalise_as_written
+from testtime.adaptation.kernels.calls import transformed
 from testtime.adaptation.kernels.moments import (
     moments,
     normalise,
     normalise_blended,
-    transformed,
 )
 from testtime.adaptation.parts.statistics import (
     AdaptiveMixture,

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from testtime.adaptation.kernels.batch_statistics import norm_of_batch, of_batch_again
 from testtime.adaptation.kernels.calls import Call
 from testtime.adaptation.kernels.layout import Shape
-from testtime.adaptation.kernels.moments import of_batch_again
 
 Way = Callable[[], Tensor]
 """Makes a tensor again."""
@@ -51,7 +51,7 @@ class Remade:
     def normalised(self, made: Tensor, func: Call, *more: Any, **named: Any) -> None:
         """Notes what a normalisation gave, of its input and these arguments."""
         if type(made.grad_fn).__name__ in KEEP_THEIR_INPUT:
-            again = _batch_norm if func is F.batch_norm else _norm
+            again = _AGAIN.get(func, _norm)
             self.note(made, partial(again, made.grad_fn, func, *more, **named))
 
     def activated(self, func: Call, go_on: Call, x: Tensor, *more: Any, **named: Any) -> Tensor:
@@ -106,10 +106,19 @@ def _batch_norm(
     )
 
 
+def _norm_of_batch(
+    node: Any, func: Call, weight: Tensor | None, bias: Tensor | None, eps: float, *more: Any
+) -> Tensor:
+    if not hasattr(node, "_saved_input"):
+        return of_batch_again(node, bias)
+    return F.batch_norm(node._saved_input, None, None, weight, bias, True, 0.0, eps)
+
+
 def _norm(node: Any, func: Call, *more: Any, **named: Any) -> Tensor:
     return func(node._saved_input, *more, **named)
 
 
+_AGAIN = {F.batch_norm: _batch_norm, norm_of_batch: _norm_of_batch}
 KEEP_THEIR_INPUT = (
     "_OfBatchBackward", "NativeBatchNormBackward0", "CudnnBatchNormBackward0",
     "NativeLayerNormBackward0", "NativeGroupNormBackward0",
