@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import testtime as tt
 from models import batches, tiny, tiny_vit
 from testtime.adaptation import shortcuts
-from testtime.adaptation.kernels.replay import Recorded, Replayed
+from testtime.adaptation.kernels.replay import Recorded, Replayed, dear_layers
 from testtime.adaptation.methods.deyo import deyo
 from testtime.adaptation.methods.eta import eta
 from testtime.adaptation.methods.sar import sar
@@ -63,12 +63,12 @@ def test_steps_are_those_of_one_graph(name, kind, taken, monkeypatch):
     assert all(taken) != (name == "everything")  # what learns is computed
 
 
-def both(model, second=None, *, least=1):
+def both(model, second=None, *, least=1, layers=()):
     """What a model gives for the chosen: alone, and with the help of a forward of all."""
     torch.manual_seed(0)
     model.requires_grad_(False)
     x = torch.randn(6, 4, 8, 8, dtype=torch.float64)
-    with torch.no_grad(), Recorded(6, dear=1, least=least) as recorded:
+    with torch.no_grad(), Recorded(6, layers, dear=1, least=least) as recorded:
         model(x)
     x = x[CHOSEN].requires_grad_()
     with Replayed(recorded, CHOSEN) as replayed:
@@ -109,6 +109,51 @@ def linear(self, x):
 def test_convolutions_and_linear_layers_are_taken():
     assert both(Calls(conv, linear, conv)) == 3
     assert both(Calls(conv, linear, conv), least=1000) == 0
+
+
+class Layers(nn.Module):
+    """Torch's own layers, one of them twice."""
+
+    def __init__(self, first=None):
+        super().__init__()
+        self.first = first or nn.Conv2d(4, 4, 3, 1, 1)
+        self.then, self.last = nn.Linear(8, 8, bias=False), nn.Conv2d(4, 2, 3, groups=2, stride=2)
+        self.double()
+
+    def forward(self, x):
+        return self.last(self.first(input=self.then(self.first(x).relu())))
+
+
+def test_layers_are_asked_in_place_of_all_calls():
+    model, seen = Layers(), []
+    layers = dear_layers(model)
+    assert layers == [model.first, model.then, model.last]
+    model.first.register_forward_hook(lambda *_: seen.append(len(layers[0].__dict__)))
+    assert both(model, layers=layers) == both(model) == 4
+    assert "forward" not in vars(model.first)
+    model.then.register_forward_hook(lambda _, __, y: 2 * y)  # after what is kept
+    assert both(model, layers=layers) == 4
+    model.last.forward = lambda x: 3 * nn.Conv2d.forward(model.last, x)
+    assert both(model, layers=layers) == 3  # since another has come, it is computed
+    assert seen
+
+
+class Own(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight / 2, padding=1)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Own(4, 4, 3),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
+        Calls(conv),
+    ],
+)
+def test_all_calls_are_watched_where_others_multiply_too(other):
+    assert dear_layers(Layers(other)) == []
 
 
 def test_an_output_that_was_written_to_is_computed():

@@ -286,9 +286,9 @@ class Engine:
         sooner = self.shortcuts.sooner(evidence) if hasty and not few else None
         twice = sooner is not None and sooner.twice
         if twice:
-            evidence.recorded = Recorded(len(x), wide=math.inf)
+            evidence.recorded = Recorded(len(x), self.loan.dear_layers, wide=math.inf)
         elif few and (teaching or 0) >= SOME:
-            evidence.recorded = Recorded(len(x))
+            evidence.recorded = Recorded(len(x), self.loan.dear_layers)
         graph = not few and not twice
         with sooner or nullcontext(), torch.set_grad_enabled(graph):
             _ = evidence.logits

@@ -250,7 +250,8 @@ def answers_without_graph(evidence: Evidence) -> bool | None:
     told: list[Tensor] = []
     for graph in (False, True):
         twin = Evidence(engine, state, engine.leaves(state), x, learn=evidence.learn)
-        twin.recorded = None if graph else Recorded(len(x), wide=math.inf)
+        if not graph:
+            twin.recorded = Recorded(len(x), engine.loan.dear_layers, wide=math.inf)
         with torch.set_grad_enabled(graph):
             told.append(twin.logits.detach())
         engine.forwards -= len(x)  # no part of the step

@@ -18,6 +18,7 @@ from testtime.adaptation.kernels.as_written import as_torch, infer_as_written
 from testtime.adaptation.kernels.batch_statistics import InGroups, Quick, forward_of_batch
 from testtime.adaptation.kernels.lean import Lean, kept_as
 from testtime.adaptation.kernels.normaliser import Normaliser
+from testtime.adaptation.kernels.replay import dear_layers
 from testtime.adaptation.layers import NormLayer, bound, hooked, on_input
 from testtime.adaptation.modes import learnable
 from testtime.adaptation.parts.statistics import (
@@ -131,6 +132,7 @@ class Loan:
         self.named_modules = dict(model.named_modules())
         self.modules = list(self.named_modules.values())
         self.traces = traces_of(model)
+        self.dear_layers = dear_layers(model)
         self.places, self.canonical = places(model)
         self.batch_norms = [
             m for m in self.modules if isinstance(m, nn.modules.batchnorm._BatchNorm)

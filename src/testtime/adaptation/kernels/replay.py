@@ -8,11 +8,12 @@ lies between.
 Kept is what is dear: outputs that took many multiplications for each value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from testtime.adaptation.kernels.calls import Call, Watching
@@ -66,6 +67,8 @@ class Recorded(Watching):
 
     Args:
         samples: of the batch.
+        layers: who makes these calls, as `dear_layers` finds them, so that only they are watched; none:
+            all calls of torch are, for which each pays.
         wide: values of an output for each of an input, up to which it is kept.
 
     Example:
@@ -81,20 +84,66 @@ class Recorded(Watching):
     """
 
     def __init__(
-        self, samples: int, *, wide: float = WIDE, dear: int = DEAR, least: int = LEAST
-    ) -> None:
-        self.functions = _READ.keys()
+        self, samples: int, layers: Sequence[Any] = (), *,
+        wide: float = WIDE, dear: int = DEAR, least: int = LEAST,
+    ) -> None:  # fmt: skip
+        self.functions, self.layers = _READ.keys(), layers
         self.samples, self.wide, self.dear, self.least = samples, wide, dear, least
         self.kept: list[Kept] = []
 
     def see(self, func: Call, go_on: Call, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """The call, whose output is kept."""
         result: Tensor = go_on(*args, **kwargs)
+        self._keep(func, args, kwargs, result)
+        return result
+
+    def __enter__(self) -> Any:
+        self._lent = [layer for layer in self.layers if _is_dear(layer)]
+        for layer in self._lent:  # no hook, since others of the layer may change what it gives
+            vars(layer)["forward"] = partial(self._run, layer)
+        return self if self.layers else super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for layer in self._lent:
+            del vars(layer)["forward"]
+        if not self.layers:
+            super().__exit__(*error)
+
+    def _run(self, layer: Any, input: Tensor) -> Tensor:  # noqa: A002  (as torch calls it)
+        forward = type(layer).forward
+        result: Tensor = forward(layer, input)
+        more = [] if isinstance(layer, nn.Linear) else [getattr(layer, name) for name in _SIDES]
+        self._keep(_LAYERS[forward], (input, layer.weight, layer.bias, *more), {}, result)
+        return result
+
+    def _keep(self, func: Call, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
         call = _call(func, args, kwargs, self)
         if call is not None and len(call.x) == len(result) == self.samples:
             sample = call.x.shape[1:]
             self.kept.append(Kept(func, call.weight, sample, result.detach(), result._version))
-        return result
+
+
+def dear_layers(model: nn.Module) -> list[Any]:
+    """The layers that make all dear calls of a model; none where others may make some too.
+
+    That is so where each matrix that it holds is the weight of torch's own convolution or linear layer.
+
+    Example:
+        >>> dear_layers(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))
+        [Linear(in_features=2, out_features=3, bias=True)]
+        >>> dear_layers(nn.MultiheadAttention(4, 2))
+        []
+    """
+    found = [module for module in model.modules() if _is_dear(module)]
+    theirs = {id(layer.weight) for layer in found}
+    others = any(p.dim() > 1 and id(p) not in theirs for p in model.parameters())
+    return [] if others else found
+
+
+def _is_dear(module: Any) -> bool:
+    own = "forward" not in vars(module) and type(module).forward in _LAYERS
+    pads = getattr(module, "padding_mode", "zeros") != "zeros"  # before torch is called
+    return own and not pads and isinstance(module._parameters.get("weight"), Tensor)
 
 
 class Replayed(Watching):
@@ -190,6 +239,11 @@ def _conv(
     return input, weight, bias, back
 
 
+_SIDES = "stride", "padding", "dilation", "groups"
+_LAYERS: dict[Any, Call] = {
+    nn.Linear.forward: F.linear, nn.Conv1d.forward: F.conv1d, nn.Conv2d.forward: F.conv2d,
+    nn.Conv3d.forward: F.conv3d,
+}  # fmt: skip
 _READ: dict[Any, Callable[..., Any]] = {
     F.linear: _linear, **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv)
 }  # fmt: skip
