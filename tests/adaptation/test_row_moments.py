@@ -12,7 +12,14 @@ from torch.nn import functional as F
 
 import testtime as tt
 from testtime.adaptation.kernels import batch_statistics
-from testtime.adaptation.kernels.batch_statistics import FAR, LONG, InGroups, Quick, of_batch
+from testtime.adaptation.kernels.batch_statistics import (
+    FAR,
+    LONG,
+    InGroups,
+    Quick,
+    of_batch,
+    row_sums,
+)
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import MANY, Loan
 from testtime.adaptation.parts.statistics import BatchStatistics
@@ -54,6 +61,17 @@ def test_of_any_size_and_place(values, scale, offset):
     found = of_batch(x, least=1)
     torch.testing.assert_close(found.mean.double() / scale, mean / scale, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(found.var.double() / scale**2, var / scale**2, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 196, 784, 1031, 12544])
+@pytest.mark.parametrize("layout", [lambda x: x, lambda x: x.mT.contiguous().mT, Tensor.double])
+def test_sums_of_rows_of_any_length(length, layout):
+    x = layout(draw(5, 3, length))
+    for found, right in zip(
+        row_sums(x), (x.double().sum(2), x.double().square().sum(2)), strict=True
+    ):
+        assert found.dtype == x.dtype
+        torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5 * length**0.5)
 
 
 @pytest.mark.parametrize("samples", [1, 15, 17, 31, 64, 160])

@@ -12,6 +12,7 @@ from torch import Tensor
 from testtime._core.arrays import at_least_single
 from testtime._core.errors import NeedsSource
 from testtime._core.options import in_range, whole
+from testtime.adaptation.kernels.batch_statistics import row_sums
 from testtime.adaptation.layers import NormLayer, hooked, norm_layers, on_input
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.statistics import SourceStatistics
@@ -44,8 +45,7 @@ def summaries(layer: NormLayer, x: Tensor) -> Tensor:
     if x.dim() > 2 and x.shape[1] != width and x.shape[-1] == width:
         x = x.movedim(-1, 1)
     x = x.flatten(2) if x.dim() > 2 else x[..., None]
-    energy = torch.linalg.vector_norm(x, dim=2).square() / x.shape[2]
-    return torch.cat([x.mean(2), energy], 1)
+    return torch.cat(row_sums(x), 1).div_(x.shape[2])
 
 
 @contextmanager

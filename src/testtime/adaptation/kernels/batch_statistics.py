@@ -68,6 +68,25 @@ def of_batch(x: Tensor, *, least: int = MANY) -> Moments:
     return found
 
 
+def row_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of values and of their squares over the last dimension; in one reading as in `of_batch`.
+
+    Args:
+        x: (B, rows, n).
+
+    Example:
+        >>> row_sums(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+        (tensor([[3., 7.]]), tensor([[ 5., 25.]]))
+    """
+    piece = _part(x.shape[2], LONG, SHORT) if _is_single(x) else 0
+    if not piece:
+        return x.sum(2), torch.linalg.vector_norm(x, dim=2).square()
+    sums = torch.stack(both_sums(x.view(1, -1, piece)))
+    if piece < x.shape[2]:
+        sums = sums.view(-1, x.shape[2] // piece).sum(1)
+    return sums.view(2, *x.shape[:2]).unbind()
+
+
 def both_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of values and of their squares over the first and the last dimension, in one reading.
 
@@ -90,10 +109,16 @@ def both_sums(x: Tensor) -> tuple[Tensor, Tensor]:
 def _in_rows(x: Tensor, least: int) -> bool:
     """Whether `of_batch` adds row by row."""
     many = x.dim() > 2 and x.numel() >= least and x.numel() > x.shape[1]
-    lie = many and x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()
-    # what is added up depends on the values, which no graph of an export can hold
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return lie and not traced and _part(x.shape[2:].numel(), LONG, SHORT) > 0
+    return many and _is_single(x) and _part(x.shape[2:].numel(), LONG, SHORT) > 0
+
+
+def _is_single(x: Tensor) -> bool:
+    """Whether x is what the kernel of `both_sums` takes, in no graph of an export.
+
+    What is added up depends on the values, which such a graph cannot hold.
+    """
+    lies = x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()
+    return lies and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 @cache
