@@ -24,6 +24,7 @@ import torch
 import evidence
 import held_out
 import many_classes
+import other_networks
 import testtime as tt
 from between import write_json
 from guard_streams import CLASSES, METHODS, OPTIONS, STREAMS, sent, source_of, streams_of
@@ -214,7 +215,7 @@ def page(found: Sequence[dict[str, Any]], pair: Sequence[dict[str, Any]]) -> str
     old = sum("guarded" in row and row.get("rule", 1) != RULE for row in found)
     if old:
         total += f" Of these, {old} were measured before the last change of the rule (`--again`)."
-    more = many_classes.section(), held_out.section()
+    more = many_classes.section(), held_out.section(), other_networks.section()
     return "\n\n".join([top.strip(), total, *parts, *more]) + "\n"
 
 
