@@ -24,6 +24,7 @@ import torch
 import evidence
 import held_out
 import many_classes
+import other_networks
 import testtime as tt
 from between import write_json
 from guard_streams import CLASSES, METHODS, OPTIONS, STREAMS, sent, source_of, streams_of
@@ -45,7 +46,7 @@ DOUBTED = (*HELPED, *HARMED, "open-set", *CLASSES)
 DOUBTED_METHODS = ("bn-adapt", "tent", "tent 10x", "deyo")
 """Streams and methods whose windows are looked at for other evidence."""
 SIGNS = ("more even", "kept", "agree", "second choice", "surer", "tells more")
-RULE = 8
+RULE = 9
 """Of the guard; raised by one when what it decides changes, so that its errors are measured again."""
 
 
@@ -83,7 +84,9 @@ each of them open; a model that knows what it sees is even and sure.
   half of them, 0.1 more than of the source's: so it may mend a source that gives nearly all samples one answer
   (as even as a third; of many classes, few of them: a tenth). Of any other it must keep 0.3 of what the answers tell.
   It must be as sure as the source, or each of its answers tell a bit more: of two classes such a source may well
-  be right, since statistics of the batch split the one that comes, and are sure of both halves.
+  be right, since statistics of the batch split the one that comes, and are sure of both halves. What mends such
+  a source and keeps enough of it begins to be trusted, by any rule below, where it is at least half as even as even
+  draws are.
 - Else answers that no longer tell 0.3 of what the source's tell are harm.
 - Where labels come in an order, the adapted answers lead if they follow it more closely, by how often neighbours
   are equal and by what each tells of the next: in the last 1,024 samples, and in the last 256 not a standard error
@@ -124,7 +127,9 @@ samples, but some things were changed with it in sight: that trust takes a stand
 in no order; that the last 256 samples count where they come in one; that answers which are a little more even need
 not be explained more, and nearly even ones are enough where something is kept; and what the last batch alone may
 say. That an answer must tell a bit more, and that only of a source of one answer nothing need be kept, was found on
-[tables of features](#tables-of-features), where statistics of the batch spread the one class that came. All the
+[tables of features](#tables-of-features), where statistics of the batch spread the one class that came; that
+trust in who mends such a source begins at half of evenness, on [networks of other kinds](#networks-of-other-kinds),
+where they did so too. All the
 rest is two data sets and small networks; other thresholds may suit others. Where it errs:
 
 - evidence takes samples. On a few hundred of them, small gains and those of single samples are lost: three
@@ -214,7 +219,7 @@ def page(found: Sequence[dict[str, Any]], pair: Sequence[dict[str, Any]]) -> str
     old = sum("guarded" in row and row.get("rule", 1) != RULE for row in found)
     if old:
         total += f" Of these, {old} were measured before the last change of the rule (`--again`)."
-    more = many_classes.section(), held_out.section()
+    more = many_classes.section(), held_out.section(), other_networks.section()
     return "\n\n".join([top.strip(), total, *parts, *more]) + "\n"
 
 

@@ -171,6 +171,18 @@ def test_who_keeps_nothing_mends_a_source_of_one_answer_alone():
         assert told(many, crowded)[-1] is word
 
 
+def test_who_begins_to_mend_a_source_of_one_answer_is_at_least_half_as_even_as_can_be():
+    one = torch.where(drawn(512) == 0, 3, 0)
+    splits = torch.where((one == 0) & (drawn(512, 3) < 2), 1, one)  # as statistics of a batch do
+    mends = torch.where((one == 0) & (drawn(512, 3) < 6), drawn(512, 5), one)
+    assert set(said(splits, one)) == {None}
+    assert trusts(said(mends, one)[1:])
+    pairs = torch.where(drawn(512) < 5, 3, 0)  # no more than one answer often enough to doubt
+    four = torch.where(drawn(512, 3) < 3, 1 + pairs, pairs)
+    words = said(torch.cat([four, splits]), torch.cat([pairs, one]))
+    assert trusts(words[1:])  # who was trusted before the source gave one answer goes on
+
+
 def test_answers_that_are_more_even_and_less_sure_must_be_told_more_of():
     labels = drawn(512)
     crowded = torch.where(labels % 2 == 0, 0, 5)

@@ -25,6 +25,9 @@ enough is."""
 ONE, TENTH = 1 / 3, 0.1
 """How even a source's answers are at most that gives nearly all samples one, and for what share of many
 classes they stand: there is nothing to keep."""
+HALF = 0.5
+"""How even must be at least who begins to be trusted beside such a source: a stream of one class, which
+statistics of a batch spread, is less so."""
 BIT = math.log(2)
 """More than the source's must an answer tell that leaves more open: to split one answer in two is no
 news, and statistics of a batch do that to a single class."""
@@ -59,7 +62,8 @@ class NeverWorse:
                 trusted if lead >= 1, and >= -1 of the last 2 `recent` samples alone
         else dropped if u_a - u_s < -0.1
              trusted if lead >= 1 and u_a - u_s > 0.75 ( 0.8 - even_s / even_a ), or if lead >= 1 and
-                it is as sure as the source, or if it knows and even_a >= 0.87; then while lead >= 0
+                it is as sure as the source, where not few or even_a >= 0.5; or if it knows and
+                even_a >= 0.87; then while lead >= 0
         else nobody knows yet: the source answers, the adapter goes on learning
         nor where the last block alone says otherwise, by u_a - u_s of 0.1 or more, and for the
                 adapted model by u_a >= 0.5 as well
@@ -68,7 +72,9 @@ class NeverWorse:
     answers leave open on the whole. Statistics of a batch of few classes spread its answers over all,
     and leave each open; a model that knows what it sees is even and sure, and more so than a source
     that gives nearly all samples one answer. Of two classes, one of which comes, such a source may well
-    be right, and the split is sure as well: hence the bit. An adapted model is worth nothing once its
+    be right, and the split is sure as well: hence the bit. Such a source is stuck, or one class comes:
+    who mends the one spreads its answers over more than half of evenness, who splits the other over
+    less, and nobody knows. An adapted model is worth nothing once its
     answers have nothing to do with the source's (`kept`): single samples on batch statistics, garbage,
     collapse; a source that gives nearly all samples one answer leaves nothing to keep.
     Where labels come in an order, so do a good model's answers, and the better follows it more
@@ -199,6 +205,7 @@ class NeverWorse:
             return bad
         wider = 1 - even_s / max(even_a, 1e-9)
         begins = spread >= 1 and (as_sure or more > CLAIMED * (wider - FREE))
+        begins = begins and (even_a >= HALF or not few)
         lasts = spread >= 0 and self._worse is False
         return good if begins or lasts or (knows and even_a >= NEARLY) else None
 
