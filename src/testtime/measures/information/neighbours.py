@@ -58,7 +58,7 @@ def ksg(x: Tensor, y: Tensor, *, k: int = 3, variant: Literal[1, 2] = 1) -> Esti
     no density, and no answer. With fewer samples than coordinates the value says little.
 
     The standard error counts that samples share neighbours. Of six laws, 200 to 5000 pairs of one or two
-    coordinates and k = 1 to 10 it was 0.83 to 1.13 of the spread of values over draws; of 200 independent
+    coordinates and k = 1 to 10 it was 0.83 to 1.22 of the spread of values over draws; of 200 independent
     pairs of five coordinates up to 1.34.
 
     Args:
