@@ -34,8 +34,11 @@ def test_the_definitions(xy, k, variant):
     found = ksg(x, y, k=k, variant=variant)
     assert found.value == pytest.approx(reference.ksg(x.numpy(), y.numpy(), k, variant), abs=1e-9)
     assert found.standard_error >= 0  # 0 where all samples tell the same
-    entropy = kozachenko_leonenko(x, k=k).value
-    assert entropy == pytest.approx(reference.entropy(x.numpy(), k), abs=1e-9)
+    error = reference.ksg_error(x.numpy(), y.numpy(), k, variant)
+    assert found.standard_error == pytest.approx(error, abs=1e-6)
+    entropy = kozachenko_leonenko(x, k=k)
+    assert entropy.value == pytest.approx(reference.entropy(x.numpy(), k), abs=1e-9)
+    assert entropy.standard_error == pytest.approx(reference.entropy_error(x.numpy(), k), abs=1e-6)
 
 
 @settings(max_examples=30)

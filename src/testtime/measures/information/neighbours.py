@@ -9,6 +9,19 @@
 V_d is the volume of the unit ball. Distances within x and within y are Euclidean, so that rotations
 change nothing; that of a pair is the larger of the two. nx_i counts the samples whose x is closer
 than e_i; mx_i those whose x is not farther than the farthest x of the k neighbours.
+
+Samples share neighbours, so the terms t_i of such a mean depend on each other. The standard error is that
+of the terms with what sample i does to those of others, the infinitesimal jackknife:
+
+    entropy       u_i = t_i - N_i / k
+    information   u_i = t_i + N_i s_k - sum_j [ 1{i within nx_j} / (nx_j + 1) + the same in y ]
+    error^2       = max( var t, var u - twice ) / n
+    twice         = 1.6 d / ((d + 1.7) k)  min(1, var t / psi'(k))  (1 - (k / n)^(1 / d))
+
+N_i counts the samples that i is a neighbour of: each one's ln volume would be 1 / k larger without it.
+s_k = 1 / k, for the box 1 / k + 1 / (k (k + 1)). `twice` is what a jackknife counts more than once: the first
+factor, in a flat density of d coordinates, was fitted to integrals and simulations of d = 1 to 10 and k = 1 to
+10; the second is less where terms vary less; the third is less where neighbours are not near.
 """
 
 import math
@@ -25,12 +38,14 @@ from testtime.measures.information.estimate import (
     Estimate,
     checked,
     constant,
-    mean_estimate,
     paired,
 )
 
 ENTRIES = 2**22
 """Distances that are held at one time, for each of the two variables."""
+
+EXACT = 2.0**30
+"""Shares are multiples of its inverse: their sums are exact, in whatever order."""
 
 
 def ksg(x: Tensor, y: Tensor, *, k: int = 3, variant: Literal[1, 2] = 1) -> Estimate:
@@ -42,8 +57,9 @@ def ksg(x: Tensor, y: Tensor, *, k: int = 3, variant: Literal[1, 2] = 1) -> Esti
     bounded memory. A few repeated pairs only add bias; with more than k copies of one pair there is
     no density, and no answer. With fewer samples than coordinates the value says little.
 
-    The standard error counts samples as independent. Those that share neighbours are not: over draws of
-    300 Gaussian pairs values spread 1.2 to 1.5 times as far with k = 3, up to 1.8 times with k = 10.
+    The standard error counts that samples share neighbours. Of six laws, 200 to 5000 pairs of one or two
+    coordinates and k = 1 to 10 it was 0.83 to 1.22 of the spread of values over draws; of 200 independent
+    pairs of five coordinates up to 1.34.
 
     Args:
         x: (n, dx) or (n,), in units like those of y; `normal_scores` of both where tails are heavy.
@@ -72,6 +88,7 @@ def ksg(x: Tensor, y: Tensor, *, k: int = 3, variant: Literal[1, 2] = 1) -> Esti
     scale = magnitude(torch.maximum(x.abs().amax(), y.abs().amax()))
     x, y = x / scale, y / scale
     terms: list[Tensor] = []
+    chosen, counted = x.new_zeros(2, len(x))
     for rows in _chunks(x):
         dx, dy = _distances(x, rows), _distances(y, rows)
         joint = torch.maximum(dx, dy)
@@ -79,13 +96,18 @@ def ksg(x: Tensor, y: Tensor, *, k: int = 3, variant: Literal[1, 2] = 1) -> Esti
         if not near.values[:, -1].all():
             raise _ties("(x, y)", k)
         if variant == 1:
-            radius = near.values[:, -1:]
-            counts = [(d < radius).sum(1) + 1 for d in (dx, dy)]
+            within = [d < near.values[:, -1:] for d in (dx, dy)]
         else:
-            counts = [(d <= d.gather(1, near.indices).amax(1, True)).sum(1) for d in (dx, dy)]
-        terms.append(-torch.stack(counts).double().digamma().sum(0))
+            within = [d <= d.gather(1, near.indices).amax(1, True) for d in (dx, dy)]
+        counts = torch.stack([each.sum(1) for each in within]).double() + (variant == 1)
+        terms.append(-counts.digamma().sum(0))
+        chosen += near.indices.flatten().bincount(minlength=len(x))
+        for each, count in zip(within, counts, strict=True):
+            counted += each.double().T @ ((EXACT / count).round() / EXACT)
     offset = _digamma(len(x)) + _digamma(k) - (1 / k if variant == 2 else 0)
-    return mean_estimate(torch.cat(terms) + offset)
+    less = 1 / k + (1 / (k * (k + 1)) if variant == 2 else 0)
+    dims = _varying(x) + _varying(y)
+    return _estimate(torch.cat(terms) + offset, less * chosen - counted, k, dims)
 
 
 def kozachenko_leonenko(x: Tensor, *, k: int = 3) -> Estimate:
@@ -93,8 +115,8 @@ def kozachenko_leonenko(x: Tensor, *, k: int = 3) -> Estimate:
 
     With fewer samples than coordinates the value says little. A constant coordinate is no error by
     itself, but x then has no density and the value depends on the number of samples; so it does where
-    coordinates are functions of others, as copies are. The standard error counts samples as independent:
-    over draws of 300 Gaussian ones values spread 1.1 to 1.35 times as far.
+    coordinates are functions of others, as copies are. The standard error counts that samples share
+    neighbours: of four laws of one to five coordinates it was 0.89 to 1.10 of the spread of values over draws.
 
     Args:
         x: (n, d) or (n,).
@@ -116,14 +138,29 @@ def kozachenko_leonenko(x: Tensor, *, k: int = 3) -> Estimate:
     x = checked(x, "x", least=k + 1)
     scale = magnitude(x.abs().amax())
     x = x / scale
-    radius = torch.cat(
-        [_distances(x, rows).topk(k, largest=False).values[:, -1] for rows in _chunks(x)]
-    )
+    near = [_distances(x, rows).topk(k, largest=False) for rows in _chunks(x)]
+    radius = torch.cat([each.values[:, -1] for each in near])
     if not radius.all():
         raise _ties("x", k)
+    chosen = torch.cat([each.indices for each in near]).flatten().bincount(minlength=len(x))
     d = x.shape[1]
     log_ball = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1) + d * math.log(float(scale))
-    return mean_estimate(d * radius.log() + _digamma(len(x)) - _digamma(k) + log_ball)
+    terms = d * radius.log() + _digamma(len(x)) - _digamma(k) + log_ball
+    return _estimate(terms, -chosen / k, k, _varying(x))
+
+
+def _estimate(terms: Tensor, others: Tensor, k: int, dims: int) -> Estimate:
+    """Their mean; `others` is what each sample does to the terms of others."""
+    n, own = len(terms), float(terms.var())
+    noise = math.pi**2 / 6 - sum(1 / j**2 for j in range(1, k))  # psi'(k)
+    twice = 1.6 * dims / ((dims + 1.7) * k) * min(1.0, own / noise) * (1 - (k / n) ** (1 / dims))
+    square = max(own, float((terms + others).var()) - twice)
+    return Estimate(float(terms.mean()), math.sqrt(square / n))
+
+
+def _varying(x: Tensor) -> int:
+    """How many coordinates are no constants."""
+    return int((x != x[0]).any(0).sum())
 
 
 def _chunks(x: Tensor) -> Iterator[Tensor]:
