@@ -1,5 +1,7 @@
 """Two processes with half a batch each adapt as one process does with the whole."""
 
+import gc
+import weakref
 from datetime import timedelta
 
 import pytest
@@ -9,7 +11,7 @@ import torch.multiprocessing as mp
 
 import testtime as tt
 from models import Experts, batches, tiny, tiny_vit
-from testtime._core.errors import InputError, OptionError
+from testtime._core.errors import InputError, OptionError, StateError
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.parts.views import plain
 
@@ -163,6 +165,21 @@ def test_two_ranks_are_one(tmp_path):
                 own = adapter(x[:10] if rank == 0 else x[10:])
                 torch.testing.assert_close(half[name, "apart"][0][step], own)
     assert all("one process" in half["asked"] for half in halves)
+
+
+def test_an_adapter_outlives_its_group_and_keeps_none_of_its_threads(tmp_path):
+    place = f"file://{tmp_path}/alone"
+    dist.init_process_group("gloo", init_method=place, rank=0, world_size=1)
+    held = weakref.ref(dist.group.WORLD)
+    try:
+        adapter, x = tt.adapt(tiny(), "tent", process_group=dist.group.WORLD), batches(1)[0]
+        adapter(x)
+    finally:
+        dist.destroy_process_group()
+    gc.collect()
+    assert held() is None
+    with pytest.raises(StateError, match="destroyed"):
+        adapter(x)
 
 
 class Picky:

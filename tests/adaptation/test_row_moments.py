@@ -1,5 +1,7 @@
 """Moments that are added up row by row, against sums in double precision and torch's own kernel."""
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -79,6 +81,16 @@ def test_of_any_number_of_samples(samples):
     x = 1 + draw(samples, 3, 8, 5)
     for found, right in zip(of_batch(x, least=1), exact(x), strict=True):
         torch.testing.assert_close(found.double(), right, rtol=1e-6, atol=1e-6)
+
+
+def test_the_default_type_at_an_import_changes_nothing():
+    code = (
+        "import torch; torch.set_default_dtype(torch.float64)\n"
+        "from testtime.adaptation.kernels.batch_statistics import of_batch\n"
+        "print(*of_batch(torch.tensor([1.0, 3.0], dtype=torch.float32).repeat(2, 1, 8), least=1))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "tensor([2.], dtype=torch.float32) tensor([1.], dtype=torch.float32)\n"
 
 
 @pytest.mark.parametrize("length", [512 * 512, 149**2, LONG + 7])

@@ -1,10 +1,13 @@
 """Sums over the ranks of a process group, so that many processes adapt as one would."""
 
+import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from testtime._core.errors import StateError
 
 
 class _Sum(torch.autograd.Function):
@@ -28,11 +31,28 @@ class Ranks:
     """The ranks that adapt together; without a process group, this process alone.
 
     Args:
-        group: a `torch.distributed` process group, or None.
+        group: a `torch.distributed` process group, or None. It is torch's to hold: whoever held it as
+            well would keep its threads alive after it was destroyed, and they abort a process that ends.
     """
 
     def __init__(self, group: Any = None) -> None:
-        self.group = group
+        torchs = group is not None and isinstance(group, dist.ProcessGroup)
+        self._group = weakref.ref(group) if torchs else lambda: group
+
+    @property
+    def group(self) -> Any:
+        """The process group, or None.
+
+        Raises:
+            StateError: it was destroyed.
+        """
+        group = self._group()
+        if group is None and isinstance(self._group, weakref.ref):
+            raise StateError(
+                "the process group of this adapter was destroyed. Save the state before, and load it "
+                "into an adapter of a new group, or of this process alone."
+            )
+        return group
 
     @property
     def alone(self) -> bool:

@@ -26,7 +26,9 @@ number, and where a channel holds a few values only it goes one way."""
 TOGETHER = 16
 """Samples whose parts are added up in single precision before all are in double."""
 UNCHANGED = [
-    (torch.zeros(size, 1, device="cpu"), torch.ones(size, 1, device="cpu"))
+    torch.tensor([[0.0] * size, [1.0] * size], dtype=torch.float32, device="cpu")[
+        ..., None
+    ].unbind()
     for size in range(TOGETHER + 1)
 ]
 """Means and inverse deviations of so many samples that normalise nothing."""
@@ -40,8 +42,8 @@ def of_batch(x: Tensor, *, least: int = MANY) -> Moments:
     On a CPU sums and squares of large tensors of single precision are added up in the pieces that lie
     together, by torch's vectorised kernels, and those of pieces in double. A channel so far from zero
     that its squares would hide its variance is left to torch's own kernel. Relative to the
-    variance, rounding stays below 1e-6 where values are spread, and below 3e-5 where a channel holds
-    a few values only, `FAR` deviations from zero.
+    variance, rounding stays below 1e-6 where values are spread about zero, below 1e-5 where they are
+    spread `FAR` deviations from it, and below 3e-5 where a channel holds a few values only, that far.
 
     Args:
         x: (B, C, ...).
