@@ -26,9 +26,10 @@ number, and where a channel holds a few values only it goes one way."""
 TOGETHER = 16
 """Samples whose parts are added up in single precision before all are in double."""
 UNCHANGED = [
-    torch.tensor([[0.0] * size, [1.0] * size], dtype=torch.float32, device="cpu")[
-        ..., None
-    ].unbind()
+    (
+        torch.zeros(size, 1, dtype=torch.float32, device="cpu"),
+        torch.ones(size, 1, dtype=torch.float32, device="cpu"),
+    )
     for size in range(TOGETHER + 1)
 ]
 """Means and inverse deviations of so many samples that normalise nothing."""
@@ -86,7 +87,8 @@ def row_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     sums = torch.stack(both_sums(x.view(1, -1, piece)))
     if piece < x.shape[2]:
         sums = sums.view(-1, x.shape[2] // piece).sum(1)
-    return sums.view(2, *x.shape[:2]).unbind()
+    values, squares = sums.view(2, *x.shape[:2])
+    return values, squares
 
 
 def both_sums(x: Tensor) -> tuple[Tensor, Tensor]:
