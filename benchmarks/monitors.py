@@ -90,12 +90,17 @@ def independence(x: Tensor, seed: int) -> Tensor:
 
 
 def collapse(x: Tensor, seed: int) -> Tensor:
-    """Even answers of ten classes, which differ from the source's as often as the limit allows."""
+    """Even answers of ten classes, which differ from the source's as often as the limit allows.
+
+    In every other stream one class crowds, and is as much more frequent as its limit allows.
+    """
     test, chance = Collapse(classes=10, alpha=ALPHA), generator(seed, "answers")
     source = torch.randint(10, x.shape, generator=chance)
     apart = torch.randint(1, 10, x.shape, generator=chance)
     differs = torch.special.ndtr(x) < test.disagreement
     adapted = (source + apart * differs) % 10
+    crowds = torch.special.ndtr(x[:, 1::2]) < test.share / 0.9  # a tenth of them answers it anyway
+    adapted[:, 1::2] = source[:, 1::2].masked_fill(crowds, 3)
     sure, found = 5 * torch.eye(10), list[int]()
     for ours, theirs in zip(adapted.T, source.T, strict=True):
         _, alarm = test.step(test.init(), sure[ours], sure[theirs])

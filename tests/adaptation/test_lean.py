@@ -24,6 +24,7 @@ from testtime.adaptation.kernels.batch_statistics import norm_of_batch
 from testtime.adaptation.kernels.bits import masked, pack, unpack
 from testtime.adaptation.kernels.layout import Shape
 from testtime.adaptation.kernels.lean import Lean
+from testtime.adaptation.kernels.remade import Remade
 from testtime.adaptation.loan import is_compiled
 from testtime.adaptation.methods.tent import tent
 from testtime.adaptation.parts.optimizer import SGD
@@ -32,6 +33,7 @@ NETS = [
     "resnet18", "vgg11_bn", "squeezenet1_1", "densenet121", "googlenet", "shufflenet_v2_x0_5",
     "efficientnet_b0", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf",
 ]  # fmt: skip
+HALF = torch.bfloat16, torch.float16
 
 
 def norms_learn(model: nn.Module) -> list[nn.Parameter]:
@@ -161,6 +163,48 @@ def test_activations_under_autocast(norm, activation):
 
     x = torch.randn(3, 4, 5, 5, requires_grad=True)
     assert_same(Inside(norm, activation), x, list(norm.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("weights", "cast"),  # torch itself has no normalisation of two different short types
+    [(torch.float32, torch.float16), *((own, each) for own in HALF for each in (None, own))],
+)
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.GroupNorm(5, 5), nn.BatchNorm1d(5)], ids=str)
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu])
+def test_weights_of_one_type_under_autocast_to_another(weights, cast, norm, activation):
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = norm.to(weights), nn.Linear(6, 6).to(weights)
+            self.linear.requires_grad_(False)
+
+        def forward(self, x):
+            with torch.autocast("cpu", cast, enabled=cast is not None):
+                z = activation(self.norm(self.linear(x)))
+                return self.linear(z * torch.sigmoid(z.mean(-1, keepdim=True)))
+
+    torch.manual_seed(0)
+    model = Cast()
+    x = torch.randn(3, 5, 6, dtype=weights, requires_grad=True)
+    assert_same(model, x, list(model.norm.parameters()))
+
+
+def test_what_ran_under_autocast_is_made_again_under_it():
+    """On a GPU it casts a normalisation, so that weights of another type fit nowhere else."""
+    seen = []
+
+    def norm(x, sizes):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return F.layer_norm(x, sizes)
+
+    remade, x = Remade(), torch.randn(4, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        y = norm(x, (3,))
+        remade.normalised(y, norm, (3,))
+    with torch.no_grad():
+        assert torch.equal(remade.way(y)(), y)
+    assert seen == [(True, torch.float16)] * 2
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_products_are_kept_in_a_shorter_type_as_all_is():

@@ -160,8 +160,105 @@ def test_corrupted_images_that_change_while_a_run_goes_on_are_told(place, change
     if change is None:
         assert len(run(cells, place / "out", jobs=0, on_done=paint)) == 2
     else:
-        with pytest.raises(WorkFailed, match=r"images of corrupted.* another --out"):
+        with pytest.raises(WorkFailed, match=r"images of corrupted.* the same command again"):
             run(cells, place / "out", jobs=0, on_done=paint)
+
+
+@pytest.fixture(params=["folders", "arrays"])
+def before(request, place):
+    """Images that were corrupted beforehand, of two domains, with clean and training images."""
+    root = place / "corrupted"
+    for number in range(4):
+        for kind, colour in (("cat", (200 + number, 9, number)), ("dog", (9, 200, 70 * number))):
+            name = f"{kind}/{number}.bmp"
+            draw(root / "train" / name, colour)
+            for folder in ("fog/5", "snow/5", "clean") * (request.param == "folders"):
+                draw(root / folder / name, colour)
+    if request.param == "arrays":
+        pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+        np.save(root / "fog.npy", pixels)
+        np.save(root / "snow.npy", pixels)
+        np.save(root / "clean.npy", pixels[:8])
+        np.save(root / "labels.npy", np.arange(8) % 2)
+    (place / "net.py").write_text(NET.replace("224 // SIDE", "4"))
+    return root
+
+
+@pytest.fixture
+def send(place, before):
+    def send(*domains, methods=("bn-adapt",)):
+        """Which cells ran now, and how many were told to have changed."""
+        told, ran = [], []
+        cells = plan(
+            methods=list(methods), models=[f"file:{place}/net.py@build"], data=f"corrupted:{before}",
+            streams=[Scenario(domains=(name,), batch_size=8) for name in domains], seeds=1,
+        )  # fmt: skip
+        run(
+            cells, place / "out", jobs=0, on_changed=told.append,
+            on_done=lambda cell, _, now: ran.extend([cell.method] * now),
+        )  # fmt: skip
+        return ran, sum(told)
+
+    return send
+
+
+def invert(root, name):
+    """Other pixels of an image of a domain, of an array of the first one."""
+    if (array := root / f"{name}.npy").exists():
+        pixels = np.load(array)
+        pixels[-8] = 255 - pixels[-8]  # at severity 5, or clean
+        np.save(array, pixels)
+        return
+    folder = root / name if name in ("clean", "train") else root / name / "5"
+    draw(folder / "cat/0.bmp", (1, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["fog", "clean"])
+def test_corrupted_images_that_change_between_two_runs_are_run_again(send, before, name):
+    assert send("fog") == (["source", "bn-adapt"], 0)
+    assert send("fog") == ([], 0)
+    invert(before, name)
+    assert send("fog") == (["source", "bn-adapt"], 2)
+    assert send("fog") == ([], 0)
+
+
+def test_labels_of_corrupted_images_count_too(send, before):
+    send("fog")
+    if (labels := before / "labels.npy").exists():
+        np.save(labels, 1 - np.load(labels))
+    else:
+        (before / "fog/5/dog").rename(before / "fog/5/ape")
+        (before / "clean/dog").rename(before / "clean/ape")
+    assert send("fog") == (["source", "bn-adapt"], 2)
+
+
+def test_only_streams_that_send_changed_images_run_again(send, before, place):
+    """Until it is asked for, nobody has looked at what the other stream sends."""
+    send("fog", "snow")
+    invert(before, "fog")
+    assert send("fog") == (["source", "bn-adapt"], 2)
+    with pytest.raises(RunError, match="2 of 4 cells are missing"):
+        read_run(place / "out")
+    assert send("snow") == ([], 0)
+    assert len(read_run(place / "out")) == 4
+    assert send("fog", "snow") == ([], 0)
+
+
+def test_training_images_beside_corrupted_ones_count_for_who_sees_them(send, before):
+    assert send("fog", methods=["bn-adapt", "eata"])[0] == ["source", "bn-adapt", "eata"]
+    for path in before.rglob("*"):
+        os.utime(path)
+    assert send("fog", methods=["bn-adapt", "eata"]) == ([], 0)
+    invert(before, "train")
+    assert send("fog", methods=["bn-adapt", "eata"]) == (["eata"], 1)
+
+
+def test_rows_from_before_corrupted_images_were_hashed_still_count(send, place):
+    send("fog")
+    for row in read_run(place / "out"):
+        write_cell(place / "out", row["cell"], [row | {"data_sha256": None}])
+    assert send("fog") == ([], 0)
+    assert len(read_run(place / "out")) == 2
 
 
 def test_what_a_cell_does_not_see_may_change(place, go):

@@ -342,14 +342,14 @@ def test_a_method_s_own_score_is_used_and_closed_streams_have_none():
 
 def test_a_class_that_is_held_out_is_seen_by_nobody(monkeypatch, tmp_path):
     drawn = []
-    whole = trial._draw
+    whole = trial.draw
 
     def spy(*args, **more):
         for images, labels in whole(*args, **more):
             drawn.append(labels)
             yield images, labels
 
-    monkeypatch.setattr(trial, "_draw", spy)
+    monkeypatch.setattr(trial, "draw", spy)
     stream = Scenario(domains=("clean",), batch_size=20, samples=20, unknown=("class:9",))
     run(plan(methods=["eata"], models=["embedded:batch"], data="fashion-mnist:sample",
              streams=[stream], seeds=1), tmp_path, jobs=0)  # fmt: skip

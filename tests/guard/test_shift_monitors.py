@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections import Counter
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import testtime as tt
 from reference import monitors as reference
 from testtime._core.errors import InputError, OptionError
+from testtime.bench.models import load_model
 from testtime.guard.betting import Mixture, Starting
 from testtime.guard.collapse import Collapse
 from testtime.guard.exchangeability import Exchangeability
@@ -18,6 +21,8 @@ from testtime.guard.independence import Independence
 from testtime.guard.monitor import Monitor
 from testtime.guard.risk import Risk, upper_bound
 from testtime.guard.two_sample import TwoSample
+from testtime.streams.data import load_data, stack
+from testtime.streams.scenarios import Scenario
 
 
 def draw(seed, *shape):
@@ -295,24 +300,67 @@ def test_collapse_is_told_from_rare_classes_and_from_useful_changes():
         assert bool(alarm) == expected
 
 
-def test_collapse_bets_on_what_its_statistics_exceed_their_limits_by():
-    adapted, source = draw(0, 64, 3), draw(1, 64, 3)
+@pytest.mark.parametrize("block", [8, 32, 40])
+def test_collapse_bets_on_what_its_statistics_exceed_their_limits_by(block):
+    """On shares in each 16 samples of a block, and in what is left at its end."""
+    adapted, source = draw(0, 2 * block, 3), draw(1, 2 * block, 3)
     limits = {"share": 0.2, "narrowness": 0.05, "disagreement": 0.3}
-    test = Collapse(classes=3, block=32, bets=Mixture(fractions=(0.5,)), **limits)
+    test = Collapse(classes=3, block=block, bets=Mixture(fractions=(0.5,)), **limits)
     wealth = torch.ones(5, dtype=torch.float64)
-    for ours, theirs in zip(adapted.split(32), source.split(32), strict=True):
+    for ours, theirs in zip(adapted.split(block), source.split(block), strict=True):
         a, s = ours.argmax(1), theirs.argmax(1)
+        for u, v in zip(a.split(16), s.split(16), strict=True):
+            shares = [float(((u == c).double() - (v == c).double()).mean()) for c in range(3)]
+            payoffs = [(each - 0.2) / 1.2 for each in shares]
+            wealth[:3] *= 1 + torch.tensor(payoffs, dtype=torch.float64) / 2
         p, q = (each.softmax(1).mean(0) for each in (ours, theirs))
         narrow = float((p * p.log()).sum() - (q * q.log()).sum()) / math.log(3)
         differ = float((a != s).double().mean())
-        shares = [float(((a == c).double() - (s == c).double()).mean()) for c in range(3)]
-        payoffs = [(each - 0.2) / 1.2 for each in shares]
-        payoffs += [(narrow - 0.05) / 1.05, (differ - 0.3) / 0.3]
-        wealth *= 1 + torch.tensor(payoffs, dtype=torch.float64) / 2
+        payoffs = [(narrow - 0.05) / 1.05, (differ - 0.3) / 0.3]
+        wealth[3:] *= 1 + torch.tensor(payoffs, dtype=torch.float64) / 2
     parts = torch.stack([wealth[:3].mean(), wealth[3], wealth[4]])
     alarm = Monitor(test).update(adapted, source)
     torch.testing.assert_close(alarm.parts.exp(), parts)
     torch.testing.assert_close(alarm.log_wealth.exp(), parts.mean())
+
+
+@pytest.mark.parametrize("name", ["tent", "bn-adapt"])
+def test_single_samples_that_statistics_of_one_collapse_raise_the_alarm(name):
+    """Batch normalisation by single samples, nine errors in ten: one class answered, or two."""
+    model, data = load_model("embedded:batch"), load_data("fashion-mnist:sample")
+    options = {"lr": 0.01} if name == "tent" else {}
+    adapter, watch = tt.adapt(model, name, **options), Monitor(Collapse(classes=10))
+    images, labels = stack(data, range(1152))
+    wrong = 0
+    for x, y in zip(images.split(1), labels.split(1), strict=True):
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            ours = adapter(x)
+            alarm = watch.update(ours, model(x))
+        wrong += int(ours.argmax(1) != y)
+    assert wrong > 0.8 * len(labels)
+    assert alarm
+
+
+def test_a_source_that_is_mostly_wrong_may_be_disagreed_with():
+    """Fog: the source answers nearly one class, and statistics of the batch are right more often."""
+    model, data = load_model("embedded:batch"), load_data("fashion-mnist:sample")
+    adapter, watch = tt.adapt(model, "bn-adapt"), Monitor(Collapse(classes=10))
+    stream = Scenario.parse("stationary,domains=fog,samples=1000").stream(data, seed=2)
+    for batch in stream:
+        with torch.no_grad():
+            alarm = watch.update(adapter(batch.inputs), model(batch.inputs))
+    assert not alarm
+
+
+def test_crowding_as_the_limit_allows_raises_no_alarm():
+    """A class a quarter of all samples more frequent than the source says, in 200 streams."""
+    chance, test, alarms = torch.Generator().manual_seed(3), Collapse(classes=4), 0
+    for _ in range(200):
+        source = torch.randint(1, 4, (1000,), generator=chance)
+        crowds = torch.rand(1000, generator=chance) < test.share
+        alarms += bool(Monitor(test).update(logits(source * ~crowds, 4), logits(source, 4)))
+    assert alarms <= 200 * test.alpha
 
 
 def test_collapse_collects_blocks_whatever_the_batches():

@@ -363,7 +363,7 @@ class Adapter(NoModule):
         if self._ration is not None:
             self._ration.count(x, norm_layers(self.model, found.order))
         engine = self._build(found.order, found.feature_layer)
-        engine.dense = found.dense
+        engine.dense, engine.loan.size = found.dense, self._engine.loan.size
         if self.recipe.asks_for("features") and found.feature_layer is None:
             with engine.loan.recording(None, []):
                 pass

@@ -83,7 +83,7 @@ def executed(loan: Loan, x: Tensor, norms: Sequence[NormLayer]) -> dict[str, flo
     hooks = [layer.module.register_forward_pre_hook(see(layer.name)) for layer in norms]
     hooks += [module.register_forward_hook(count) for module in loan.modules]
     with hooked(hooks), loan.in_full():  # as a backward will find it
-        source_output(loan, x[:2])
+        source_output(loan, loan.some(x))
     return {name: done / max(total, 1.0) for name, done in before.items()}
 
 

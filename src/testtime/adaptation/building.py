@@ -107,7 +107,7 @@ def build(
 
 
 def first_look(engine: Engine, x: Tensor, *, features: str | None) -> Look:
-    """Runs the source model once, on a sample or two: what runs in which order.
+    """Runs the source model once, on some samples: what runs in which order.
 
     Args:
         engine: that was built before.
@@ -121,7 +121,7 @@ def first_look(engine: Engine, x: Tensor, *, features: str | None) -> Look:
     recipe, loan = engine.recipe, engine.loan
     read = getattr(recipe.procedure, "read", read_logits)
     found = look(loan.model, loan, x, features=features, read=read)
-    check_output(read(found.output), recipe, samples=len(x[:2]))
+    check_output(read(found.output), recipe, samples=len(loan.some(x)))
     if recipe.optimizer is not None:
         check_backward(loan, x, read=read)
     check_statistics(loan, x, found.order, recipe.statistics)

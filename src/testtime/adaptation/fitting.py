@@ -236,8 +236,8 @@ def _meet(
         check_backward(source.loan, x)
     logits = read_logits(found.output)
     for engine in (source, *(each.engine for each in sought)):
-        check_output(logits, engine.recipe, samples=len(x[:2]))
-        engine.feature_layer = found.feature_layer
+        check_output(logits, engine.recipe, samples=len(source.loan.some(x)))
+        engine.feature_layer, engine.loan.size = found.feature_layer, source.loan.size
 
 
 def _recipes(methods: Any) -> dict[str, Recipe]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 
 from testtime._core.arrays import as_real, as_was
-from testtime._core.errors import ScopeError
+from testtime._core.errors import InputError, ScopeError, TesttimeError
 from testtime.adaptation.kernels.as_written import as_torch, infer_as_written
 from testtime.adaptation.kernels.batch_statistics import InGroups, Quick, forward_of_batch
 from testtime.adaptation.kernels.lean import Lean, kept_as
@@ -21,6 +21,7 @@ from testtime.adaptation.kernels.normaliser import Normaliser
 from testtime.adaptation.kernels.replay import dear_layers
 from testtime.adaptation.layers import NormLayer, bound, hooked, on_input
 from testtime.adaptation.modes import learnable
+from testtime.adaptation.monitors import is_aside
 from testtime.adaptation.parts.statistics import (
     Averages,
     BatchStatistics,
@@ -146,6 +147,8 @@ class Loan:
         with self.lock:
             self.bound = bound(model)
         self.blocks: Any = None  # of a transformer, once somebody has looked for them
+        self.size: int | None = None
+        """Samples of a batch that it answered though it could not take two; None: it took two."""
 
     def source(self, name: str) -> Tensor:
         """The model's own tensor of that name, detached; a complex one as pairs of real numbers."""
@@ -210,7 +213,26 @@ class Loan:
             watched = self.traces.watched_once(self.named_modules, x, others)
             tapped = tap() if tap is not None else nullcontext()
             with by_calls, short, apart, tapped, keeping, watched, self._heard(), learnable():
-                return self.model(x), fresh
+                return self._answered(x), fresh
+
+    def _answered(self, x: Tensor) -> Any:
+        """What the model returns; of one with batches of one size, an error for others is told as such."""
+        try:
+            return self.model(x)
+        except Exception as error:
+            aside = isinstance(error, TesttimeError | torch.OutOfMemoryError) or is_aside(error)
+            if self.size in (None, len(x)) or aside:
+                raise
+            raise InputError(
+                f"{type(self.model).__name__} could not take a batch of {len(x)}: {error}. It was seen to "
+                f"take {self.size} samples, and not two. Give batches of {self.size}, to a method that runs "
+                "it on such alone: tent, sar, bn-adapt, lame, source; or let it take any number: "
+                f"x.flatten(1) for x.view({self.size}, -1), dynamic_shapes= of torch.export."
+            ) from error
+
+    def some(self, x: Tensor) -> Tensor:
+        """Two samples to look at, or one; the whole batch where the model could not take two."""
+        return x[:2] if self.size is None else x
 
     def _heard(self) -> Any:
         """Runs the model without its compiler where hooks are: those that came later it does not call."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from testtime._core.errors import InputError, ScopeError, TesttimeWarning, unknown
+from testtime._core.errors import InputError, ScopeError, TesttimeError, TesttimeWarning, unknown
 from testtime.adaptation.layers import hooked, norm_kind, on_input
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.outputs import read_logits
@@ -24,7 +24,7 @@ class Look:
     """What a forward of the source model showed.
 
     Attributes:
-        output: of the model, for a sample or two.
+        output: of the model, for `loan.some` of the batch.
         order: names of normalisation layers in order of execution.
         feature_layer: the layer whose input are the features; None when there is none such.
         dense: whether each pixel has an answer of its own.
@@ -44,11 +44,11 @@ def look(
     features: str | None = None,
     read: Callable[[Any], Tensor] = read_logits,
 ) -> Look:
-    """Runs the source model once, on a sample or two.
+    """Runs the source model once, on a sample or two; on the whole batch where it takes no two.
 
     Args:
         model: the model that is lent.
-        loan: of that model.
+        loan: of that model, which is told of batches of one size.
         x: a batch.
         features: name of the layer whose input are the features; None is the one that gives the
             logits: the last linear layer, or 1 x 1 convolution of a single place, with a value for
@@ -89,7 +89,7 @@ def look(
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             hooks.append(on_input(module, taking))
     with hooked(hooks):
-        output = _first_run(model, loan, x[:2])
+        output = _some_run(model, loan, x)
     if single and single[0]:  # (channels, ...) where (batch, channels, ...) was meant
         raise InputError(
             f"the batch has shape {tuple(x.shape)}, which the model's first convolution took for "
@@ -147,6 +147,18 @@ def _head(ran: list[tuple[nn.Module, torch.Size]], *, classes: int) -> nn.Module
     return (fits or [module for module, _ in linear] or [None])[-1]
 
 
+def _some_run(model: nn.Module, loan: Loan, x: Tensor) -> Any:
+    """Runs the source model on two samples, or on all where it only takes batches of one size."""
+    try:
+        return _first_run(model, loan, loan.some(x))
+    except Exception as error:
+        if len(x) <= 2 or isinstance(error, TesttimeError | torch.OutOfMemoryError):
+            raise
+    output = _first_run(model, loan, x)
+    loan.size = len(x)
+    return output
+
+
 def _first_run(model: nn.Module, loan: Loan, x: Tensor) -> Any:
     """Runs the source model, and notes what that leaves behind in it."""
     taken, x = False, x.clone()  # the model may write to it
@@ -176,7 +188,9 @@ def check_backward(loan: Loan, x: Tensor, *, read: Callable[[Any], Tensor] = rea
     refused = "no saved tensors hooks"
     try:
         with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(refused):
-            pair = x[:2].detach().clone().requires_grad_() * 1  # so that it may be written to
+            pair = (
+                loan.some(x).detach().clone().requires_grad_() * 1
+            )  # so that it may be written to
             logits = read(source_output(loan, pair))
     except Exception as error:
         if refused in str(error):
@@ -225,7 +239,7 @@ def check_statistics(loan: Loan, x: Tensor, order: Collection[str], statistics: 
         try:
             for holder in holders:
                 holder["running_mean"] = holder["running_var"] = None
-            loan.run(torch.cat([x[:1], x[-1:]]), {}, SourceStatistics(), ranks=Ranks())
+            loan.run(_ends(loan, x), {}, SourceStatistics(), ranks=Ranks())
         except Exception as error:
             names = ", ".join(layer.name for layer in silent[:3])
             raise ScopeError(
@@ -244,12 +258,14 @@ def answers_alone(loan: Loan, x: Tensor) -> bool | None:
 
     Of two samples, the one's logits must have no gradient at all with respect to the other's input,
     and be what they are when it comes alone, but for rounding. None where they are not finite, which
-    shows nothing.
+    shows nothing. A model that only takes batches of one size is not asked, as nothing is run apart.
 
     Args:
         loan: of the model.
         x: a batch.
     """
+    if loan.size is not None:
+        return False
     pair = torch.cat([x[:1], x[-1:]]).detach().requires_grad_()
     with torch.enable_grad():
         together = read_logits(source_output(loan, pair))[0]
@@ -271,10 +287,15 @@ def answers_again(loan: Loan, x: Tensor) -> bool | None:
         loan: of the model.
         x: a batch.
     """
-    pair = torch.cat([x[:1], x[-1:]])
+    pair = _ends(loan, x)
     with torch.no_grad():
         first, second = (read_logits(source_output(loan, pair)) for _ in range(2))
     return same(first, second)
+
+
+def _ends(loan: Loan, x: Tensor) -> Tensor:
+    """The first and the last sample; all where the model could not take two."""
+    return torch.cat([x[:1], x[-1:]]) if loan.size is None else x
 
 
 def same(one: Tensor, other: Tensor) -> bool | None:

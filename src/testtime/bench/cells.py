@@ -24,6 +24,22 @@ WATCHED = {
 """Columns of a row that tell what a field of its cell stood for when it ran: a hash, or None."""
 
 
+def shared(column: str, record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What records share that have the same value in a column of `WATCHED`.
+
+    Of images that were corrupted beforehand, often too many to read them all, only those count that
+    a stream sends, which its seed chooses.
+
+    Example:
+        >>> shared("data_sha256", {"data": "folder:photos", "stream": "...", "seed": 0})
+        ('data_sha256', 'folder:photos')
+    """
+    own = record.get(WATCHED[column])
+    if WATCHED[column] == "data" and str(own).startswith("corrupted:"):
+        return column, own, record.get("stream"), record.get("seed")
+    return column, own
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One method on one model, one stream and one seed.

@@ -3,7 +3,7 @@
 import ast
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 INSTALLED = {"site-packages", "dist-packages"}
@@ -55,11 +55,17 @@ def _imports(path: Path, root: Path) -> Iterator[Path]:
                 yield from (place.with_name(f"{place.name}.py"), place / "__init__.py")
 
 
-def files_hash(paths: Iterable[Path], root: Path) -> str:
+def content_hash(path: Path) -> str:
+    """SHA-256 of what a file holds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_hash(
+    paths: Iterable[Path], root: Path, content: Callable[[Path], str] = content_hash
+) -> str:
     """SHA-256 of the contents of files and of their names below a folder."""
     total = hashlib.sha256()
     for name, path in sorted((os.path.relpath(path, root), path) for path in paths):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))
+        total.update(f"{name}\0{content(path)}\n".encode("utf-8", "surrogateescape"))
     return total.hexdigest()

@@ -125,14 +125,11 @@ def _steady(
             "changed since the run began. Give the same command again."
         )
     elif watched.moved(cell):
-        why = f"images of {cell.data} have changed since the run began. {_again(cell)}"
+        why = (
+            f"images of {cell.data} have changed since the run began. Once they stay as they are, give "
+            "the same command again."
+        )
     return outcome if why is None else Failure(text=why, kind=InputError)
-
-
-def _again(cell: Cell) -> str:
-    if cell.data.startswith("folder:"):
-        return "Once they stay as they are, give the same command again."
-    return "Once they stay as they are, give the same command with another --out."
 
 
 def _outcomes(cells: Iterable[Cell], jobs: int, notice: Notice) -> Iterator[tuple[Cell, Outcome]]:

@@ -10,9 +10,12 @@ from typing import Any
 import testtime as tt
 from testtime._core.errors import MissingExtra, RunError, WorkFailed
 from testtime._core.files import atomic
-from testtime.bench.cells import WATCHED, Cell
+from testtime.bench.cells import WATCHED, Cell, shared
 
 PLAN = "run.json"
+
+UNSURE = "?"
+"""Noted in place of a hash that may be another now: rows count again once their cell is asked for."""
 
 
 def _parquet() -> tuple[Any, Any]:
@@ -56,7 +59,7 @@ def read_cell(
         out: folder of the run.
         key: of the cell.
         record: with columns of `WATCHED`. Rows with another value there count as not there; rows
-            without the column, of earlier versions, do not.
+            without the column, or with no hash of images, of earlier versions, do not.
     """
     arrow, parquet = _parquet()
     path = piece(out, key)
@@ -69,8 +72,13 @@ def read_cell(
     if not rows or any(row.get("cell") != key for row in rows):
         return None
     wanted = {name: value for name, value in (record or {}).items() if name in WATCHED}
-    stale = any(row.get(name, value) != value for row in rows for name, value in wanted.items())
+    stale = any(_other(row, name, value) for row in rows for name, value in wanted.items())
     return None if stale else rows
+
+
+def _other(row: Mapping[str, Any], name: str, value: Any) -> bool:
+    known = row.get(name, value)
+    return known != value and not (known is None and WATCHED[name] == "data")
 
 
 def write_plan(
@@ -96,22 +104,46 @@ def write_plan(
         for cell in cells
     }
     news = {
-        (name, record[field]): record[name]
+        shared(name, record): record[name]
         for record in wanted.values()
-        for name, field in WATCHED.items()
+        for name in WATCHED
         if name in record
     }
     with _alone(out):
         noted = _read_plan(out) if (out / PLAN).exists() else {}
         new = [_unversioned(record) for record in wanted.values()]
         kept = {
-            key: {n: news.get((n, record.get(WATCHED.get(n, ""))), v) for n, v in record.items()}
+            key: _renewed(record, news, _moved(noted.values(), news))
             for key, record in noted.items()
             if key in wanted or _unversioned(record) not in new
         }
         if noted != kept | wanted:
             _note(out, kept | wanted)
     return wanted.keys() - noted.keys()
+
+
+def _moved(
+    noted: Iterable[dict[str, Any]], news: Mapping[tuple[Any, ...], str]
+) -> set[tuple[str, Any]]:
+    """Columns and what they tell of, of which something is known to be another than was noted."""
+    return {
+        shared(name, record)[:2]
+        for record in noted
+        for name in WATCHED.keys() & record.keys()
+        if news.get(shared(name, record), UNSURE) not in (UNSURE, record[name])
+        and record[name] != UNSURE
+    }
+
+
+def _renewed(
+    record: dict[str, Any], news: Mapping[tuple[Any, ...], str], moved: set[tuple[str, Any]]
+) -> dict[str, Any]:
+    """The record with the hashes of now; where only those of others are known, and moved, with none."""
+    found = dict(record)
+    for name in WATCHED.keys() & record.keys():
+        key = shared(name, record)
+        found[name] = news.get(key, UNSURE if key[:2] in moved else record[name])
+    return found
 
 
 def forget(out: Path, keys: Iterable[str]) -> None:

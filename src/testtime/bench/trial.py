@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -16,10 +16,10 @@ import testtime as tt
 from testtime._core.devices import wait_for
 from testtime._core.errors import InputError
 from testtime._core.registry import find
-from testtime._core.seeds import generator
 from testtime.adaptation.knowledge import fingerprint
 from testtime.adaptation.outputs import read_logits
 from testtime.bench.cells import Cell
+from testtime.bench.draws import CLEAN_SAMPLES, SOURCE_SAMPLES, draw
 from testtime.bench.machine import PeakMemory, check_device, describe_machine, torch_threads
 from testtime.bench.metrics import NOT_PACED, OPEN_SET, Recognition, Score
 from testtime.bench.models import load_model, preprocessing
@@ -28,19 +28,13 @@ from testtime.bench.pace import schedule
 from testtime.bench.watched import method_code_hash, model_code_hash
 from testtime.measures.confidence import confidence
 from testtime.streams.batches import UNKNOWN, Batch, Stream
-from testtime.streams.data import labels_of, load_data, stack
+from testtime.streams.data import load_data, stack
 from testtime.streams.open_set import held_out
 from testtime.streams.recorded import Recorded
 from testtime.streams.scenarios import Scenario
 
-CLEAN_SAMPLES = 2000
-"""Clean samples that the error after the stream is measured on, at most."""
-
 PLAIN = 25
 """Batches at most that plain inference is timed on, for the pace of a stream that does not wait."""
-
-SOURCE_SAMPLES = 2000
-"""Source samples that a method may see before the stream, at most; 2000 as in EATA."""
 
 
 def run_cell(
@@ -222,25 +216,10 @@ def _adapter(cell: Cell, model: nn.Module, scenario: Scenario, device: torch.dev
     if recipe.needs:
         held = load_data(cell.data, split="train")
         size = max(scenario.batch_size, 16)
-        parts = _draw(held, SOURCE_SAMPLES, size=size, without=held_out(scenario.unknown))
+        parts = draw(held, SOURCE_SAMPLES, size=size, without=held_out(scenario.unknown))
         loader = [(images.to(device), labels) for images, labels in parts]
         source = tt.fit_source(model, loader, methods={cell.method: recipe})
     return tt.adapt(model, cell.method, seed=cell.seed, source=source, **options)
-
-
-def _draw(
-    dataset: Dataset[Any], limit: int, *, size: int, without: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the same samples in the same order for every cell, drawn over the whole set.
-
-    Classes that the stream holds out are left out here too.
-    """
-    labels = labels_of(dataset).cpu()
-    index = torch.randperm(len(labels), generator=generator(0, "bench", "draw"), device="cpu")
-    index = index[
-        ~torch.isin(labels[index], torch.tensor(without, dtype=torch.long, device="cpu"))
-    ][:limit]
-    return (stack(dataset, part) for part in index.split(size))
 
 
 def _clean_errors(
@@ -260,7 +239,7 @@ def _clean_errors(
     before, after = Score(), Score()
     size = scenario.batch_size if scenario.batch_size > 1 else 64
     with torch.no_grad():
-        known = _draw(dataset, CLEAN_SAMPLES, size=size, without=held_out(scenario.unknown))
+        known = draw(dataset, CLEAN_SAMPLES, size=size, without=held_out(scenario.unknown))
         for images, labels in known:
             inputs = images.to(device)
             before.add(read_logits(model(inputs)), labels)

@@ -1,10 +1,16 @@
 """Has an adapted model collapsed? Class shares, marginal entropy, and disagreement with the source.
 
-    for each block of samples, with classes a of the adapted and s of the source model:
+    for each 16 samples, with classes a of the adapted and s of the source model:
         share_c       = share of a = c less share of s = c                              in [-1, 1]
+    for each block of 64:
         narrowness    = ( H(mean p_source) - H(mean p_adapted) ) / ln C                 in [-1, 1]
         disagreement  = share of a ≠ s                                                  in [0, 1]
     bet that the mean of each is above its limit
+
+At the default limits a bet wins less than as much again as there was, so an alarm takes a dozen
+bets at least, and mostly more. Crowding, which a few samples tell, is bet on more often than the
+others: few samples make an entropy too low, of the surer model more so; and a source that is
+mostly wrong is rightly disagreed with for a while.
 
 The source answers the same samples, so a stream in which one class is frequent, or alone, is no
 collapse: the source sees it, too.
@@ -23,6 +29,9 @@ from testtime.guard.betting import Bets, Starting
 from testtime.guard.monitor import Alarm, State, check_real, log_mean
 from testtime.measures.entropy import entropy_of_probs
 
+PART = 16
+"""Samples of a block that one bet on the classes' shares is about; fewer where a block ends."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +39,8 @@ class Collapse:
     """Watches an adapted model beside its frozen source.
 
     A batch is two tensors of logits (n, classes), of the adapted and of the source model. The null
-    hypothesis: given the past, in each block the mean of every statistic above is at most its
-    limit. Under it the probability that the alarm is ever raised is at most alpha. That the limits
+    hypothesis: given the past, the mean of every statistic above is at most its limit, in each 16
+    samples or each block. Under it the probability that the alarm is ever raised is at most alpha. That the limits
     tell collapse from useful adaptation is a choice, and heuristic: a model that is rightly
     changed on more than `disagreement` of its answers raises the alarm as well.
 
@@ -43,7 +52,8 @@ class Collapse:
         share: by how much a class may be more frequent than the source says; 0.25.
         narrowness: by how much of ln C the marginal entropy may be lower than the source's; 0.1.
         disagreement: share of answers that may differ from the source's; 0.6.
-        block: samples that one bet is about; 64. Smaller batches are collected.
+        block: samples that one bet on narrowness and disagreement is about; 64. Each 16 of them,
+            and those that are left at its end, are one on shares. Smaller batches are collected.
         alpha: bound on the probability of a false alarm; 0.05.
         bets: how much is bet.
 
@@ -87,7 +97,7 @@ class Collapse:
         }  # fmt: skip
 
     def step(self, state: State, adapted: Tensor, source: Tensor) -> tuple[State, Alarm]:
-        """Bets on each block that becomes full.
+        """Bets on each part of a block, and on each block, that becomes full.
 
         Raises:
             InputError: the logits are not (n, classes), or not finite.
@@ -99,11 +109,13 @@ class Collapse:
                 "same samples."
             )
         while len(pair[0]):
-            free = self.block - int(state["seen"])
+            seen = int(state["seen"])
+            free = min(self.block - seen, PART - seen % PART)
             state = self._collect(state, *(each[:free] for each in pair))
             pair = [each[free:] for each in pair]
-            if int(state["seen"]) == self.block:
-                state = self._bet(state)
+            seen = int(state["seen"])
+            if seen == self.block or seen % PART == 0:
+                state = self._bet(state, part=(seen - 1) % PART + 1, whole=seen == self.block)
         parts = self._parts(state["wealth"])
         raised = state["log_peak"] >= -math.log(self.alpha)
         return state, Alarm(raised, log_mean(parts), parts)
@@ -119,21 +131,27 @@ class Collapse:
             "seen": state["seen"] + len(adapted),
         }
 
-    def _bet(self, state: State) -> State:
-        entropies = [entropy_of_probs(state[name] / self.block) for name in ("adapted", "source")]
-        narrow = (entropies[1] - entropies[0]) / math.log(self.classes)
-        payoffs = torch.cat(
-            [
-                (state["shares"] / self.block - self.share) / (1 + self.share),
-                ((narrow - self.narrowness) / (1 + self.narrowness))[None],
-                (state["differ"] / self.block - self.disagreement)[None]
-                / max(self.disagreement, 1 / self.block),
+    def _bet(self, state: State, *, part: int, whole: bool) -> State:
+        """One round of all bets; who has nothing to bet on, with a payoff of 0, keeps what he has."""
+        payoffs = (state["shares"] / part - self.share) / (1 + self.share)
+        others = torch.zeros(2, dtype=torch.float64, device="cpu")
+        if whole:
+            entropies = [
+                entropy_of_probs(state[name] / self.block) for name in ("adapted", "source")
             ]
-        )
+            narrow = (entropies[1] - entropies[0]) / math.log(self.classes)
+            differ = state["differ"] / self.block - self.disagreement
+            others = torch.stack(
+                [
+                    (narrow - self.narrowness) / (1 + self.narrowness),
+                    differ / max(self.disagreement, 1 / self.block),
+                ]
+            )
+        payoffs = torch.cat([payoffs, others])
         bets, path = self.bets.run(state, payoffs[None])
         peak = torch.maximum(state["log_peak"], log_mean(self._parts(path[-1])))
-        fresh = {name: torch.zeros_like(state[name]) for name in ("shares", "adapted", "source")}
-        fresh |= {name: torch.zeros_like(state[name]) for name in ("differ", "seen")}
+        done = ("shares", *("adapted", "source", "differ", "seen") * whole)
+        fresh = {name: torch.zeros_like(state[name]) for name in done}
         return state | bets | fresh | {"wealth": path[-1], "log_peak": peak}
 
     def _parts(self, wealth: Tensor) -> Tensor:

@@ -101,12 +101,12 @@ class Recorded(Dataset[tuple[Any, int]]):
             )
         return _Files(levels[severity], self._names, self.labels, None)
 
-    def file(self, position: int, domain: str, severity: int) -> Path:
-        """Where an image of `at` is read from; of arrays that of them all."""
-        if not self._names:
-            return self._files[domain]
+    def files(self, position: int, domain: str, severity: int) -> tuple[Path, ...]:
+        """Where an image of `at` and its label are read from; of arrays those of them all."""
         folder = self._files[domain]
-        return (folder if domain == CLEAN else folder / str(severity)) / self._names[position]
+        if not self._names:
+            return folder, self.root / "labels.npy"
+        return ((folder if domain == CLEAN else folder / str(severity)) / self._names[position],)
 
     def some(self) -> Dataset[Any]:
         """Those of the first domain, at the lowest severity that it has."""

@@ -46,7 +46,7 @@ class Remade:
 
     def note(self, made: Tensor, way: Way) -> None:
         """Keeps how a tensor is made again."""
-        self._ways[made] = made._version, way
+        self._ways[made] = made._version, _as_cast(way, made.device.type)
 
     def normalised(self, made: Tensor, func: Call, *more: Any, **named: Any) -> None:
         """Notes what a normalisation gave, of its input and these arguments."""
@@ -74,6 +74,19 @@ class Remade:
 
         with _kept(shorten) if ways else nullcontext():
             return go_on(*factors, **named)
+
+
+def _as_cast(way: Way, kind: str) -> Way:
+    """The way under the autocast of now: who makes a tensor again in a backward mostly is outside of it."""
+    if not torch.is_autocast_enabled(kind):
+        return way
+    dtype = torch.get_autocast_dtype(kind)
+
+    def again() -> Tensor:
+        with torch.autocast(kind, dtype, cache_enabled=False):
+            return way()
+
+    return again
 
 
 def _lies(x: Tensor) -> tuple[int, Shape]:
