@@ -14,7 +14,6 @@ Writes `benchmarks/guard.json`, `benchmarks/alike.json`, `benchmarks/evidence.js
 import argparse
 import json
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import other_networks
 import testtime as tt
 from between import write_json
 from guard_streams import CLASSES, METHODS, OPTIONS, STREAMS, sent, source_of, streams_of
-from guarded import Errors, errors_table, kept, line, said
+from guarded import Errors, error, errors_table, kept, line, said
 from testtime._core.seeds import generator
 from testtime.bench.machine import describe_machine
 from testtime.bench.models import load_model
@@ -281,19 +280,10 @@ def cell(
     runs = (("error", None), ("guarded", True))
     for what, guard in runs[:1] if name == "source" else runs[only_guarded:]:
         adapter = tt.adapt(model, name, source=source, guard=guard, **options)
-        wrong = seen = 0
         begun = time.perf_counter()
-        for inputs, labels, reset in sent(which, stream):
-            if reset:
-                adapter.reset()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                answers = adapter(inputs).argmax(1)
-            known = labels >= 0
-            wrong += int((answers != labels)[known].sum())
-            seen += int(known.sum())
+        found[what] = error(adapter, sent(which, stream))
+        found[f"{what} seconds"] = time.perf_counter() - begun
         counts = adapter.counts
-        found |= {what: 100 * wrong / seen, f"{what} seconds": time.perf_counter() - begun}
         found |= {f"{what} forwards": counts.forwards / counts.samples}
         found["distrusted"] = counts.distrusted / counts.steps
     return found

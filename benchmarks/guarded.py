@@ -1,9 +1,33 @@
 """Tables of errors without and with a guard, and which of them hold."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import testtime as tt
 
 Errors = Mapping[tuple[str, str], tuple[float, float]]
 """Method and stream -> error without and with a guard."""
+
+
+def error(adapter: tt.Adapter, batches: Iterable[tuple[Any, ...]]) -> float:
+    """Percent of wrong answers, of samples whose class is known.
+
+    Args:
+        adapter: that answers, and learns.
+        batches: inputs and labels, and whether the adapter is reset before them, where that is told.
+    """
+    wrong = seen = 0
+    for inputs, labels, *reset in batches:
+        if any(reset):
+            adapter.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            answers = adapter(inputs).argmax(1)
+        known = labels >= 0
+        wrong += int((answers != labels)[known].sum())
+        seen += int(known.sum())
+    return 100 * wrong / seen
 
 
 def kept(frozen: float, plain: float, guarded: float) -> bool:

@@ -13,7 +13,6 @@ features disturbed, comes as a stream. Tables come with scikit-learn and river, 
 import argparse
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch.utils.data import TensorDataset
 
 import testtime as tt
 from between import write_json
-from guarded import Errors, kept, line, said
+from guarded import Errors, error, kept, line, said
 from testtime._core.seeds import generator
 from testtime.bench.machine import describe_machine
 from testtime.streams.scenarios import Scenario
@@ -164,13 +163,7 @@ def cell(name: str, norm: str, method: str, stream: str, **more: Any) -> float:
     """Error of a method on a stream."""
     model, options = trained(name, norm), OPTIONS.get(method, {})
     adapter = tt.adapt(model, method.partition(" ")[0], **options, **more)
-    wrong = seen = 0
-    for inputs, labels in sent(name, stream):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            answers = adapter(inputs).argmax(1)
-        wrong, seen = wrong + int((answers != labels).sum()), seen + len(labels)
-    return 100 * wrong / seen
+    return error(adapter, sent(name, stream))
 
 
 def run(found: list[dict[str, Any]], name: str, norm: str, until: float) -> None:

@@ -14,7 +14,6 @@ Writes `benchmarks/other_networks.json`.
 import argparse
 import json
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import nn
 
 import testtime as tt
 from between import write_json
-from guarded import Errors, kept, line, said
+from guarded import Errors, error, kept, line, said
 from other_kinds import NETWORKS, STREAMS, sent, trained
 from testtime.bench.machine import describe_machine
 
@@ -50,15 +49,7 @@ def streams_of(name: str) -> list[str]:
 def cell(name: str, method: str, stream: str, **more: Any) -> float:
     """Error of a method on a stream, of the samples whose class is known."""
     adapter = tt.adapt(trained(name), method.partition(" ")[0], **OPTIONS.get(method, {}), **more)
-    wrong = seen = 0
-    for inputs, labels in sent(NETWORKS[name].data, stream):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            answers = adapter(inputs).argmax(1)
-        known = labels >= 0
-        wrong += int((answers != labels)[known].sum())
-        seen += int(known.sum())
-    return 100 * wrong / seen
+    return error(adapter, sent(NETWORKS[name].data, stream))
 
 
 def sureness(name: str) -> float:

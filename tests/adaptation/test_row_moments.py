@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from functools import partial
+from threading import Thread
 
 import pytest
 import torch
@@ -267,6 +268,27 @@ def test_answers_are_the_same_with_a_graph_and_without_whoever_normalises(kind, 
     at_once.predict(x)
     # no mode of torch sees who normalises without a layer, unless a layer is not torch's
     assert len(taken) == (2 if kind is nn.BatchNorm2d else 3)
+
+
+def test_who_waits_for_a_model_on_loan_takes_the_way_that_he_takes_alone(monkeypatch):
+    """Layers that another adapter has lent meanwhile are torch's own once it is his turn."""
+    model, x = Elsewhere(nn.BatchNorm2d(8)).eval(), draw(16, 3, 112, 112)
+    adapter = tt.adapt(model, "bn-adapt")
+    alone = adapter.predict(x)
+    quick, taken = batch_statistics.of_batch, []
+    monkeypatch.setattr(
+        batch_statistics, "of_batch", lambda x, least: (taken.append(x), quick(x, least=least))[1]
+    )
+    seen: list[Tensor] = []
+    waiting = Thread(target=lambda: seen.append(adapter.predict(x)))
+    with adapter._engine.loan.lock:
+        vars(model.norm)["forward"] = partial(nn.BatchNorm2d.forward, model.norm)
+        waiting.start()
+        waiting.join(0.5)
+        del vars(model.norm)["forward"]
+    waiting.join()
+    assert len(taken) == 2
+    assert torch.equal(seen[0], alone)
 
 
 @pytest.mark.parametrize(("values", "rows"), [(1 << 14, True), ((1 << 14) - 1, False)])

@@ -199,10 +199,8 @@ class Loan:
         x = x.clone() if self.traces.batch else x
         of_batch = self.own_functions and isinstance(statistics, BatchStatistics)
         quick = of_batch and x.is_cpu and x.numel() >= groups * MANY  # as each batch would alone
-        # each call of torch pays for a mode, together a fiftieth of a ResNet-50's inference
-        by_layers = quick and all(map(as_torch, self.batch_norms))
-        lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x, by_layers)
-        with self.lock, self.traces.hidden(self.named_modules), lent:
+        lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x, quick)
+        with self.lock, self.traces.hidden(self.named_modules), lent as by_layers:
             worth_it = lean and self.own_functions and x.numel() >= MANY
             keeping = Lean() if worth_it else nullcontext()
             by_calls = Quick() if quick and not by_layers else nullcontext()
@@ -268,12 +266,15 @@ class Loan:
         learn: bool,
         ranks: Ranks,
         x: Tensor,
-        by_layers: bool,
-    ) -> Iterator[None]:
+        quick: bool,
+    ) -> Iterator[bool]:
+        """Gives whether it is layers that take the quick way, and not whoever calls torch."""
         swapped: list[tuple[dict[str, Any], str, Any]] = []
         hooks: list[Any] = []
         training = [module for module in self.modules if module.training]
         # without a gradient too, or torch multiplies otherwise than it did with one
+        # each call of torch pays for a mode, together a fiftieth of a ResNet-50's inference
+        by_layers = quick and all(map(as_torch, self.batch_norms))
         plain_inference = isinstance(statistics, SourceStatistics) and not torch.is_grad_enabled()
         wanting = [] if plain_inference else [p for p in self.parameters if p.requires_grad]
 
@@ -321,7 +322,7 @@ class Loan:
             for module in self.batch_norms if by_layers else ():
                 if module._buffers.get("running_mean") is None:
                     put(vars(module), "forward", partial(forward_of_batch, module))
-            yield
+            yield by_layers
         finally:
             for hook in hooks:
                 hook.remove()

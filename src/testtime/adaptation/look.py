@@ -188,10 +188,8 @@ def check_backward(loan: Loan, x: Tensor, *, read: Callable[[Any], Tensor] = rea
     refused = "no saved tensors hooks"
     try:
         with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(refused):
-            pair = (
-                loan.some(x).detach().clone().requires_grad_() * 1
-            )  # so that it may be written to
-            logits = read(source_output(loan, pair))
+            some = loan.some(x).detach().clone().requires_grad_()
+            logits = read(source_output(loan, some * 1))  # which may be written to
     except Exception as error:
         if refused in str(error):
             raise no_checkpoints(loan.model) from None

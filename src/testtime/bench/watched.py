@@ -45,9 +45,8 @@ class Watched:
     def __call__(self, cell: Cell) -> dict[str, str | None]:
         """The hashes for a cell; None where a name stands for the same everywhere."""
         own = cell.model.startswith("file:")
-        if (
-            key := (_images_of(cell), _needs_source(cell))
-        ) not in self._stamps:  # before they are read
+        key = _images_of(cell), _needs_source(cell)
+        if key not in self._stamps:  # before they are read
             self._stamps[key] = _stamp(cell)
         return {
             **({"weights_sha256": self._weights(cell.model)} if own else {}),
