@@ -261,9 +261,9 @@ def test_answers_are_the_same_with_a_graph_and_without_whoever_normalises(kind, 
     for _ in range(3):
         assert torch.equal(behind(x), at_once(x))
     assert torch.equal(behind.predict(x), at_once.predict(x))
-    quick, taken = batch_statistics.of_batch, []
+    quick, taken = batch_statistics._by_rows, []
     monkeypatch.setattr(
-        batch_statistics, "of_batch", lambda x, least: (taken.append(x), quick(x, least=least))[1]
+        batch_statistics, "_by_rows", lambda x, rows: (taken.append(x), quick(x, rows))[1]
     )
     at_once.predict(x)
     # no mode of torch sees who normalises without a layer, unless a layer is not torch's
@@ -275,9 +275,9 @@ def test_who_waits_for_a_model_on_loan_takes_the_way_that_he_takes_alone(monkeyp
     model, x = Elsewhere(nn.BatchNorm2d(8)).eval(), draw(16, 3, 112, 112)
     adapter = tt.adapt(model, "bn-adapt")
     alone = adapter.predict(x)
-    quick, taken = batch_statistics.of_batch, []
+    quick, taken = batch_statistics._by_rows, []
     monkeypatch.setattr(
-        batch_statistics, "of_batch", lambda x, least: (taken.append(x), quick(x, least=least))[1]
+        batch_statistics, "_by_rows", lambda x, rows: (taken.append(x), quick(x, rows))[1]
     )
     seen: list[Tensor] = []
     waiting = Thread(target=lambda: seen.append(adapter.predict(x)))
@@ -323,15 +323,24 @@ def test_rows_are_joined_in_double_precision():
     assert all(torch.equal(one, two.float()) for one, two in zip(found, exact(x), strict=True))
 
 
-def test_rows_are_added_up_where_the_mean_is_near_zero_and_by_torch_where_it_is_not(monkeypatch):
-    asked, by_torch = [], batch_statistics._by_torch
+def test_channels_are_centred_where_the_mean_is_far_from_zero_and_constant_ones_are_torchs(
+    monkeypatch,
+):
+    asked, added = [], []
+    by_torch, by_rows = batch_statistics._by_torch, batch_statistics.both_sums
     monkeypatch.setattr(batch_statistics, "_by_torch", lambda x: (asked.append(x), by_torch(x))[1])
-    x = draw(4, 3, 3000)
+    monkeypatch.setattr(batch_statistics, "both_sums", lambda x: (added.append(x), by_rows(x))[1])
+    x = draw(32, 4, 3000)
     x[:, 1] += 3.8
     x[:, 2] += 4.2
-    of_batch(x, least=1)
-    assert [each.shape[1] for each in asked] == [1]
-    assert torch.equal(asked[0], x[:, 2:])
+    x[:, 3] = 0.3
+    before = x.clone()
+    found, (mean, var) = of_batch(x, least=1), exact(x)
+    assert [each.numel() // (32 * 3000) for each in added] == [4, 2]
+    assert [each.shape for each in asked] == [(32, 1, 3000)]
+    assert torch.equal(x, before)
+    torch.testing.assert_close(found.var.double(), var, rtol=2e-6, atol=1e-15)
+    torch.testing.assert_close(found.mean.double(), mean, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:.*trace")

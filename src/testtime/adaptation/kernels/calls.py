@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 Call = Callable[..., Any]
@@ -104,5 +104,9 @@ def transformed(*given: Tensor | None) -> bool:
     """Whether torch differentiates forwards or transforms a function, as none of these kernels can be."""
     if torch.compiler.is_compiling():
         return False
-    dual = any(unpack_dual(each).tangent is not None for each in given if each is not None)
-    return dual or torch._C._are_functorch_transforms_active()
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level < 0:  # nobody does: asking each tensor takes longer
+        return False
+    tensors = (each for each in given if each is not None)
+    return any(forward_ad.unpack_dual(each).tangent is not None for each in tensors)
