@@ -105,13 +105,13 @@ class Rows(NamedTuple):
         together: samples whose values are added up in single precision.
         piece: values of a channel that are, of each of them.
         pieces: sums that this leaves, (B / together, C, n / piece).
-        count: values of a channel.
+        values: of a channel, in all.
     """
 
     together: int
     piece: int
     pieces: tuple[int, int, int]
-    count: int
+    values: int
 
 
 def _rows_of(x: Tensor, least: int) -> Rows | None:
@@ -135,8 +135,8 @@ def _by_rows(x: Tensor, rows: Rows, *, centred: bool = False) -> Moments:
     sums, squares = both_sums(x.view(rows.together, -1, rows.piece))
     # by numpy: in a large network a call of torch finds its code gone from the cache, 10 to 30 us each
     with np.errstate(all="ignore"):  # what is not finite is told by the answers
-        mean = sums.numpy().reshape(rows.pieces).sum((0, 2), dtype=np.float64) / rows.count
-        power = squares.numpy().reshape(rows.pieces).sum((0, 2), dtype=np.float64) / rows.count
+        mean = sums.numpy().reshape(rows.pieces).sum((0, 2), dtype=np.float64) / rows.values
+        power = squares.numpy().reshape(rows.pieces).sum((0, 2), dtype=np.float64) / rows.values
         var = power - mean * mean
         told = power <= (1 + FAR**2) * var
         found = Moments(*(torch.from_numpy(each.astype(np.float32)) for each in (mean, var)))
