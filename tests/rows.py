@@ -14,6 +14,7 @@ def make(methods=("source", "tent"), domains=("fog", "snow"), seeds=2, batches=3
         for seed in range(seeds):
             for d, domain in enumerate(domains):
                 rng = np.random.default_rng([m, seed, d])
+                worst = 70 + 30 * np.random.default_rng([m, seed]).random()
                 trace = [
                     {"batch": d * batches + i, "samples": 8, "error": 12.5 * int(rng.integers(8))}
                     for i in range(batches)
@@ -24,6 +25,7 @@ def make(methods=("source", "tent"), domains=("fog", "snow"), seeds=2, batches=3
                     "batch_size": 8, "seed": seed, "domain": domain, "position": d,
                     "samples": 8 * batches, "error": 10 + 60 * rng.random(), "nll": rng.random(),
                     "brier": rng.random(), "ece": rng.random(), "clean_error": 9 * rng.random(),
+                    "worst_class": str(seed), "worst_class_error": worst,
                     "source_clean_error": 7.0, "seconds_per_batch": 0.01 * (1 + m),
                     "forwards_per_sample": 1.0 + m, "backwards_per_sample": 0.5 * m,
                     "peak_memory_mb": 9.0 + m, "paced_error": 80 * rng.random(), "paced_share": 1 / (1 + m), "weights_sha256": "a" * 64,

@@ -1,19 +1,28 @@
 """What is measured of answers: sums over a domain, in bounded memory, and means over a run."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from testtime.measures.calibration import brier_score, negative_log_likelihood, reliability
+from testtime.measures.calibration import (
+    brier_score,
+    check_labels,
+    negative_log_likelihood,
+    reliability,
+)
 from testtime.measures.confidence import confidence
 from testtime.measures.detection import auroc, fpr_at_95_tpr
 from testtime.measures.open_set import h_score, oscr
 
 BINS = 15
+
+ENOUGH = 50
+"""Samples that a class or a domain needs to count as the worst: one standard error of its error is
+then 7 points at most."""
 
 OPEN_SET = ("auroc", "fpr95", "oscr", "h_score")
 """The numbers of a row that tell of unknown classes; None where the stream has none."""
@@ -21,7 +30,10 @@ OPEN_SET = ("auroc", "fpr95", "oscr", "h_score")
 NOT_PACED = {"paced_error": None, "paced_share": None}
 """The numbers of a row that tell of a stream that does not wait; None where none was run."""
 
-OPTIONAL = (*OPEN_SET, *NOT_PACED)
+NO_CLASS = {"worst_class": None, "worst_class_error": None}
+"""What a row tells of the worst class where no class has `ENOUGH` samples."""
+
+OPTIONAL = (*OPEN_SET, *NOT_PACED, "worst_class_error")
 """The numbers that only some runs have."""
 
 METRICS = (
@@ -36,7 +48,7 @@ SETTING = ("model", "data", "scenario", "device", "threads", "paced")
 
 
 class Score:
-    """Error, NLL, Brier score and calibration of answers that come batch by batch.
+    """Error, also by class, NLL, Brier score and calibration of answers that come batch by batch.
 
     Only sums are kept, in float64, so that a stream of any length takes no more memory. A row
     without a softmax (NaN, +inf) counts as an error, and leaves the other metrics without a value.
@@ -53,6 +65,7 @@ class Score:
         self.samples = self.wrong = 0
         self.nll = self.brier = 0.0
         self.bins = torch.zeros(3, BINS, dtype=torch.float64, device="cpu")
+        self.classes = torch.zeros(2, 1, dtype=torch.long, device="cpu")  # samples, errors
 
     def add(self, logits: Float[Tensor, "n classes"], labels: Int[Tensor, " n"]) -> float:
         """Takes a batch in; gives its error in percent.
@@ -60,12 +73,15 @@ class Score:
         Raises:
             InputError: a label that the model has no class for.
         """
+        check_labels(logits, labels, "logits")
         logits = logits.detach().cpu().double()
         hit = logits.argmax(1) == labels
         broken = ~logits.logsumexp(1).isfinite()
         hit &= ~broken
         wrong = len(labels) - int(hit.sum())
         self.samples, self.wrong = self.samples + len(labels), self.wrong + wrong
+        own = [each.bincount(minlength=logits.shape[1]) for each in (labels, labels[~hit])]
+        self.classes = self.classes + torch.stack(own)
         if bool(broken.any()):
             self.nll = self.brier = math.nan
         else:
@@ -96,6 +112,44 @@ class Score:
                 if n
             ],
         }
+
+
+def worst_class(scores: Iterable[Score], names: Sequence[str] = ()) -> dict[str, Any]:
+    """The class with the highest error, all scores taken together, and this error in percent.
+
+    Classes with fewer than `ENOUGH` samples are left out; where that is all, there are no values. Of
+    equals the first is named.
+
+    Args:
+        scores: of one model, as those of the domains of a stream.
+        names: of the classes; their numbers by default.
+
+    Example:
+        >>> first, second = Score(), Score()
+        >>> answers = torch.eye(2).repeat_interleave(30, 0)  # 30 times class 0, 30 times class 1
+        >>> first.add(answers, torch.zeros(60, dtype=torch.long))
+        50.0
+        >>> second.add(answers, torch.ones(60, dtype=torch.long))
+        50.0
+        >>> second.add(answers[:30], torch.ones(30, dtype=torch.long))
+        100.0
+        >>> worst_class([first, second])
+        {'worst_class': '1', 'worst_class_error': 66.66...}
+    """
+    none = torch.zeros(2, 1, dtype=torch.long, device="cpu")  # as of a score without a batch
+    samples, wrong = sum((score.classes for score in scores), none).tolist()
+    errors = {
+        label: 100 * missed / count
+        for label, (count, missed) in enumerate(zip(samples, wrong, strict=True))
+        if count >= ENOUGH
+    }
+    if not errors:
+        return NO_CLASS
+    label = max(errors, key=errors.__getitem__)
+    return {
+        "worst_class": str(names[label] if names else label),
+        "worst_class_error": errors[label],
+    }
 
 
 class Recognition:
@@ -147,7 +201,9 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One record for each method with its options in each setting: means over domains, then seeds.
 
     `error_std` is the standard deviation over seeds of the mean over domains (0 for one seed). What
-    tells of unknown classes, or of a stream that does not wait, is left out where no row has it.
+    tells of the worst class or domain, of unknown classes, or of a stream that does not wait, is left
+    out where no row has it. The worst class and domain are those of each seed, so that what one seed
+    gives up is not hidden by others; `worst_class` names those of all seeds.
     """
     groups: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = {}
     for row in rows:
@@ -159,7 +215,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         mine = [row for own in seeds.values() for row in own]
         absent = {
             name
-            for kind in (OPEN_SET, tuple(NOT_PACED))
+            for kind in (OPEN_SET, tuple(NOT_PACED), ("worst_class_error",))
             if not any(math.isfinite(_number(r.get(name))) for r in mine for name in kind)
             for name in kind
         }
@@ -172,13 +228,26 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for name in METRICS
             if name not in absent
         }
+        domains = [_worst_domain(own) for own in seeds.values()]
+        if any(map(math.isfinite, domains)):
+            means["worst_domain_error"] = torch.tensor(domains, dtype=torch.double, device="cpu")
+        worst = dict.fromkeys(row["worst_class"] for row in mine if row.get("worst_class"))
         same = (*SETTING, "stream", "method", "options")
         table.append(
             {name: first.get(name) for name in same}
             | {name: float(value.mean()) for name, value in means.items()}
             | {"error_std": float(means["error"].std(correction=0)), "seeds": len(seeds)}
+            | {"worst_class": ", ".join(worst)}
         )
     return table
+
+
+def _worst_domain(rows: Sequence[dict[str, Any]]) -> float:
+    """The highest error of a domain with `ENOUGH` samples; NaN where there is one domain, or none has."""
+    errors = [_number(row["error"]) for row in rows if row.get("samples", 0) >= ENOUGH]
+    if len(rows) == 1 or not errors or any(map(math.isnan, errors)):
+        return math.nan
+    return max(errors)
 
 
 def _number(value: float | None) -> float:

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from testtime.bench.cells import label
+from testtime.bench.metrics import ENOUGH
 
 SLOTS = 6
 """Colours besides the grey of the source model; further methods repeat them in another line."""
@@ -33,6 +34,22 @@ COLUMNS = (
     ),
 )
 """Key, heading, unit and explanation of each column of the summary."""
+
+WORST_COLUMNS = (
+    (
+        "worst_class_error",
+        "Worst",
+        "class, %",
+        f"Error of the worst class of each seed, over all domains; {ENOUGH} samples or more",
+    ),
+    (
+        "worst_domain_error",
+        "Worst",
+        "domain, %",
+        f"Error of the worst domain of each seed; {ENOUGH} samples or more",
+    ),
+)
+"""The columns of the worst class, and of the worst domain where a stream has several."""
 
 OPEN_COLUMNS = (
     ("auroc", "AUROC", "", "How well unknown samples are told from known ones; 0.5 is chance"),
@@ -98,12 +115,11 @@ def swatch(style: dict[str, Any]) -> str:
 
 def summary(records: Sequence[dict[str, Any]], look: dict[str, dict[str, Any]]) -> str:
     """The summary table: a line for each method. Headings are buttons that sort it."""
-    columns = [
-        *COLUMNS[:5],
-        *(each for each in OPEN_COLUMNS if any(each[0] in record for record in records)),
-        *(each for each in PACED_COLUMNS if any(each[0] in record for record in records)),
-        *COLUMNS[5:],
-    ]
+    worst, opened, late = (
+        [each for each in kind if any(each[0] in record for record in records)]
+        for kind in (WORST_COLUMNS, OPEN_COLUMNS, PACED_COLUMNS)
+    )
+    columns = [*COLUMNS[:2], *worst, *COLUMNS[2:5], *opened, *late, *COLUMNS[5:]]
     heads = "".join(
         f'<th scope="col" title="{tip}"><button type="button">{name}'
         f"<small>{unit or '&nbsp;'}</small></button></th>"
@@ -120,11 +136,18 @@ def summary(records: Sequence[dict[str, Any]], look: dict[str, dict[str, Any]]) 
 
 def _line(record: dict[str, Any], keys: Sequence[str], style: dict[str, Any]) -> str:
     cells = "".join(
-        f'<td data-key="{key}" data-value="{record.get(key, math.nan)!r}">{_cell(key, record)}</td>'
+        f'<td data-key="{key}" data-value="{record.get(key, math.nan)!r}"{_tip(key, record)}>'
+        f"{_cell(key, record)}</td>"
         for key in keys
     )
     kind = ' class="base"' if record["method"] == "source" else ""
     return f'<tr{kind}><th scope="row">{swatch(style)}{escape(label(record))}</th>{cells}</tr>'
+
+
+def _tip(key: str, record: dict[str, Any]) -> str:
+    """Names the worst classes of the seeds where one points at their error."""
+    known = key == "worst_class_error" and record["worst_class"]
+    return f' title="class {escape(record["worst_class"])}"' if known else ""
 
 
 def _cell(key: str, record: dict[str, Any]) -> str:

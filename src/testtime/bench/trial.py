@@ -21,7 +21,7 @@ from testtime.adaptation.outputs import read_logits
 from testtime.bench.cells import Cell
 from testtime.bench.draws import CLEAN_SAMPLES, SOURCE_SAMPLES, draw
 from testtime.bench.machine import PeakMemory, check_device, describe_machine, torch_threads
-from testtime.bench.metrics import NOT_PACED, OPEN_SET, Recognition, Score
+from testtime.bench.metrics import NOT_PACED, OPEN_SET, Recognition, Score, worst_class
 from testtime.bench.models import load_model, preprocessing
 from testtime.bench.own import at_home, python_file
 from testtime.bench.pace import schedule
@@ -112,6 +112,9 @@ def _run(
         "batch_size": scenario.batch_size,
         "clean_error": after,
         "source_clean_error": before,
+        **worst_class(
+            [domain.score for domain in domains.values()], getattr(dataset, "classes", ())
+        ),
         "seconds_per_batch": median(seconds),
         "forwards_per_sample": counts.forwards / counts.samples,
         "backwards_per_sample": counts.backwards / counts.samples,

@@ -162,31 +162,35 @@ def execute(
 def print_summary(rows: list[dict[str, Any]]) -> None:
     """One line for each method, the lowest error first; a table for each model and stream."""
     from testtime.bench.cells import label, run_words, stream_words  # noqa: PLC0415
-    from testtime.bench.metrics import ranked  # noqa: PLC0415
+    from testtime.bench.metrics import ENOUGH, ranked  # noqa: PLC0415
     from testtime.streams.scenarios import Scenario  # noqa: PLC0415
 
-    closed = ["method", "error %", "gain", "NLL", "Brier", "ECE", "clean %", "time", "fwd/bwd",
-              "MB"]  # fmt: skip
-    opened = ["method", "error %", "gain", "AUROC", "FPR95", "OSCR", "H", "clean %", "time",
-              "fwd/bwd", "MB"]  # fmt: skip
     late = any(row.get("paced_error") is not None for row in rows)
-    for names in (closed, opened):
-        names[2:2] = ["paced %"] * late
     several = len({row["seed"] for row in rows}) > 1
-    for place, records in enumerate(ranked(rows)):
+    tables = ranked(rows)
+    worst = {"worst_class_error": "worst\nclass", "worst_domain_error": "worst\ndomain"}
+    shown: dict[str, None] = {}
+    for place, records in enumerate(tables):
         first = records[0]
         scenario = Scenario.from_toml(first["scenario"])
         typer.echo(
             ("\n" if place else "")
             + f"{first['model']} on {first['data']}, {stream_words(scenario)}{run_words(first)}"
         )
+        found = [key for key in worst if any(key in r for r in records)]
+        shown |= dict.fromkeys(worst[key].replace("\n", " ") for key in found)
         told = (
-            ("auroc", "fpr95", "oscr", "h_score") if scenario.unknown else ("nll", "brier", "ece")
+            {"auroc": "AUROC", "fpr95": "FPR95", "oscr": "OSCR", "h_score": "H"}
+            if scenario.unknown
+            else {"nll": "NLL", "brier": "Brier", "ece": "ECE"}
         )
+        names = ["method", "error\n%", *(worst[key] for key in found), *["paced\n%"] * late]
+        names += ["gain", *told.values(), "clean\n%", "time", "fwd/\nbwd", "MB"]
         lines = [
             (
                 label(r),
                 number(r["error"], 1) + (f" ± {number(r['error_std'], 1)}" if several else ""),
+                *(number(r.get(key, float("nan")), 1) for key in found),
                 *[number(r.get("paced_error", float("nan")), 1)] * late,
                 "" if r["method"] == "source" else number(r["gain"], 1, sign=True),
                 *(number(r.get(name, float("nan")), 2) for name in told),
@@ -197,12 +201,13 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
             )
             for r in records
         ]
-        print_table(opened if scenario.unknown else closed, lines, tight=True)
+        print_table(names, lines, tight=True)
     typer.echo(
         "mean over domains" + (" ± standard deviation over seeds" if several else "") + "; clean: "
         "error on clean data afterwards; time: source = 1;\nfwd/bwd: passes for each sample; "
         "MB: peak memory with model and data"
         + ("; paced: error of a stream that does not wait" if late else "")
+        + f"\n{', '.join(shown)}: error % there, of {ENOUGH} samples or more" * bool(shown)
     )
 
 

@@ -214,7 +214,7 @@ def negative_log_likelihood(
         >>> negative_log_likelihood(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
         tensor(0.6931)
     """
-    _check_labels(logits, labels, "logits")
+    check_labels(logits, labels, "logits")
     if logits.is_complex():
         raise InputError(f"logits are {logits.dtype}; expected real numbers.")
     chosen = torch.cat(
@@ -277,7 +277,7 @@ def _check_range(values: Tensor, name: str) -> None:
 
 
 def _check_probs(probs: Tensor, labels: Tensor) -> None:
-    _check_labels(probs, labels, "probs")
+    check_labels(probs, labels, "probs")
     _check_range(probs, "probs")
     worst = (probs.detach().sum(1, dtype=torch.float64) - 1).abs().amax().item()
     if worst > 0.01:  # what half precision leaves of a softmax over many classes
@@ -287,7 +287,17 @@ def _check_probs(probs: Tensor, labels: Tensor) -> None:
         )
 
 
-def _check_labels(scores: Tensor, labels: Tensor, name: str) -> None:
+def check_labels(scores: Tensor, labels: Tensor, name: str) -> None:
+    """Refuses labels that are not one class of `scores` for each of its rows.
+
+    Raises:
+        InputError: for other shapes or types, no samples, or a label that has no column.
+
+    Example:
+        >>> check_labels(torch.zeros(1, 2), torch.tensor([2]), "logits")
+        Traceback (most recent call last):
+        testtime._core.errors.InputError: labels lie between 2 and 2; expected 0 to 1, since logits ...
+    """
     check_tensors(**{name: scores, "labels": labels})
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or scores.numel() == 0:
         raise InputError(
