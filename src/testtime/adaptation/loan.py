@@ -17,6 +17,7 @@ from testtime._core.errors import InputError, ScopeError, TesttimeError
 from testtime.adaptation.kernels.as_written import as_torch, infer_as_written
 from testtime.adaptation.kernels.batch_statistics import InGroups, Quick, forward_of_batch
 from testtime.adaptation.kernels.lean import Lean, kept_as
+from testtime.adaptation.kernels.linear import forward_of_linear, linear_layers
 from testtime.adaptation.kernels.normaliser import Normaliser
 from testtime.adaptation.kernels.replay import dear_layers
 from testtime.adaptation.layers import NormLayer, bound, hooked, on_input
@@ -133,7 +134,7 @@ class Loan:
         self.named_modules = dict(model.named_modules())
         self.modules = list(self.named_modules.values())
         self.traces = traces_of(model)
-        self.dear_layers = dear_layers(model)
+        self.dear_layers, self.linear_layers = dear_layers(model), linear_layers(model)
         self.places, self.canonical = places(model)
         self.batch_norms = [
             m for m in self.modules if isinstance(m, nn.modules.batchnorm._BatchNorm)
@@ -319,6 +320,10 @@ class Loan:
                         put(layer.module.__dict__, "forward", normalise.in_place_of(layer.module))
                     else:
                         hooks.append(on_input(layer.module, normalise))
+            # with nothing in its places the model answers to the last bit as without us
+            for module in self.linear_layers if tensors and self.own_functions and x.is_cpu else ():
+                if "forward" not in vars(module):
+                    put(vars(module), "forward", partial(forward_of_linear, module))
             for module in self.batch_norms if by_layers else ():
                 if module._buffers.get("running_mean") is None:
                     put(vars(module), "forward", partial(forward_of_batch, module))

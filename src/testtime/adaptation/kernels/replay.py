@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from testtime.adaptation.kernels.calls import Call, Watching
 from testtime.adaptation.kernels.layout import Shape
+from testtime.adaptation.kernels.linear import is_ours, linear, to_input
 
 DEAR = 256
 """Multiplications for a value of an output from which on it is kept: these took most of the time."""
@@ -29,9 +30,9 @@ LEAST = 1 << 13
 
 
 class Kept(NamedTuple):
-    """What one call gave: for all samples, and at which of its versions."""
+    """What one call gave: by what it is read, for all samples, and at which of its versions."""
 
-    func: Callable[..., Tensor]
+    read: Callable[..., Any]
     weight: Tensor
     sample: torch.Size
     output: Tensor
@@ -39,7 +40,7 @@ class Kept(NamedTuple):
 
     def fits(self, func: Callable[..., Tensor], x: Tensor, weight: Tensor) -> bool:
         """Whether a later call asks for the same."""
-        return func is self.func and weight is self.weight and x.shape[1:] == self.sample
+        return _READ[func] is self.read and weight is self.weight and x.shape[1:] == self.sample
 
     @property
     def intact(self) -> bool:
@@ -98,29 +99,34 @@ class Recorded(Watching):
         return result
 
     def __enter__(self) -> Any:
-        self._lent = [layer for layer in self.layers if _is_dear(layer)]
-        for layer in self._lent:  # no hook, since others of the layer may change what it gives
-            vars(layer)["forward"] = partial(self._run, layer)
+        lent = [layer for layer in self.layers if _is_dear(layer)]
+        self._below = [(vars(layer), vars(layer).get("forward")) for layer in lent]
+        for layer in lent:  # no hook, since others of the layer may change what it gives
+            vars(layer)["forward"] = partial(self._run, layer, layer.forward)
         return self if self.layers else super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        for layer in self._lent:
-            del vars(layer)["forward"]
+        for own, below in self._below:
+            del own["forward"]
+            if below is not None:
+                own["forward"] = below
         if not self.layers:
             super().__exit__(*error)
 
-    def _run(self, layer: Any, input: Tensor) -> Tensor:  # noqa: A002  (as torch calls it)
-        forward = type(layer).forward
-        result: Tensor = forward(layer, input)
+    def _run(self, layer: Any, forward: Call, input: Tensor) -> Tensor:  # noqa: A002  (as torch calls it)
+        result: Tensor = forward(input)
         more = [] if isinstance(layer, nn.Linear) else [getattr(layer, name) for name in _SIDES]
-        self._keep(_LAYERS[forward], (input, layer.weight, layer.bias, *more), {}, result)
+        func = _LAYERS[type(layer).forward]
+        self._keep(func, (input, layer.weight, layer.bias, *more), {}, result)
         return result
 
     def _keep(self, func: Call, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
         call = _call(func, args, kwargs, self)
         if call is not None and len(call.x) == len(result) == self.samples:
             sample = call.x.shape[1:]
-            self.kept.append(Kept(func, call.weight, sample, result.detach(), result._version))
+            self.kept.append(
+                Kept(_READ[func], call.weight, sample, result.detach(), result._version)
+            )
 
 
 def dear_layers(model: nn.Module) -> list[Any]:
@@ -141,7 +147,8 @@ def dear_layers(model: nn.Module) -> list[Any]:
 
 
 def _is_dear(module: Any) -> bool:
-    own = "forward" not in vars(module) and type(module).forward in _LAYERS
+    own = vars(module).get("forward")
+    own = (own is None or is_ours(own)) and type(module).forward in _LAYERS
     pads = getattr(module, "padding_mode", "zeros") != "zeros"  # before torch is called
     return own and not pads and isinstance(module._parameters.get("weight"), Tensor)
 
@@ -211,8 +218,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  
         return input, weight, bias, None
 
     def back(grad: Tensor, shape: Shape) -> Tensor:
-        # as one matrix; torch.matmul would ask whether the weight, no longer on loan, wants a gradient
-        return (grad.reshape(-1, len(weight)) @ weight).view(shape.sizes)
+        return to_input(grad, weight)
 
     return input, weight, bias, back
 
@@ -245,5 +251,5 @@ _LAYERS: dict[Any, Call] = {
     nn.Conv3d.forward: F.conv3d,
 }  # fmt: skip
 _READ: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear, **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv)
+    **dict.fromkeys((F.linear, linear), _linear), **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv)
 }  # fmt: skip
