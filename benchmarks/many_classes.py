@@ -216,30 +216,37 @@ def run(
 
 TEXT = """## A thousand classes
 
-Windows and thresholds above were set on ten classes. `python benchmarks/many_classes.py` tries them on a
-thousand: an image is three garments side by side, its class the three together, and two small networks
-with a softmax over a thousand are trained on such triples of the training files. A window of 128 samples
-then holds an eighth of the classes at most, and answers hardly ever come again. So what the adapted model keeps
-is also told by the place of the source's answer in its list; and, where there are more classes than answers in a
-window, the error of how even these are is that of the few pairs that are equal.
+{said} The windows and thresholds of the guard were set on ten classes; here they meet a thousand
+(`python benchmarks/many_classes.py`).
 
-Severity 3, but for "continual, 5"; batches of 64, unless said; 100 or 5 of the classes come where their
-number is said, and 100 in "sorted" and "dirichlet"; {machine}. Copies that `rotta` and `roid` make are not
-mirrored, since that would change the class; `roid` has `correction="probs"`. **Bold** as above.
+- **Data.** An image is three garments side by side, and its class is the three together. Two small networks with a
+  softmax over a thousand classes are trained on such triples of the training files.
+- **Streams.** Severity 3, but 5 in "continual, 5". Batches of 64, unless said. 100 or 5 of the classes come where
+  their number is said, and 100 in "sorted" and "dirichlet". {machine}.
+- **Methods.** The augmented copies of `rotta` and `roid` are not mirrored, since that would change the class. `roid`
+  has `correction="probs"`.
+- **The guard.** A window of 128 samples holds at most an eighth of the classes, so the same answer hardly ever comes
+  twice. Two things follow. What the adapted model keeps is also measured by the place of the source's answer in its
+  list of classes. And if there are more classes than answers in a window, the error of how even these are is that of
+  the few pairs that are equal.
 
-{said}
+**Bold** as above.
 
 {tables}
 
-Where 5 classes come and nothing is corrupted, answers of statistics of the batch are more even than the
-source's, as sure, and less often right, which answers do not show; the gate does see that nothing is
-wrong with the inputs. Harm of ten times the step of `tent` on clean images shows too little in 128 answers
-among a thousand classes. Where 5 come in a shift, it is the source that spreads its answers over many classes,
-and those of the adapted model are rightly less even: such gains are lost, as they are of few classes among ten.
-Where labels come in an order, trust comes late.
+Where it errs:
 
-Error of `tent` without / with `gate=True`, which knows the source by `fit_source(..., gate=True)`, and the
-batches that it passes over:
+- **5 classes, nothing corrupted.** Answers of statistics of the batch are more even than the source's, as sure, and
+  less often right; answers alone do not show that. The gate does see that nothing is wrong with the inputs.
+- **Ten times the step of `tent`, clean images.** Among a thousand classes its harm shows too little in 128 answers.
+- **5 classes in a shift.** Here it is the source that spreads its answers over many classes, and the adapted answers
+  are rightly less even. Such gains are lost, as with few classes among ten.
+- **Labels in an order.** Trust comes late.
+
+### With a gate
+
+Error of `tent` without / with `gate=True`, and the share of batches that the gate passes over. The gate knows the
+source by `fit_source(..., gate=True)`.
 
 {gates}
 """

@@ -33,10 +33,21 @@ hide: [toc]
 
 # Methods by streams
 
-Error in percent of the answers given while adapting, with the paper's options, on Fashion-MNIST
-under corruption at severity 5: {domains}, {samples} images of each, in batches of {batch}; {seeds}.
-`single` sends one image at a time; `open-set` puts as many images of no class (blobs) among the others,
-and its errors are those of the known ones. {machine}
+Which method helps on which kind of stream? The numbers are errors in percent of the answers given while adapting.
+
+- <span class="gain">Green</span>: more than a point below the source model.
+- <span class="harm">Red</span>: more than a point above it.
+- **Bold**: the lowest of its column. Empty: not run.
+
+How it was measured:
+
+- **Data**: Fashion-MNIST under corruption at severity 5: {domains}, {samples} images of each, in batches of {batch};
+  {seeds}. {machine}
+- **Methods** have the options of their papers. The streams are short ({images} images): methods whose step sizes are made
+  for thousands of batches have little time to learn here. `simatta` has nobody to ask for labels, and `sqrl` finds no
+  rules in pixels: both answer as the source does.
+- **Streams**: `single` sends one image at a time. `open-set` adds as many images of no class (blobs); its errors are those
+  on known images.
 
 ```bash
 {command}
@@ -44,12 +55,6 @@ python benchmarks/matrix.py runs/matrix
 ```
 
 The first command goes on where it was interrupted, and the second writes this page.
-
-<span class="gain">Green</span>: more than a point below the source model.
-<span class="harm">Red</span>: more than a point above it. **Bold**: the lowest of its column. Empty: not run. The
-streams are short ({images} images); methods whose step sizes are made for thousands of batches have
-little time to move here. `simatta` has nobody to ask for labels, and `sqrl` finds no rules in pixels:
-both answer as the source does.
 """
 
 

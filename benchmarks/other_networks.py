@@ -83,33 +83,43 @@ def run(found: list[dict[str, Any]], name: str, until: float) -> None:
 
 TEXT = """## Networks of other kinds
 
-Small networks that differ from those above in one thing each (`python benchmarks/other_networks.py`): in how sure
-they are, in how often they are right, in that they normalise layers and attend, or in that they read words. Images
-are of Fashion-MNIST, in the weather and the orders of the first table; texts are sixteen words of the documentation
-of eight Python packages, which are to be told, and of which words are missing or others, or all but six are cut off.
-Severity 5 and batches of 64 unless said; one seed, {machine}.
+{said} Each of these small networks differs in one thing from those above
+(`python benchmarks/other_networks.py`): how sure it is, how often it is right, layer normalisation and attention, or
+words as input.
+
+- **Images** are of Fashion-MNIST, under the corruptions and in the orders of the first table.
+- **Texts** are sixteen words of the documentation of eight Python packages; the class is the package. Their shift:
+  words are missing, words are replaced, or all but six are cut off.
+- Severity 5 and batches of 64 unless said; one seed, {machine}.
+
+The networks:
 
 {networks}
 
-{said}
-No part of the rule was set on any of it, but for one condition, that who begins to mend a source of one answer must
-be half as even as can be: before it {before}.
 {told}
 
 {found}
 
 {where} All errors are in `benchmarks/other_networks.json`.
+
+**Was the rule set on these data?** No part of it but one condition: beside a source of one answer, trust begins only
+if the adapted answers are half as even as can be. Before it {before}.
 """
 MISSED = ("above by a point", "gains lost")
 BEFORE = "307 held, and the largest excess was 5.7 points, where one class came"
-TOLD = """"Right" and "sure" are of the clean stream: how many answers are right, and how likely the network says
-they are; "kept" is of all gains above a point together."""
+TOLD = """In the table, "right" is the share of right answers on the clean stream, and "sure" is how likely the network says
+they are. "Kept" is the share of all gains above a point together."""
 WHERE = """How sure a network is changes little of what a guard does: with logits three times as large, or a third,
-about as many cells hold. Harm is left where two classes come, whose answers statistics of the batch spread; of ten times
-the step of `tent` on 300 single samples, and where nine of ten samples are garbage; and by a point of a network that
-is wrong more often than right. With layer normalisation gains are smaller, and most of them are made where few
-classes come or frequent ones dominate: answers there are rightly less even, and such gains are lost, as of the first
-table's networks with GroupNorm."""
+about as many cells hold.
+
+Harm is left
+
+- where two classes come, since statistics of the batch spread their answers;
+- with ten times the step of `tent` on 300 single samples, and where nine of ten samples are garbage;
+- by a point, for a network that is wrong more often than right.
+
+With layer normalisation gains are smaller. Most of them come where few classes come or frequent ones dominate. There
+the answers are rightly less even, and such gains are lost, as for the networks with GroupNorm in the first table."""
 
 
 def summary(frozen: dict[str, float], errors: Errors) -> list[str]:

@@ -35,10 +35,10 @@ SEEDS = 5
 
 TOP = """# Reproductions
 
-What the small check of each paper finds: a claim of the paper, asked of small networks on real
-digits under corruption or of samples of a known law, with thresholds that were set beforehand. A claim counts as held when it is
-so for every seed. `testtime reproduce SLUG` runs one of them; this page is written by
-`python benchmarks/reproductions.py`.
+Each paper here has a small check of one of its claims. It uses small networks on real digits under corruption, or samples
+of a known distribution. The thresholds were set beforehand. A claim counts as held only if it is true for every seed.
+
+`testtime reproduce SLUG` runs one check. `python benchmarks/reproductions.py` writes this page.
 """
 
 

@@ -190,7 +190,7 @@ def test_reading_what_is_no_run(tmp_path):
         with pytest.raises(RunError, match=r"run.json is damaged.*Delete this file"):
             read_run(tmp_path)
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(RunError, match="0 of 0"):
+    with pytest.raises(RunError, match="no finished cell yet, of 0"):
         read_run(tmp_path)
 
 

@@ -47,6 +47,18 @@ def test_a_device_without_its_backend_is_no_device(tmp_path, monkeypatch):
         check_device("hpu")
 
 
+def test_cuda_is_not_advised_where_there_is_none(monkeypatch):
+    monkeypatch.setattr("testtime.bench.machine.torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match=r"Give cpu\.$"):
+        check_device("hpu")
+
+
+def test_a_file_is_no_folder_of_results(tmp_path):
+    (tmp_path / "taken").write_text("in the way")
+    with pytest.raises(RunError, match="taken: it is a file"):
+        run(cells(), tmp_path / "taken", jobs=0)
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [

@@ -144,8 +144,11 @@ def test_reports_of_what_is_not_whole(tmp_path):
     path.write_text('{"0123": {"method": "tent"}}')
     done = call(app, ["report", str(tmp_path)])
     assert done.exit_code == 2
-    assert "half-written: 1 of 1 cells" in done.stderr
-    assert call(app, ["report", str(tmp_path), "--partial"]).exit_code == 2
+    assert "no finished cell yet, of 1" in done.stderr
+    done = call(app, ["report", str(tmp_path), "--partial"])
+    assert done.exit_code == 2
+    assert "--partial" not in done.stderr  # which was given
+    assert "it is a file" in call(app, ["report", str(path)]).stderr
 
 
 def test_a_run_without_a_column_is_told_of(tmp_path):

@@ -24,7 +24,8 @@ def check_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except Exception as error:  # a backend that is not there raises what it likes
         said = str(error).partition("\n")[0]
-        raise InputError(f"there is no device {name!r} here: {said}. Give cpu, or cuda.") from error
+        known = "cpu, or cuda" if torch.cuda.is_available() else "cpu"
+        raise InputError(f"there is no device {name!r} here: {said}. Give {known}.") from error
     return device
 
 

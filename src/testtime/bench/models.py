@@ -116,8 +116,8 @@ def _build(spec: str, *, pretrained: bool) -> nn.Module:
         return makers[source](name, pretrained)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"the weights of {spec} cannot be had: {error}. They are downloaded by {source}; "
-            "without a network give file:PATH@SPEC."
+            f"the weights of {spec} cannot be loaded: {error}. {source} downloads them; without a "
+            "network give file:PATH@SPEC."
         ) from error
 
 

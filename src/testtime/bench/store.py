@@ -178,8 +178,9 @@ def _alone(out: Path) -> Generator[None, None, None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     except OSError as error:
+        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
         raise RunError(
-            f"results cannot be written to {out}: {error}. Give another --out."
+            f"results cannot be written to {out}: {why}. Give another folder with --out."
         ) from error
 
 
@@ -216,6 +217,10 @@ def read_run(out: str | Path, *, partial: bool = False) -> list[dict[str, Any]]:
         RunError: when the folder holds no run, or one that has not finished.
     """
     out = Path(out)
+    if _is_file(out):
+        raise RunError(
+            f"{out} holds no run: it is a file. Give the folder that was --out of testtime bench."
+        )
     if not _is_file(out / PLAN):
         raise RunError(
             f"{out} holds no run: it has no {PLAN}. Make one: testtime bench --methods tent "
@@ -224,10 +229,12 @@ def read_run(out: str | Path, *, partial: bool = False) -> list[dict[str, Any]]:
     plan = _read_plan(out)
     found = {key: read_cell(out, key, record) for key, record in plan.items()}
     missing = [key for key, rows in found.items() if rows is None]
-    if len(missing) == len(plan) or (missing and not partial):
+    again = f"To continue the run, give the same testtime bench command with --out {out} again"
+    if len(missing) == len(plan):
+        raise RunError(f"{out} has no finished cell yet, of {len(plan)}. {again}.")
+    if missing and not partial:
         raise RunError(
-            f"{out} is half-written: {len(missing)} of {len(plan)} cells are missing. Give the "
-            f"same testtime bench command with --out {out} again, which goes on where it stopped; "
-            "or show what there is: testtime report --partial."
+            f"{out} is not finished: {len(missing)} of {len(plan)} cells are missing. {again}; "
+            f"or show what there is: testtime report {out} --partial"
         )
     return [row for key in plan for row in found[key] or ()]

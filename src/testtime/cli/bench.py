@@ -18,29 +18,30 @@ if TYPE_CHECKING:
 def bench(
     methods: str = typer.Option(
         ...,
-        help="Names with commas between, options in brackets: 'tent,tent(lr=0.01)'. 'all' is every "
-        "method; 'source', no adaptation, is always run. See: testtime methods",
+        help="Names separated by commas, with options in brackets: 'tent,tent(lr=0.01)'. 'all' is "
+        "every method. 'source', no adaptation, always runs too. For names: testtime methods",
     ),
     out: Path = typer.Option(  # noqa: B008
-        ..., help="Folder of results. What is finished there is kept, so a run can go on, and grow."
+        ...,
+        help="Folder of results. Finished cells in it are kept, so you can continue or extend a run.",
     ),
     data: str = typer.Option(
         "fashion-mnist:sample",
         help="Data set: fashion-mnist:sample, fashion-mnist, digits, folder:PATH with a folder of "
-        "images for each class, in the size that the model says, folder:PATH@SIZE in another, or "
-        "corrupted:PATH, as ImageNet-C or CIFAR-10-C.",
+        "images for each class (in the size of the model, or of folder:PATH@SIZE), or "
+        "corrupted:PATH with the layout of ImageNet-C or CIFAR-10-C.",
     ),
     model: str = typer.Option(
         "embedded:batch",
-        help="Models with commas between: embedded:batch, embedded:group, timm:NAME, "
+        help="Models separated by commas: embedded:batch, embedded:group, timm:NAME, "
         "torchvision:NAME, hf:NAME, file:PATH@NAME with weights for one of these, or "
-        "file:PATH.py@FUNCTION, what a function of your own returns.",
+        "file:PATH.py@FUNCTION for the model that your own function returns.",
     ),
     stream: list[str] = typer.Option(  # noqa: B008
         ["continual"],
         help="How data arrives: a pattern (stationary, reset, continual, gradual, recurring, mixed), "
-        "then options, as sorted,batch_size=16,severity=3. May be given again. "
-        "'all' first, as all,samples=100, is every pattern, order and distribution by itself.",
+        "then options: sorted,batch_size=16,severity=3. Repeat it for more streams. "
+        "all,samples=100 runs every pattern, order and distribution, each as a stream of its own.",
     ),
     seeds: int = typer.Option(3, min=1, help="Seeds 0 to N - 1."),
     jobs: int = typer.Option(1, min=1, help="Cells (method, model, stream, seed) run at once."),
@@ -55,7 +56,7 @@ def bench(
 ) -> None:
     """Compare methods on a stream of shifting data.
 
-    An interrupted run goes on with the same command. The same folder with more
+    To continue an interrupted run, give the same command again. The same folder with more
     methods, seeds, models or streams adds to what is there.
 
     Example: testtime bench --methods "tent,sar(lr=0.01)" --seeds 3 --out runs/a
@@ -203,9 +204,9 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
         ]
         print_table(names, lines, tight=True)
     typer.echo(
-        "mean over domains" + (" ± standard deviation over seeds" if several else "") + "; clean: "
-        "error on clean data afterwards; time: source = 1;\nfwd/bwd: passes for each sample; "
-        "MB: peak memory with model and data"
+        "mean over domains" + (" ± standard deviation over seeds" if several else "") + "; gain: "
+        "points of error less than source;\nclean: error on clean data afterwards; time: source = 1; "
+        "fwd/bwd: passes for each sample;\nMB: peak memory with model and data"
         + ("; paced: error of a stream that does not wait" if late else "")
         + f"\n{', '.join(shown)}: error % there, of {ENOUGH} samples or more" * bool(shown)
     )

@@ -72,7 +72,7 @@ def decompress(
     force: bool = Force,
     json: bool = Json,
 ) -> None:
-    """Give back the very bytes that testtime compress was given.
+    """Restore the exact bytes that testtime compress was given.
 
     Example: testtime decompress notes.txt.ttlz --out notes.txt
     """

@@ -13,18 +13,18 @@ from testtime.cli.show import Json, exits, print_json, progress
 
 @exits
 def generate(
-    prompt: str = typer.Argument(..., help="The text to go on from; - reads standard input."),
+    prompt: str = typer.Argument(..., help="The text to continue; - reads standard input."),
     model: str = typer.Option("gemma:270m", help="gemma:270m or hf:NAME_OR_PATH."),
     method: str = typer.Option("sample", help="A decoding method, e.g. em-inf, min-p, edt, top-p."),
     option: list[str] = typer.Option([], help="NAME=VALUE of the method; repeat for more."),  # noqa: B008
-    max_new_tokens: int = typer.Option(128, min=1, help="At most."),
+    max_new_tokens: int = typer.Option(128, min=1, help="Most tokens to write."),
     stop: list[str] = typer.Option([], help="String that ends the text; repeat for more."),  # noqa: B008
-    seed: int = typer.Option(0, help="Of what is drawn."),
+    seed: int = typer.Option(0, help="Seed of the random draws."),
     large: str = typer.Option("", help="The large model, for ead."),
     lame: Path | None = typer.Option(None, help="File with the lame prompt, for uscd."),  # noqa: B008
     json: bool = Json,
 ) -> None:
-    """Go on from a text with a language model, and show it as it is written.
+    """Continue a text with a language model, and show it while it is written.
 
     The first use of gemma:270m converts the installed weights, once.
 

@@ -12,8 +12,8 @@ def papers(
 ) -> None:
     """List the papers of the field and what each became here.
 
-    "works" means that something here came of the paper, "checked" that `testtime reproduce` tries
-    its claim as well, "planned" that nothing is here yet.
+    The column "here" says: "works", the library has code for the paper; "checked", testtime reproduce
+    tests its claim as well; "planned", nothing is here yet.
     """
     from testtime.papers.catalogue import search  # noqa: PLC0415
 

@@ -8,7 +8,7 @@ import typer
 from testtime.cli.compress import Model, load, read_text
 from testtime.cli.show import Json, exits, print_json, print_text, progress
 
-app = typer.Typer(no_args_is_help=True, help="Mark what a model writes, and find the mark.")
+app = typer.Typer(no_args_is_help=True, help="Watermark what a model writes, and detect it.")
 Gamma = typer.Option(0.25, help="Share of green tokens.")
 Tau = typer.Option(0.9, help="Entropy in nats above which a token is marked (sweet).")
 Plain = typer.Option(False, "--plain", help="The plain watermark: every token, no threshold.")
@@ -63,11 +63,11 @@ def detect(
 @app.command()
 @exits
 def generate(
-    prompt: str = typer.Argument(..., help="What the model goes on from; - reads standard input."),
+    prompt: str = typer.Argument(..., help="The text to continue; - reads standard input."),
     model: str = Model,
-    tokens: int = typer.Option(200, min=1, help="Tokens to write at most."),
-    temperature: float = typer.Option(0.8, min=0.01, help="Of sampling."),
-    seed: int = typer.Option(0, help="Of sampling."),
+    tokens: int = typer.Option(200, min=1, help="Most tokens to write."),
+    temperature: float = typer.Option(0.8, min=0.01, help="Temperature of sampling."),
+    seed: int = typer.Option(0, help="Seed of sampling."),
     gamma: float = Gamma,
     delta: float = typer.Option(3.0, help="Added to the scores of green tokens."),
     tau: float = Tau,
