@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import testtime as tt
+from testtime._core.outcomes import Outcome
 from testtime.adaptation.kernels import linear as kernel
 from testtime.adaptation.kernels import replay
 from testtime.adaptation.kernels.linear import forward_of_linear, linear, unfilled
@@ -19,6 +20,7 @@ from testtime.adaptation.methods.eta import eta
 from testtime.adaptation.methods.sar import sar
 from testtime.adaptation.methods.tent import tent
 from testtime.adaptation.parts.scope import all_parameters
+from testtime.adaptation.source_like import SourceLike
 
 
 def draw(*shape: int) -> Tensor:
@@ -256,6 +258,12 @@ def test_the_frozen_model_answers_to_the_last_bit_as_without_us(convolved):
         right = model(x)
     assert torch.equal(tt.adapt(model, "source")(x), right)
     _ = tt.adapt(model, "lame")(x)
+    assert not convolved
+    known = tt.fit_source(model, [x[:8], x[8:]], gate=True)
+    convolved.clear()  # Fisher information is of what learns
+    shut = tt.adapt(model, "tent", source=known, gate=SourceLike(effect=1e9))
+    assert torch.equal(shut(x), right)
+    assert shut.events[-1].outcome is Outcome.LIKE_SOURCE
     assert not convolved
     assert torch.equal(tt.adapt(model, "tent", guard=True)(x), right)
     assert convolved

@@ -146,6 +146,7 @@ class Engine:
         learn: bool = True,
         tap: Callable[[], Any] | None = None,
         groups: int = 1,
+        exact: bool = False,
     ) -> tuple[Any, Averages | None]:
         """One forward of the model with other tensors in its places; arguments as of `Loan.run`."""
         self.forwards += len(x)
@@ -153,7 +154,7 @@ class Engine:
             x, tensors, self.recipe.statistics,
             averages=averages, learn=learn, ranks=self.ranks, tap=tap,
             lean=self.only_norms and torch.is_grad_enabled(), activations=self.recipe.activations,
-            groups=groups,
+            groups=groups, exact=exact,
         )  # fmt: skip
 
     def answer(self, evidence: Evidence) -> tuple[Any, Tensor]:
@@ -210,7 +211,9 @@ class Engine:
         """What the source model answers, and its logits."""
         self.forwards += len(x)
         with torch.no_grad():
-            output, _ = self.loan.run(x, {}, SourceStatistics(), ranks=self.ranks, tap=tap)
+            output, _ = self.loan.run(
+                x, {}, SourceStatistics(), ranks=self.ranks, tap=tap, exact=True
+            )
         if hasattr(self.recipe.procedure, "read"):  # of several experts, who answer as one
             logits = self.recipe.procedure.read(output)
             return logits, logits

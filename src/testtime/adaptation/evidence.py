@@ -77,6 +77,7 @@ class Evidence:
             averages=self.state.averages,
             learn=self.learn,
             tap=lambda: self._tap(self._features, self.replayed or self.recorded),
+            exact=not self.tensors,
         )
         return output
 

@@ -175,6 +175,7 @@ class Loan:
         lean: bool = False,
         activations: torch.dtype | None = None,
         groups: int = 1,
+        exact: bool = False,
     ) -> tuple[Any, Averages | None]:
         """Runs the model on `x` and returns its output and the updated moving averages.
 
@@ -192,6 +193,8 @@ class Loan:
             activations: type in which what a backward needs is kept; None: as it was computed. It
                 has no effect on a compiled model either.
             groups: equal batches in `x`, each normalised by itself; where `takes_groups` says so.
+            exact: whether it must answer to the last bit as it would without us, where nothing is lent;
+                else linear layers may round otherwise.
         """
         fresh = averages
         if averages and learn:
@@ -200,7 +203,8 @@ class Loan:
         x = x.clone() if self.traces.batch else x
         of_batch = self.own_functions and isinstance(statistics, BatchStatistics)
         quick = of_batch and x.is_cpu and x.numel() >= groups * MANY  # as each batch would alone
-        lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x, quick)
+        swift = self.own_functions and x.is_cpu and not exact
+        lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x, quick, swift)
         with self.lock, self.traces.hidden(self.named_modules), lent as by_layers:
             worth_it = lean and self.own_functions and x.numel() >= MANY
             keeping = Lean() if worth_it else nullcontext()
@@ -268,6 +272,7 @@ class Loan:
         ranks: Ranks,
         x: Tensor,
         quick: bool,
+        swift: bool,
     ) -> Iterator[bool]:
         """Gives whether it is layers that take the quick way, and not whoever calls torch."""
         swapped: list[tuple[dict[str, Any], str, Any]] = []
@@ -320,8 +325,7 @@ class Loan:
                         put(layer.module.__dict__, "forward", normalise.in_place_of(layer.module))
                     else:
                         hooks.append(on_input(layer.module, normalise))
-            # with nothing in its places the model answers to the last bit as without us
-            for module in self.linear_layers if tensors and self.own_functions and x.is_cpu else ():
+            for module in self.linear_layers if swift else ():
                 if "forward" not in vars(module):
                     put(vars(module), "forward", partial(forward_of_linear, module))
             for module in self.batch_norms if by_layers else ():

@@ -133,7 +133,7 @@ def spread(layer: nn.Module, x: Tensor) -> float | None:
 
 def source_output(loan: Loan, x: Tensor) -> Any:
     """What the source model returns for a batch, whatever other ranks do."""
-    return loan.run(x, {}, SourceStatistics(), ranks=Ranks())[0]
+    return loan.run(x, {}, SourceStatistics(), ranks=Ranks(), exact=True)[0]
 
 
 def _head(ran: list[tuple[nn.Module, torch.Size]], *, classes: int) -> nn.Module | None:

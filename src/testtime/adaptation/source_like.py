@@ -15,7 +15,6 @@ from testtime._core.options import in_range, whole
 from testtime.adaptation.kernels.batch_statistics import row_sums
 from testtime.adaptation.layers import NormLayer, hooked, norm_layers, on_input
 from testtime.adaptation.outputs import read_logits, rows
-from testtime.adaptation.parts.statistics import SourceStatistics
 from testtime.measures.entropy import entropy
 
 if TYPE_CHECKING:
@@ -230,7 +229,7 @@ class Signals:
         """Sums up each summary and its square."""
         loan, found = batch.engine.loan, dict[str, Tensor]()
         with summarised(norm_layers(loan.model), found):
-            output, _ = loan.run(batch.inputs, {}, SourceStatistics(), ranks=batch.engine.ranks)
+            output, _ = batch.engine.frozen(batch.inputs)
         found["entropy"] = relative(rows(read_logits(output)))[:, None]
         new = dict(total)
         for name, each in found.items():

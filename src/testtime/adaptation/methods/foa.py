@@ -115,7 +115,7 @@ class PromptSearch:
         """The answer with the best prompts so far, without a search; the source's at first."""
         blocks, memory = find_blocks(engine.loan, x), state.memory
         if memory is None:
-            output, _ = engine.run(x, {})
+            output, _ = engine.run(x, {}, exact=True)
         else:
             shift = self._shift(engine, memory, blocks)
             ((output, _, _),) = self._evaluate(engine, x, blocks, memory["best"][None], shift)
