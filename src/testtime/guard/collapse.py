@@ -28,7 +28,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from testtime._core.errors import InputError
+from testtime._core.errors import InputError, StateError
 from testtime._core.options import in_range, whole
 from testtime.guard.betting import Bets, Starting
 from testtime.guard.monitor import Alarm, State, check_real, log_mean
@@ -107,12 +107,18 @@ class Collapse:
 
         Raises:
             InputError: the logits are not (n, classes), or not finite.
+            StateError: the state is of a detector with longer blocks.
         """
         pair = [self._answers("adapted", adapted), self._answers("source", source)]
         if len(pair[0]) != len(pair[1]):
             raise InputError(
                 f"{len(pair[0])} adapted and {len(pair[1])} source answers; expected those of the "
                 "same samples."
+            )
+        if int(state["seen"]) >= self.block:
+            raise StateError(
+                f"the state holds {int(state['seen'])} samples of a block, and block is {self.block}; "
+                "expected fewer. Load it into the detector it was taken from, or call reset."
             )
         while len(pair[0]):
             seen = int(state["seen"])
