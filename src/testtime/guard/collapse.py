@@ -172,7 +172,8 @@ class Collapse:
         check_real(f"{name} logits", logits)
         if logits.dim() != 2 or len(logits) == 0 or logits.shape[1] != self.classes:
             raise InputError(
-                f"{name} logits have the shape {tuple(logits.shape)}; expected (n, {self.classes})."
+                f"{name} logits have the shape {tuple(logits.shape)}; expected (n, {self.classes}), "
+                "with n at least 1, as said by classes=. Dense logits: each pixel is a sample."
             )
         highest, answers = logits.detach().cpu().max(1)
         if not bool(highest.isfinite().all()):

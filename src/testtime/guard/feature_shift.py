@@ -76,7 +76,8 @@ def feature_shift(
         x: (n, d) reference.
         y: (n', d) query, best as many as in x.
         statistic: `GaussianScore()` by default, or another of `testtime.guard.shift_statistics`.
-        bootstrap: B, rounds without a shift; 250 in the paper's experiments.
+        bootstrap: B, rounds without a shift; 250 in the paper's experiments. With fewer than d / alpha
+            the quantile is a guess, and alarms come more often.
         alpha: probability of a false alarm, shared out to the features after Bonferroni.
         compromised: number of features that are named when a shift is detected.
         seed: of samples and bootstrap.
@@ -158,6 +159,10 @@ class SeriesShift:
         seed: int = 0,
     ) -> "SeriesShift":
         """Of clean samples (n, d) in the order of time, at least two windows of them.
+
+        Give many: pairs of windows overlap, so that of few windows the threshold is too low, the more
+        the heavier the tails. With six windows three to five times as many looks as alpha raised an
+        alarm, with sixty up to twice as many (windows of 50, three features, five laws without a shift).
 
         Raises:
             InputError: fewer samples than two windows, or NaN.
