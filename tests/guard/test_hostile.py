@@ -162,6 +162,11 @@ def test_a_state_that_could_never_alarm_is_refused(bad):
     assert monitor.update(torch.ones(100))
 
 
+def test_a_gate_of_several_signals_is_told_that_it_is_shown_one():
+    with pytest.raises(InputError, match="A gate is shown one, entropies"):
+        Monitor(Exchangeability.fit(X)).update(X[:, 0])
+
+
 def test_a_state_of_a_detector_of_other_options_is_refused():
     wide, narrow = (Monitor(SeriesShift.fit(each, window=2, bootstrap=3)) for each in (X, X[:, :3]))
     wide.update(X)
