@@ -13,9 +13,9 @@ others: few samples make an entropy too low; and a source that is mostly wrong i
 with for a while.
 
 Only answers count, not how sure they are. The entropy of a block's mean probabilities is too low by
-more the surer a model is, and with a hundred classes and more a model that only became surer would
-look narrow. Of classes that are answered it is too low for both models alike: where each is as
-likely to give either's answers, the mean of narrowness is 0, however many classes there are.
+more the surer a model is: of a hundred classes and more, a model that only became surer would look
+narrow. The entropy of the shares of answers is too low for both models alike: if both give the classes
+with the same probabilities, narrowness has the mean 0, however many classes there are.
 
 The source answers the same samples, so a stream in which one class is frequent, or alone, is no
 collapse: the source sees it, too.

@@ -160,9 +160,10 @@ class SeriesShift:
     ) -> "SeriesShift":
         """Of clean samples (n, d) in the order of time, at least two windows of them.
 
-        Give many: pairs of windows overlap, so that of few windows the threshold is too low, the more
-        the heavier the tails. With six windows three to five times as many looks as alpha raised an
-        alarm, with sixty up to twice as many (windows of 50, three features, five laws without a shift).
+        Give many: pairs of windows overlap, so with few windows the threshold is too low, more so with
+        heavy tails. For windows of 50 and three features of five laws without a shift, at alpha 0.05, a
+        look raised an alarm 13 to 27 % of the time with six clean windows, 4 to 13 % with twenty, 3 to
+        10 % with sixty.
 
         Raises:
             InputError: fewer samples than two windows, or NaN.
