@@ -19,7 +19,7 @@ from testtime.guard.correctness import (
 from testtime.guard.densities import DeepDensity, Gaussian
 from testtime.guard.exchangeability import Exchangeability
 from testtime.guard.faults import BitFlips, Drift, Scaling, faulty_activations
-from testtime.guard.feature_shift import feature_shift
+from testtime.guard.feature_shift import SeriesShift, feature_shift
 from testtime.guard.fingerprint import FaultMonitor, Fingerprint
 from testtime.guard.independence import Independence
 from testtime.guard.misclassification import MisclassificationNetwork
@@ -160,6 +160,25 @@ def test_a_state_that_could_never_alarm_is_refused(bad):
     with pytest.raises(StateError, match="log_peak"):
         monitor.load_state_dict(monitor.state_dict() | {"log_peak": bad})
     assert monitor.update(torch.ones(100))
+
+
+def test_a_gate_of_several_signals_is_told_that_it_is_shown_one():
+    with pytest.raises(InputError, match="A gate is shown one, entropies"):
+        Monitor(Exchangeability.fit(X)).update(X[:, 0])
+
+
+def test_a_state_of_a_detector_of_other_options_is_refused():
+    wide, narrow = (Monitor(SeriesShift.fit(each, window=2, bootstrap=3)) for each in (X, X[:, :3]))
+    wide.update(X)
+    with pytest.raises(StateError, match=r"latest is \(2, 4\)"):
+        narrow.load_state_dict(wide.state_dict())
+    long, short = (Monitor(Collapse(classes=4, block=block)) for block in (64, 5))
+    long.update(X, X)
+    short.load_state_dict(long.state_dict())
+    with pytest.raises(StateError, match="6 samples of a block, and block is 5"):
+        short.update(X, X)  # it went on for ever
+    short.reset()
+    short.update(X, X)
 
 
 def test_a_state_that_was_given_or_taken_is_a_copy():

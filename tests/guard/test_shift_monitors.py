@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import testtime as tt
 from reference import monitors as reference
@@ -165,7 +166,7 @@ def test_an_alarm_is_not_missed_where_wealth_has_fallen_again_within_a_batch():
     values, bets = draw(1, 64, 1), Mixture(fractions=(0.9,))
     values[:8] = 9
     third = Monitor(Exchangeability.fit(draw(0, 500, 1), bets=bets)).update(values)
-    source = torch.arange(640) % 10
+    source = torch.arange(1280) % 10
     adapted = torch.cat([torch.zeros(128).long(), source[128:]])
     test = Collapse(classes=10, block=8, bets=Mixture(fractions=(0.5,)))
     last = Monitor(test).update(logits(adapted), logits(source))
@@ -313,8 +314,8 @@ def test_collapse_bets_on_what_its_statistics_exceed_their_limits_by(block):
             shares = [float(((u == c).double() - (v == c).double()).mean()) for c in range(3)]
             payoffs = [(each - 0.2) / 1.2 for each in shares]
             wealth[:3] *= 1 + torch.tensor(payoffs, dtype=torch.float64) / 2
-        p, q = (each.softmax(1).mean(0) for each in (ours, theirs))
-        narrow = float((p * p.log()).sum() - (q * q.log()).sum()) / math.log(3)
+        p, q = (torch.bincount(each, minlength=3).double() / block for each in (a, s))
+        narrow = float(p.xlogy(p).sum() - q.xlogy(q).sum()) / math.log(3)
         differ = float((a != s).double().mean())
         payoffs = [(narrow - 0.05) / 1.05, (differ - 0.3) / 0.3]
         wealth[3:] *= 1 + torch.tensor(payoffs, dtype=torch.float64) / 2
@@ -322,6 +323,43 @@ def test_collapse_bets_on_what_its_statistics_exceed_their_limits_by(block):
     alarm = Monitor(test).update(adapted, source)
     torch.testing.assert_close(alarm.parts.exp(), parts)
     torch.testing.assert_close(alarm.log_wealth.exp(), parts.mean())
+
+
+def test_a_model_that_only_became_surer_has_not_collapsed():
+    """A hundred classes in a long tail, an unsure source, and not one answer that differs."""
+    chance, monitor = torch.Generator().manual_seed(0), Monitor(Collapse(classes=100))
+    often = 1 / torch.arange(1.0, 101)
+    for _ in range(8):
+        source = torch.randn(2048, 100, generator=chance)
+        shown = torch.multinomial(often, 2048, replacement=True, generator=chance)
+        source[torch.arange(2048), shown] += math.log(100)
+        alarm = monitor.update(3 * source, source)
+    assert not alarm
+    assert alarm.parts[1] < 0
+
+
+@pytest.mark.parametrize("classes", [10, 100, 1000])
+def test_answers_as_even_as_the_source_s_make_a_fair_bet_however_sure_and_of_many_classes(classes):
+    """The limit of narrowness is 0: its wealth has the mean 1."""
+    chance, wealth = torch.Generator().manual_seed(4), list[Tensor]()
+    test = Collapse(classes=classes, narrowness=0, bets=Mixture(fractions=(0.5,)))
+    often = 1 / torch.arange(1.0, classes + 1)
+    for _ in range(100):
+        drawn = torch.multinomial(often, 1024, replacement=True, generator=chance)
+        ours, theirs = logits(drawn[:512], classes, 20), logits(drawn[512:], classes, 3)
+        wealth.append(Monitor(test).update(ours, theirs).parts[1].exp())
+    spread, mean = torch.std_mean(torch.stack(wealth))
+    assert abs(mean - 1) < 0.4 * spread  # four standard errors
+
+
+@pytest.mark.parametrize("classes", [100, 1000])
+def test_crowding_in_a_hundredth_of_many_classes_is_narrow(classes):
+    chance = torch.Generator().manual_seed(5)
+    source = torch.randint(classes, (2560,), generator=chance)
+    alarm = Monitor(Collapse(classes=classes, disagreement=0.999)).update(
+        logits(source % (classes // 100), classes), logits(source, classes)
+    )
+    assert alarm.parts[1] > math.log(3 / 0.05)
 
 
 @pytest.mark.parametrize("name", ["tent", "bn-adapt"])
@@ -371,7 +409,7 @@ def test_collapse_collects_blocks_whatever_the_batches():
     monitor = Monitor(test)
     for a, s in zip(adapted.split(7), source.split(7), strict=True):
         alarm = monitor.update(a, s)
-    torch.testing.assert_close(alarm.parts, whole.parts)
+    assert torch.equal(alarm.parts, whole.parts)
     assert monitor.state_dict()["seen"] == 300 % 32
     for bad in (adapted[:, :3], adapted[:0], adapted * math.nan):
         with pytest.raises(InputError):

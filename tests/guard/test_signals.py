@@ -70,6 +70,16 @@ def test_statistics_are_the_variances_that_layers_divide_by():
         torch.testing.assert_close(read_signals(model, x)["statistics/0"], expected)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.LayerNorm([4, 6]), nn.RMSNorm(6)], ids=str)
+def test_a_layer_that_divides_all_of_a_sample_by_one_number_is_read(norm):
+    """As in a network of fully connected layers."""
+    x = torch.randn(3, *norm.normalized_shape)
+    mean = 0 if isinstance(norm, nn.RMSNorm) else x.flatten(1).mean(1)
+    expected = (x.flatten(1).square().mean(1) - mean**2).log()
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(math.prod(norm.normalized_shape), 2))
+    torch.testing.assert_close(read_signals(model, x)["statistics/0"], expected)
+
+
 def test_what_divides_by_mean_squares_or_over_channels_is_read_as_it_divides():
     x = torch.randn(3, 4, 5, 6) + 1
     over = x.movedim(1, -1)

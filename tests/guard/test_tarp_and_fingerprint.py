@@ -108,6 +108,17 @@ def test_p_values_are_those_of_scipy_and_uniform():
     assert sum(low) <= 10 + 3 * 3
 
 
+def test_few_simulations_need_references_that_know_nothing_of_truth():
+    """An exact sampler of ten parameters, ten simulations: the box of truth holds its samples less often."""
+    chance, found = torch.Generator().manual_seed(0), [0, 0]
+    for seed in range(200):
+        truth, own, *samples = torch.randn(42, 10, 10, generator=chance).unbind()
+        for i, references in enumerate((2 * own, None)):
+            told = tarp(torch.stack(samples), truth, references=references, seed=seed, bootstrap=2)
+            found[i] += told.p_value < 0.05
+    assert found[0] <= 20 < 40 <= found[1]
+
+
 def test_constants_pass_through_and_bad_input_is_refused():
     samples, truth = posterior(0, n=20)
     truth[:, 0] = samples[:, :, 0] = 1.0

@@ -129,6 +129,15 @@ def test_distances_of_huge_and_tiny_samples_are_those_of_others_scaled():
         invariant_distances(x.sign() * 1.7e308, -x.sign() * 1.7e308, torch.eye(4)[None])
 
 
+def test_transport_between_huge_and_tiny_samples_is_that_of_others_scaled():
+    """Half as much again was told of samples of 1e-15: a plan far from the best."""
+    x = torch.rand(100, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    y, group = x.roll(1, 1) + 1, sign_flips(2)
+    plain = invariant_wasserstein(x, y, group)
+    for scale in (2.0**40, 2.0**-40, 2.0**-50, 2.0**-700):
+        assert invariant_wasserstein(scale * x, scale * y, group) == scale * plain
+
+
 def test_an_alpha_that_rounding_makes_1_is_refused():
     with pytest.raises(OptionError, match="alpha"):
         lipschitz_divergence(X.abs(), alpha=1 + 1e-12)

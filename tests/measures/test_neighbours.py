@@ -75,6 +75,21 @@ def test_the_truth_of_a_gaussian_within_four_standard_errors(variant, rho):
     assert abs(again.value - truth) < 4 * again.standard_error
 
 
+@pytest.mark.parametrize("variant", [1, 2])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_a_discrete_variable_and_a_continuous_one(variant, k):
+    """Three classes, each a normal of its own: H(y) - H(y | x) by a sum over a grid."""
+    x = torch.randint(3, (2000,), generator=torch.Generator().manual_seed(2)).double()
+    y = x + 0.7 * normal(3, 2000)
+    grid = torch.linspace(-5, 7, 12001, dtype=torch.float64)
+    density = (-((grid[:, None] - torch.arange(3)) ** 2) / 0.98).exp().mean(1)
+    density = density / (0.7 * math.sqrt(2 * math.pi))
+    truth = 0.001 * float(torch.special.entr(density).sum())
+    truth -= 0.5 * math.log(2 * math.pi * math.e * 0.49)
+    for found in (ksg(x, y, k=k, variant=variant), ksg(y, x, k=k, variant=variant)):
+        assert found.value == pytest.approx(truth, abs=4 * found.standard_error)
+
+
 def test_the_entropy_of_known_laws():
     found = kozachenko_leonenko(normal(0, 2000, 3))
     assert abs(found.value - 1.5 * math.log(2 * math.pi * math.e)) < 4 * found.standard_error

@@ -1,16 +1,21 @@
-"""Has an adapted model collapsed? Class shares, marginal entropy, and disagreement with the source.
+"""Has an adapted model collapsed? Class shares, their entropy, and disagreement with the source.
 
     for each 16 samples, with classes a of the adapted and s of the source model:
         share_c       = share of a = c less share of s = c                              in [-1, 1]
     for each block of 64:
-        narrowness    = ( H(mean p_source) - H(mean p_adapted) ) / ln C                 in [-1, 1]
+        narrowness    = ( H(shares of s) - H(shares of a) ) / ln min(C, block)          in [-1, 1]
         disagreement  = share of a ≠ s                                                  in [0, 1]
     bet that the mean of each is above its limit
 
 At the default limits a bet wins less than as much again as there was, so an alarm takes a dozen
 bets at least, and mostly more. Crowding, which a few samples tell, is bet on more often than the
-others: few samples make an entropy too low, of the surer model more so; and a source that is
-mostly wrong is rightly disagreed with for a while.
+others: few samples make an entropy too low; and a source that is mostly wrong is rightly disagreed
+with for a while.
+
+Only answers count, not how sure they are. The entropy of a block's mean probabilities is too low by
+more the surer a model is: of a hundred classes and more, a model that only became surer would look
+narrow. The entropy of the shares of answers is too low for both models alike: if both give the classes
+with the same probabilities, narrowness has the mean 0, however many classes there are.
 
 The source answers the same samples, so a stream in which one class is frequent, or alone, is no
 collapse: the source sees it, too.
@@ -23,7 +28,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from testtime._core.errors import InputError
+from testtime._core.errors import InputError, StateError
 from testtime._core.options import in_range, whole
 from testtime.guard.betting import Bets, Starting
 from testtime.guard.monitor import Alarm, State, check_real, log_mean
@@ -50,7 +55,8 @@ class Collapse:
     Args:
         classes: number of classes C, at least 2.
         share: by how much a class may be more frequent than the source says; 0.25.
-        narrowness: by how much of ln C the marginal entropy may be lower than the source's; 0.1.
+        narrowness: by how much the entropy of the classes' shares may be lower than the source's, as
+            a part of the most that a block can have, ln min(C, block); 0.1.
         disagreement: share of answers that may differ from the source's; 0.6.
         block: samples that one bet on narrowness and disagreement is about; 64. Each 16 of them,
             and those that are left at its end, are one on shares. Smaller batches are collected.
@@ -101,12 +107,18 @@ class Collapse:
 
         Raises:
             InputError: the logits are not (n, classes), or not finite.
+            StateError: the state is of a detector with longer blocks.
         """
-        pair = [self._probs("adapted", adapted), self._probs("source", source)]
+        pair = [self._answers("adapted", adapted), self._answers("source", source)]
         if len(pair[0]) != len(pair[1]):
             raise InputError(
                 f"{len(pair[0])} adapted and {len(pair[1])} source answers; expected those of the "
                 "same samples."
+            )
+        if int(state["seen"]) >= self.block:
+            raise StateError(
+                f"the state holds {int(state['seen'])} samples of a block, and block is {self.block}; "
+                "expected fewer. Load it into the detector it was taken from, or call reset."
             )
         while len(pair[0]):
             seen = int(state["seen"])
@@ -120,15 +132,14 @@ class Collapse:
         raised = state["log_peak"] >= -math.log(self.alpha)
         return state, Alarm(raised, log_mean(parts), parts)
 
-    def _collect(self, state: State, adapted: Tensor, source: Tensor) -> State:
-        ours, theirs = (each.argmax(1) for each in (adapted, source))
+    def _collect(self, state: State, ours: Tensor, theirs: Tensor) -> State:
         count = [each.bincount(minlength=self.classes).double() for each in (ours, theirs)]
         return state | {
             "shares": state["shares"] + count[0] - count[1],
-            "adapted": state["adapted"] + adapted.sum(0),
-            "source": state["source"] + source.sum(0),
+            "adapted": state["adapted"] + count[0],
+            "source": state["source"] + count[1],
             "differ": state["differ"] + (ours != theirs).sum(),
-            "seen": state["seen"] + len(adapted),
+            "seen": state["seen"] + len(ours),
         }
 
     def _bet(self, state: State, *, part: int, whole: bool) -> State:
@@ -139,7 +150,7 @@ class Collapse:
             entropies = [
                 entropy_of_probs(state[name] / self.block) for name in ("adapted", "source")
             ]
-            narrow = (entropies[1] - entropies[0]) / math.log(self.classes)
+            narrow = (entropies[1] - entropies[0]) / math.log(max(2, min(self.classes, self.block)))
             differ = state["differ"] / self.block - self.disagreement
             others = torch.stack(
                 [
@@ -157,13 +168,17 @@ class Collapse:
     def _parts(self, wealth: Tensor) -> Tensor:
         return torch.cat([log_mean(wealth[: self.classes])[None], wealth[self.classes :]])
 
-    def _probs(self, name: str, logits: Tensor) -> Tensor:
+    def _answers(self, name: str, logits: Tensor) -> Tensor:
         check_real(f"{name} logits", logits)
         if logits.dim() != 2 or len(logits) == 0 or logits.shape[1] != self.classes:
             raise InputError(
-                f"{name} logits have the shape {tuple(logits.shape)}; expected (n, {self.classes})."
+                f"{name} logits have the shape {tuple(logits.shape)}; expected (n, {self.classes}), "
+                "with n at least 1, as said by classes=. Dense logits: each pixel is a sample."
             )
-        probs = logits.detach().to("cpu", torch.float64).softmax(1)
-        if not bool(probs.isfinite().all()):
-            raise InputError(f"{name} logits hold NaN or +inf; leave these samples out.")
-        return probs
+        highest, answers = logits.detach().cpu().max(1)
+        if not bool(highest.isfinite().all()):
+            raise InputError(
+                f"{name} logits of {int((~highest.isfinite()).sum())} of {len(logits)} samples hold "
+                "NaN or +inf, or -inf alone; leave these samples out."
+            )
+        return answers

@@ -134,12 +134,12 @@ class Exchangeability:
         Raises:
             InputError: the batch is not (n, signals) of finite numbers.
         """
-        alone = isinstance(signals, Tensor) and signals.dim() == 1 and self.edges.shape[1] == 1
+        alone = isinstance(signals, Tensor) and signals.dim() == 1
         values = _signals("signals", signals[:, None] if alone else signals)
         if values.shape[1] != self.edges.shape[1]:
             raise InputError(
                 f"the batch has {values.shape[1]} signals, shape {tuple(signals.shape)}; the "
-                f"reference has {self.edges.shape[1]}."
+                f"reference has {self.edges.shape[1]}. A gate is shown one, entropies over ln C: fit it to those."
             )
         path = torch.empty(0, device="cpu")
         for part in values.split(AT_ONCE):

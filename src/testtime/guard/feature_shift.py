@@ -76,7 +76,8 @@ def feature_shift(
         x: (n, d) reference.
         y: (n', d) query, best as many as in x.
         statistic: `GaussianScore()` by default, or another of `testtime.guard.shift_statistics`.
-        bootstrap: B, rounds without a shift; 250 in the paper's experiments.
+        bootstrap: B, rounds without a shift; 250 in the paper's experiments. With fewer than d / alpha
+            the quantile is a guess, and alarms come more often.
         alpha: probability of a false alarm, shared out to the features after Bonferroni.
         compromised: number of features that are named when a shift is detected.
         seed: of samples and bootstrap.
@@ -158,6 +159,11 @@ class SeriesShift:
         seed: int = 0,
     ) -> "SeriesShift":
         """Of clean samples (n, d) in the order of time, at least two windows of them.
+
+        Give many: pairs of windows overlap, so with few windows the threshold is too low, more so with
+        heavy tails. For windows of 50 and three features of five laws without a shift, at alpha 0.05, a
+        look raised an alarm 13 to 27 % of the time with six clean windows, 4 to 13 % with twenty, 3 to
+        10 % with sixty.
 
         Raises:
             InputError: fewer samples than two windows, or NaN.

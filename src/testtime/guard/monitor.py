@@ -100,8 +100,11 @@ class Monitor(Generic[R_co]):
             if not isinstance(value, Tensor) or bool(value.isnan().any()):
                 given = "NaN" if isinstance(value, Tensor) else type(value).__name__
                 raise StateError(f"{name} is {given}; expected what state_dict gave, as tensors.")
-            fits = own[name].numel() == 0 or own[name].shape == value.shape  # memories grow
-            if not fits or own[name].dtype != value.dtype:
+            first = own[name]
+            # a memory grows: it is empty at first, and of points of a shape that may not be known yet
+            grows = not first.numel() and (first.dim() == 1 or first.shape[1:] == value.shape[1:])
+            fits = grows or first.shape == value.shape
+            if not fits or first.dtype != value.dtype:
                 raise StateError(
                     f"{name} is {tuple(value.shape)} of {value.dtype}; expected "
                     f"{tuple(own[name].shape)} of {own[name].dtype}. The options differ."

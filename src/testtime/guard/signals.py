@@ -88,7 +88,8 @@ def _distance(layer: NormLayer, x: Tensor) -> Tensor:
         means = x.flatten(2).mean(2) if x.dim() > 2 else x
         variance = stored["running_var"] + layer.eps
         return ((means - stored["running_mean"]).square() / variance).mean(1)
-    return (_divisor(layer, x) + 1e-12).log().flatten(1).mean(1)
+    # of a layer that divides a sample by one number there is nothing to average
+    return (_divisor(layer, x) + 1e-12).log()[..., None].flatten(1).mean(1)
 
 
 def _divisor(layer: NormLayer, x: Tensor) -> Tensor:

@@ -65,7 +65,10 @@ def tarp(
         samples: (S, n, D) from q(θ | x_i).
         truth: (n, D) parameters that x_i was simulated with.
         references: (n, D) in the units of the parameters; they may depend on x_i, not on θ*_i. None:
-            uniform in the box that holds all of truth.
+            uniform in the box that holds all of truth, as in the code. That box depends on θ*, so with
+            few simulations an exact sampler gets a p-value below 0.05 too often: with 10 parameters 30 %
+            of the time for 10 simulations, 15 % for 20, and at most 7 % from 50 on. For fewer, give
+            references drawn without a look at truth, e.g. from the prior; then the p-value is right.
         metric: "euclidean" or "manhattan".
         bins: of the histogram; n // 10, at least 2 (code).
         bootstrap: rounds; 100 (code), each with fresh draws of one generator.

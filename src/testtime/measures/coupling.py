@@ -357,6 +357,7 @@ def check_law(law: Tensor, name: str) -> Float[Tensor, "symbols"]:
     if not good or abs(float(law.double().sum()) - 1) > 1e-6:
         raise InputError(
             f"{name} is of shape {tuple(law.shape)} and type {law.dtype} with the sum "
-            f"{float(law.double().sum()):.6g}; expected probabilities (n,), from 0 on, with sum 1."
+            f"{float(law.double().sum()):.6g}; expected probabilities (n,), from 0 on, with sum 1. "
+            "Where rounding moved it, give p.double() / p.double().sum()."
         )
     return law.double() / law.double().sum()

@@ -124,8 +124,10 @@ def invariant_wasserstein(
         import ot  # noqa: PLC0415  # pyright: ignore[reportMissingTypeStubs]
     except ImportError as error:
         raise MissingExtra("POT", "transport") from error
-    cost = invariant_distances(x, y, group).double().cpu().numpy()
-    return cast(float, ot.emd2([], [], cost, numItermax=10_000_000))  # pyright: ignore[reportUnknownMemberType]
+    cost = invariant_distances(x, y, group).double().cpu()
+    scale = magnitude(cost.max())  # to POT, costs that differ by some 1e-15 are equal
+    found = cast(float, ot.emd2([], [], (cost / scale).numpy(), numItermax=10_000_000))  # pyright: ignore[reportUnknownMemberType]
+    return found * float(scale)
 
 
 def invariant_alpha_divergence(
