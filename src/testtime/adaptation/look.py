@@ -60,7 +60,7 @@ def look(
         InputError: the model took the batch for a single sample.
     """
     chosen = named_layer(model, features)
-    order: list[str] = []
+    ran: list[str] = []
     heads: list[tuple[nn.Module, torch.Size]] = []
     single: list[bool] = []
     scales: list[float | None] = []
@@ -70,7 +70,7 @@ def look(
             scales.append(spread(module, args[0]))
 
     def place(name: str) -> Callable[..., None]:
-        return lambda *_: order.append(name)
+        return lambda *_: ran.append(name)
 
     def head(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor) and not output.is_nested:  # that has no shape
@@ -81,8 +81,8 @@ def look(
 
     hooks = []
     for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(place(name)))
         if norm_kind(module) is not None:
-            hooks.append(module.register_forward_pre_hook(place(name)))
             hooks.append(on_input(module, scale))
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             hooks.append(module.register_forward_hook(head))
@@ -90,6 +90,8 @@ def look(
             hooks.append(on_input(module, taking))
     with hooked(hooks):
         output = _some_run(model, loan, x)
+    loan.traces.asleep.difference_update(ran)
+    order = [name for name in dict.fromkeys(ran) if norm_kind(loan.named_modules[name]) is not None]
     if single and single[0]:  # (channels, ...) where (batch, channels, ...) was meant
         raise InputError(
             f"the batch has shape {tuple(x.shape)}, which the model's first convolution took for "
@@ -107,7 +109,7 @@ def look(
     logits = read(output)
     if chosen is None:
         chosen = _head(heads, classes=logits.shape[1])
-    return Look(output, list(dict.fromkeys(order)), chosen, dense=logits.dim() > 2)
+    return Look(output, order, chosen, dense=logits.dim() > 2)
 
 
 def spread(layer: nn.Module, x: Tensor) -> float | None:

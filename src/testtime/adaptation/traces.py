@@ -38,6 +38,7 @@ class Traces:
         own: (module, attribute) of tensors, and of lists and dictionaries of tensors.
         caches: those of them that begin empty, since they are filled again.
         buffers: (module, buffer).
+        asleep: modules that no look saw run, as an expert that few samples go to; they are watched.
         batch: whether it writes to the batch it is given, and so gets a copy.
     """
 
@@ -59,6 +60,7 @@ class Traces:
             for below, part in module.named_modules()
             for key in part._buffers
         }
+        self.asleep = {name for name, _ in model.named_modules()}
         self.kinds: set[Any] = set()
         self.batch = False
 
@@ -66,8 +68,10 @@ class Traces:
     def watched_once(
         self, modules: dict[str, nn.Module], x: Tensor, lent: Collection[str]
     ) -> Iterator[None]:
-        """As `watched`, for the first forward of a kind of batch; later ones are not looked at."""
-        with nullcontext() if _kind(x) in self.kinds else self.watched(modules, x, lent):
+        """As `watched`, for the first forward of a kind of batch; then for modules that sleep alone."""
+        if _kind(x) in self.kinds:
+            modules = {name: modules[name] for name in self.asleep if name in modules}
+        with self.watched(modules, x, lent) if modules else nullcontext():
             yield
 
     @contextmanager
