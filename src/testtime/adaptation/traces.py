@@ -63,6 +63,7 @@ class Traces:
         self.asleep = {name for name, _ in model.named_modules()}
         self.kinds: set[Any] = set()
         self.batch = False
+        self._looking = False  # a run of the loan within need not look as well
 
     @contextmanager
     def watched_once(
@@ -71,7 +72,7 @@ class Traces:
         """As `watched`, for the first forward of a kind of batch; then for modules that sleep alone."""
         if _kind(x) in self.kinds:
             modules = {name: modules[name] for name in self.asleep if name in modules}
-        with self.watched(modules, x, lent) if modules else nullcontext():
+        with self.watched(modules, x, lent) if modules and not self._looking else nullcontext():
             yield
 
     @contextmanager
@@ -85,7 +86,7 @@ class Traces:
             x: the batch.
             lent: modules whose buffers are others' now.
         """
-        self.kinds.add(_kind(x))  # at once: a run of the loan within need not look as well
+        self._looking = True
         attributes = {
             name: {
                 key: (value, copy.copy(value) if isinstance(value, dict | list) else value)
@@ -104,10 +105,9 @@ class Traces:
         version = x._version
         try:
             yield
-        except BaseException:
-            self.kinds.discard(_kind(x))
-            raise
+            self.kinds.add(_kind(x))
         finally:
+            self._looking = False
             self.batch |= x._version != version
             self._take_back(modules, attributes, buffers)
 
