@@ -1,12 +1,13 @@
 """A first look at a model while it runs: what runs in which order, and where its features are."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from testtime._core.errors import InputError, ScopeError, TesttimeError, TesttimeWarning, unknown
 from testtime.adaptation.layers import hooked, norm_kind, on_input
@@ -79,16 +80,17 @@ def look(
     def taking(module: Any, args: tuple[Any, ...]) -> None:
         single.append(args[0].dim() == x.dim() == 1 + len(module.kernel_size))
 
-    hooks = []
-    for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(place(name)))
-        if norm_kind(module) is not None:
-            hooks.append(on_input(module, scale))
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            hooks.append(module.register_forward_hook(head))
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            hooks.append(on_input(module, taking))
-    with hooked(hooks):
+    def hooks() -> Iterator[RemovableHandle]:
+        for name, module in model.named_modules():
+            yield module.register_forward_pre_hook(place(name))
+            if norm_kind(module) is not None:
+                yield on_input(module, scale)
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                yield module.register_forward_hook(head)
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                yield on_input(module, taking)
+
+    with hooked(hooks()):
         output = _some_run(model, loan, x)
     loan.traces.asleep.difference_update(ran)
     order = [name for name in dict.fromkeys(ran) if norm_kind(loan.named_modules[name]) is not None]
