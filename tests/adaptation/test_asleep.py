@@ -20,8 +20,8 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.count += 1
-        self.last = self.norm(x)
-        return self.last
+        x = self.last = self.norm(x)
+        return x
 
 
 class Routed(nn.Module):
