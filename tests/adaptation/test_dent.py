@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import testtime as tt
 from models import batches, tiny
@@ -200,3 +200,23 @@ def test_without_a_step_it_is_the_model(kind):
     alone = torch.cat([tt.adapt(model, plain)(image) for image in x.split(1)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-3)
     assert not torch.allclose(together, model(x), atol=1e-3)
+
+
+class Interrupted(nn.BatchNorm2d):
+    """A layer whose copying somebody interrupts."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> nn.Module:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_a_layer_is_tried_leaves_no_hook():
+    model = tiny()
+    model.norm2 = Interrupted(8).eval()
+    adapter = tt.adapt(model, "dent")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            adapter(batches(1)[0])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

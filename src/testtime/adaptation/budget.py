@@ -10,6 +10,7 @@ batches and then held, so that nothing is measured for ever.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -80,8 +81,8 @@ def executed(loan: Loan, x: Tensor, norms: Sequence[NormLayer]) -> dict[str, flo
                     channels = output.shape[1 if weight.dim() > 2 and output.dim() > 1 else -1]
                     total += output.numel() / max(channels, 1) * weight.numel()
 
-    hooks = [layer.module.register_forward_pre_hook(see(layer.name)) for layer in norms]
-    hooks += [module.register_forward_hook(count) for module in loan.modules]
+    first = (layer.module.register_forward_pre_hook(see(layer.name)) for layer in norms)
+    hooks = chain(first, (module.register_forward_hook(count) for module in loan.modules))
     with hooked(hooks), loan.in_full():  # as a backward will find it
         source_output(loan, loan.some(x))
     return {name: done / max(total, 1.0) for name, done in before.items()}

@@ -3,7 +3,7 @@
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -173,21 +173,26 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def hooked(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     """While it lasts, the hooks stay; then they are gone, also after an error.
+
+    Args:
+        hooks: of a generator, those that it had registered are gone, too, when it is interrupted.
 
     Example:
         >>> layer = nn.ReLU()
-        >>> with hooked([on_input(layer, lambda _, args: None)]):
+        >>> with hooked(on_input(each, lambda _, args: None) for each in [layer]):
         ...     len(layer._forward_pre_hooks)
         1
         >>> len(layer._forward_pre_hooks)
         0
     """
+    held: list[RemovableHandle] = []
     try:
+        held.extend(hooks)
         yield
     finally:
-        for hook in hooks:
+        for hook in held:
             hook.remove()
 
 

@@ -1,12 +1,13 @@
 """A first look at a model while it runs: what runs in which order, and where its features are."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from testtime._core.errors import InputError, ScopeError, TesttimeError, TesttimeWarning, unknown
 from testtime.adaptation.layers import hooked, norm_kind, on_input
@@ -60,7 +61,7 @@ def look(
         InputError: the model took the batch for a single sample.
     """
     chosen = named_layer(model, features)
-    order: list[str] = []
+    ran: list[str] = []
     heads: list[tuple[nn.Module, torch.Size]] = []
     single: list[bool] = []
     scales: list[float | None] = []
@@ -70,7 +71,7 @@ def look(
             scales.append(spread(module, args[0]))
 
     def place(name: str) -> Callable[..., None]:
-        return lambda *_: order.append(name)
+        return lambda *_: ran.append(name)
 
     def head(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor) and not output.is_nested:  # that has no shape
@@ -79,17 +80,20 @@ def look(
     def taking(module: Any, args: tuple[Any, ...]) -> None:
         single.append(args[0].dim() == x.dim() == 1 + len(module.kernel_size))
 
-    hooks = []
-    for name, module in model.named_modules():
-        if norm_kind(module) is not None:
-            hooks.append(module.register_forward_pre_hook(place(name)))
-            hooks.append(on_input(module, scale))
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            hooks.append(module.register_forward_hook(head))
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            hooks.append(on_input(module, taking))
-    with hooked(hooks):
+    def hooks() -> Iterator[RemovableHandle]:
+        for name, module in model.named_modules():
+            yield module.register_forward_pre_hook(place(name))
+            if norm_kind(module) is not None:
+                yield on_input(module, scale)
+            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                yield module.register_forward_hook(head)
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                yield on_input(module, taking)
+
+    with hooked(hooks()):
         output = _some_run(model, loan, x)
+    loan.traces.asleep.difference_update(ran)
+    order = [name for name in dict.fromkeys(ran) if norm_kind(loan.named_modules[name]) is not None]
     if single and single[0]:  # (channels, ...) where (batch, channels, ...) was meant
         raise InputError(
             f"the batch has shape {tuple(x.shape)}, which the model's first convolution took for "
@@ -107,7 +111,7 @@ def look(
     logits = read(output)
     if chosen is None:
         chosen = _head(heads, classes=logits.shape[1])
-    return Look(output, list(dict.fromkeys(order)), chosen, dense=logits.dim() > 2)
+    return Look(output, order, chosen, dense=logits.dim() > 2)
 
 
 def spread(layer: nn.Module, x: Tensor) -> float | None:

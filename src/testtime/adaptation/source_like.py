@@ -54,7 +54,7 @@ def summarised(layers: Sequence[NormLayer], into: dict[str, Tensor]) -> Iterator
     def see(layer: NormLayer) -> Any:
         return lambda _, args: into.update({layer.name: summaries(layer, args[0])})
 
-    with hooked([on_input(layer.module, see(layer)) for layer in layers]):
+    with hooked(on_input(layer.module, see(layer)) for layer in layers):
         yield
 
 

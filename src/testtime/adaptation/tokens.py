@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from testtime._core.errors import ScopeError
 from testtime.adaptation.layers import hooked, norm_kind
@@ -64,13 +65,16 @@ class Blocks:
         def see(_: nn.Module, __: Any, tokens: Tensor) -> None:
             into.append(tokens[:, 0].detach())
 
-        hooks = [norm.register_forward_hook(see) for norm in self.norms]
-        if count:
-            hooks.append(self.first.register_forward_pre_hook(put_in, with_kwargs=True))
-            hooks.append(self.norms[-1].register_forward_pre_hook(take_out, with_kwargs=True))
-        if shift is not None:
-            hooks.append(self.norms[-1].register_forward_hook(move))
-        with hooked(hooks):
+        def hooks() -> Iterator[RemovableHandle]:
+            for norm in self.norms:
+                yield norm.register_forward_hook(see)
+            if count:
+                yield self.first.register_forward_pre_hook(put_in, with_kwargs=True)
+                yield self.norms[-1].register_forward_pre_hook(take_out, with_kwargs=True)
+            if shift is not None:
+                yield self.norms[-1].register_forward_hook(move)
+
+        with hooked(hooks()):
             yield
 
 
@@ -110,20 +114,21 @@ def _seen_to_run(loan: Loan, x: Tensor) -> Blocks:
     ]
     members = {block: number for number, group in enumerate(groups) for block in group}
     ran: list[tuple[str, nn.Module, Tensor | None]] = []
-    hooks = []
 
     def note(what: str) -> Callable[..., None]:
         return lambda module, args, kwargs, *_: ran.append(
             (what, module, _tokens([*args, *kwargs.values()]))
         )
 
-    for module in loan.model.modules():
-        if module in members:
-            hooks.append(module.register_forward_pre_hook(note("block"), with_kwargs=True))
-            hooks.append(module.register_forward_hook(note("end"), with_kwargs=True))
-        elif norm_kind(module) == "layer":
-            hooks.append(module.register_forward_pre_hook(note("norm"), with_kwargs=True))
-    with hooked(hooks), torch.no_grad():
+    def hooks() -> Iterator[RemovableHandle]:
+        for module in loan.model.modules():
+            if module in members:
+                yield module.register_forward_pre_hook(note("block"), with_kwargs=True)
+                yield module.register_forward_hook(note("end"), with_kwargs=True)
+            elif norm_kind(module) == "layer":
+                yield module.register_forward_pre_hook(note("norm"), with_kwargs=True)
+
+    with hooked(hooks()), torch.no_grad():
         source_output(loan, torch.cat([x[:1], x[:1] + 1]))
     for group in sorted(groups, key=len, reverse=True):
         found = _read(group, ran)

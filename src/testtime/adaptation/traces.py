@@ -38,6 +38,7 @@ class Traces:
         own: (module, attribute) of tensors, and of lists and dictionaries of tensors.
         caches: those of them that begin empty, since they are filled again.
         buffers: (module, buffer).
+        asleep: modules that no look saw run, as an expert that few samples go to; they are watched.
         batch: whether it writes to the batch it is given, and so gets a copy.
     """
 
@@ -59,15 +60,19 @@ class Traces:
             for below, part in module.named_modules()
             for key in part._buffers
         }
+        self.asleep = {name for name, _ in model.named_modules()}
         self.kinds: set[Any] = set()
         self.batch = False
+        self._looking = False  # a run of the loan within need not look as well
 
     @contextmanager
     def watched_once(
         self, modules: dict[str, nn.Module], x: Tensor, lent: Collection[str]
     ) -> Iterator[None]:
-        """As `watched`, for the first forward of a kind of batch; later ones are not looked at."""
-        with nullcontext() if _kind(x) in self.kinds else self.watched(modules, x, lent):
+        """As `watched`, for the first forward of a kind of batch; then for modules that sleep alone."""
+        if _kind(x) in self.kinds:
+            modules = {name: modules[name] for name in self.asleep if name in modules}
+        with self.watched(modules, x, lent) if modules and not self._looking else nullcontext():
             yield
 
     @contextmanager
@@ -81,7 +86,7 @@ class Traces:
             x: the batch.
             lent: modules whose buffers are others' now.
         """
-        self.kinds.add(_kind(x))  # at once: a run of the loan within need not look as well
+        self._looking = True
         attributes = {
             name: {
                 key: (value, copy.copy(value) if isinstance(value, dict | list) else value)
@@ -100,10 +105,9 @@ class Traces:
         version = x._version
         try:
             yield
-        except BaseException:
-            self.kinds.discard(_kind(x))
-            raise
+            self.kinds.add(_kind(x))
         finally:
+            self._looking = False
             self.batch |= x._version != version
             self._take_back(modules, attributes, buffers)
 

@@ -187,7 +187,7 @@ def faulty_activations(
         return map_tensors(spoil, output)
 
     innermost = [module for module in model.modules() if not [*module.children()]]
-    with hooked([module.register_forward_hook(disturb) for module in innermost]):
+    with hooked(module.register_forward_hook(disturb) for module in innermost):
         yield
 
 

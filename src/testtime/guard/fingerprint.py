@@ -250,7 +250,7 @@ def _forward(model: nn.Module, x: Tensor, layer: str | None) -> tuple[Any, Tenso
     """The model's output, and the features (n, d) that entered the layer."""
     chosen, entered = named_layer(model, layer), list[Tensor]()
     watched = [chosen] if chosen else [m for m in model.modules() if isinstance(m, nn.Linear)]
-    hooks = [on_input(each, lambda _, args: entered.append(args[0].detach())) for each in watched]
+    hooks = (on_input(each, lambda _, args: entered.append(args[0].detach())) for each in watched)
     with hooked(hooks), borrowed(model):
         output = model(x)
     if not entered:

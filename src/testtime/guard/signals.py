@@ -10,10 +10,12 @@
 They are what `Exchangeability` watches; `entropy` over ln C and `1 - confidence` suit `Risk`.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from testtime._core.errors import InputError
 from testtime.adaptation.layers import NormLayer, hooked, norm_layers, on_input
@@ -58,15 +60,15 @@ def read_signals(model: nn.Module, x: Tensor, *, features: str | None = None) ->
     def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         entered.append(args[0].detach())
 
-    hooks = [
-        on_input(layer.module, partial(see, layer))
-        for layer in norm_layers(model)
-        if layer.has_statistics or layer.kind != "batch"
-    ]
-    for module in [chosen] if chosen else model.modules():
-        if chosen or isinstance(module, nn.Linear):
-            hooks.append(on_input(module, enter))
-    with hooked(hooks), borrowed(model):
+    def hooks() -> Iterator[RemovableHandle]:
+        for layer in norm_layers(model):
+            if layer.has_statistics or layer.kind != "batch":
+                yield on_input(layer.module, partial(see, layer))
+        for module in [chosen] if chosen else model.modules():
+            if chosen or isinstance(module, nn.Linear):
+                yield on_input(module, enter)
+
+    with hooked(hooks()), borrowed(model):
         logits = read_logits(model(x))
     if logits.dim() != 2 or len(logits) != len(x):
         raise InputError(

@@ -11,7 +11,6 @@ for each batch x:
 import math
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.hooks import RemovableHandle
 
 from testtime._core.errors import ScopeError
 from testtime._core.options import whole
@@ -240,24 +240,21 @@ class EachItsOwn:
             for name, t in own.items()
         }
         with engine.loan.in_full():  # attention's short cuts join samples of other lengths
-            output, _ = engine.run(x, neutral, tap=lambda: _given(engine, own))
+            output, _ = engine.run(x, neutral, tap=lambda: hooked(_given(engine, own)))
         return output
 
 
-@contextmanager
-def _given(engine: Engine, own: Tensors) -> Iterator[None]:
-    hooks = []
+def _given(engine: Engine, own: Tensors) -> Iterator[RemovableHandle]:
+    """Hooks by which layers scale and shift each sample by its own."""
     for layer in norm_layers(engine.loan.model):
         held = {name.rpartition(".")[2]: engine.loan.canonical[name] for name in layer.tensors}
         mine = {key: own[name] for key, name in held.items() if name in own}
         if mine and affine_last(layer):
             hook = OwnAffine(kind=layer.kind, scale=mine.get("weight"), shift=mine.get("bias"))
-            hooks.append(layer.module.register_forward_hook(hook))
+            yield layer.module.register_forward_hook(hook)
         elif mine:
             each = OwnForward(own=mine)
-            hooks.append(layer.module.register_forward_hook(each, with_kwargs=True))
-    with hooked(hooks):
-        yield
+            yield layer.module.register_forward_hook(each, with_kwargs=True)
 
 
 @register("method", paper="dent")

@@ -11,12 +11,12 @@ for each batch x, beginning at the source:
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from testtime._core.errors import OptionError
 from testtime._core.options import whole
@@ -115,10 +115,9 @@ class Fold:
                 holder[key] = (self.tensors[name] + self.folds[name]).to(holder[key].dtype)
 
 
-@contextmanager
-def folding(engine: Engine, tensors: Tensors, folds: Tensors) -> Iterator[None]:
-    """While it lasts, layers fold the mixture into their scales and shifts, and note it."""
-    loan, hooks = engine.loan, []
+def folding(engine: Engine, tensors: Tensors, folds: Tensors) -> Iterator[RemovableHandle]:
+    """Hooks by which layers fold the mixture into their scales and shifts, and note it."""
+    loan = engine.loan
     for layer in loan.norms:
         own = own_affine(layer, loan.places, loan.canonical, tensors)
         if own is not None:
@@ -126,9 +125,7 @@ def folding(engine: Engine, tensors: Tensors, folds: Tensors) -> Iterator[None]:
                 scale=own[0], shift=own[1], eps=layer.eps, source=loan.source_moments(layer),
                 tensors=tensors, folds=folds, places=loan.places, ranks=engine.ranks,
             )  # fmt: skip
-            hooks.append(on_input(layer.module, fold, prepend=True))
-    with hooked(hooks):
-        yield
+            yield on_input(layer.module, fold, prepend=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +181,7 @@ class FoldThenStep:
         leaves, folds = evidence.tensors, dict[str, Tensor]()
 
         def fold() -> Any:
-            return folding(engine, leaves, folds)
+            return hooked(folding(engine, leaves, folds))
 
         if self.count:
             with torch.no_grad():

@@ -31,9 +31,9 @@ def _note(
 @contextmanager
 def watched(layers: list[NormLayer], into: list[Tensor]) -> Iterator[None]:
     """While it lasts, the `level` of each normalisation layer is appended at each forward."""
-    hooks = [  # before the library's own, which normalise
+    hooks = (  # before the library's own, which normalise
         on_input(layer.module, partial(_note, layer, into), prepend=True) for layer in layers
-    ]
+    )
     with hooked(hooks):
         yield
 
