@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 import testtime as tt
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.kernels import linear as kernel
 from testtime.adaptation.kernels import replay
-from testtime.adaptation.kernels.linear import forward_of_linear, linear, unfilled
+from testtime.adaptation.kernels.linear import forward_of_linear, linear, to_input, unfilled
 from testtime.adaptation.methods.eta import eta
 from testtime.adaptation.methods.sar import sar
 from testtime.adaptation.methods.tent import tent
@@ -81,9 +82,10 @@ def test_answers_and_gradients_are_right(shape, learns, bias, times, threads, co
         assert (one - two).abs().max() <= 2e-6 * two.abs().max()
 
 
-def test_a_frozen_layer_keeps_its_weight_alone(convolved):
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_frozen_weight_is_all_that_is_kept(learns, convolved):
     x, (weight, bias) = draw(32, 12).requires_grad_(), layer()
-    made = linear(x, weight, bias)
+    made = linear(x, weight, bias.requires_grad_(learns))
     assert [kept.data_ptr() for kept in made.grad_fn.saved_tensors] == [weight.data_ptr()]
     assert made.is_contiguous()
     assert convolved == [x.numel()]
@@ -96,6 +98,7 @@ def test_a_frozen_layer_keeps_its_weight_alone(convolved):
         lambda x, weight, bias: (x.double(), weight.double(), bias.double()),
         lambda x, weight, bias: (x.bfloat16(), weight.bfloat16(), bias.bfloat16()),
         lambda x, weight, bias: (x.mT.contiguous().mT, weight, bias),
+        lambda x, weight, bias: (x, weight, bias[:1]),
         lambda x, weight, bias: (x[0, 0], weight, bias),
         lambda x, weight, bias: (x[:0], weight, bias),
         lambda x, weight, bias: (x[:, :, :0], weight[:, :0], bias),
@@ -121,8 +124,75 @@ class Named(Tensor):
     """A tensor of another's making."""
 
 
+@pytest.mark.parametrize("before", ["learns", "frozen", "inference"])
+def test_a_bias_that_learns_alone_gets_its_gradient(before, convolved):
+    x, (weight, bias) = draw(16, 2, 12), layer()
+    with torch.inference_mode(before == "inference"):  # of which torch keeps nothing for a backward
+        x = x.clone()
+    if before == "learns":
+        x.requires_grad_()
+    made = linear(x, weight, bias.requires_grad_())
+    (grad,) = torch.autograd.grad(made.sin().sum(), bias)
+    exact = F.linear(x.double(), weight.double(), bias.double()).detach()
+    torch.testing.assert_close(grad.double(), exact.cos().sum((0, 1)), rtol=1e-5, atol=1e-5)
+    assert convolved
+
+
+@pytest.mark.parametrize("grads", [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 1, 1)])
+def test_what_it_gives_may_be_written_to(grads, convolved):
+    """As `nn.ReLU(inplace=True)` does, also with a graph where the layer ran without one."""
+    x, weight, bias = (
+        t.requires_grad_(bool(wants))
+        for t, wants in zip((draw(32, 12), *layer()), grads, strict=True)
+    )
+    scale = torch.full((7,), 2.0, requires_grad=True)
+    with torch.set_grad_enabled(any(grads)):
+        made = linear(x, weight, bias)
+    assert not made._is_view()
+    right = F.relu(2 * F.linear(x, weight, bias))
+    wanting = [t for t in (x, weight, bias, scale) if t.requires_grad]
+    found = torch.autograd.grad(made.mul_(scale).relu_().sum(), wanting)
+    exact = torch.autograd.grad(right.sum(), wanting[:-1]) if any(grads) else ()
+    torch.testing.assert_close(made, right)
+    for one, two in zip(found, exact, strict=False):
+        torch.testing.assert_close(one, two)
+    assert convolved
+
+
+def test_modes_and_tensors_of_others_see_torchs_function(convolved):
+    class Handling(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return "handled" if func is F.linear else NotImplemented
+
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **kwargs or {})
+
+    seen, x, given = [], draw(32, 12), layer()
+    assert linear(x.as_subclass(Handling), *given) == "handled"
+    with Seeing():
+        linear(x, *given)
+    assert F.linear in seen
+    assert not convolved
+    with torch.device("cpu"):
+        linear(x, *given)
+    assert convolved
+
+
+def test_where_torch_multiplies_well_kept_outputs_are_differentiated_by_its_product(
+    convolved, monkeypatch
+):
+    monkeypatch.setattr(kernel, "unfilled", lambda: False)
+    grad, (weight,) = draw(32, 7), layer(bias=False)
+    assert torch.equal(to_input(grad, weight), grad @ weight)
+    assert not convolved
+
+
 def test_few_rows_and_little_work_are_torchs(monkeypatch):
     monkeypatch.setattr(kernel, "_convolved", None)
+    monkeypatch.setattr(kernel, "unfilled", lambda: True)
     for rows, width in [(kernel.ROWS - 1, 512), (kernel.ROWS, 64)]:
         linear(draw(rows, width), draw(width, width))
     with pytest.raises(TypeError):
@@ -152,11 +222,26 @@ def test_what_is_asked_of_torch_is_heeded(convolved):
         assert torch.equal(linear(x, *given), F.linear(x, *given))
     finally:
         torch.set_float32_matmul_precision("highest")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        linear(x, given[0][:, :11])
     assert torch.equal(torch.func.vmap(partial(linear, weight=given[0]))(x), F.linear(x, given[0]))
     with forward_ad.dual_level():
         made = linear(forward_ad.make_dual(x, torch.ones_like(x)), *given)
         slope = forward_ad.unpack_dual(made).tangent
     torch.testing.assert_close(slope, given[0].sum(1).expand(32, -1))
+    assert not convolved
+
+
+@pytest.mark.parametrize("kind", ["matmul", "conv"])
+def test_a_precision_asked_of_one_kind_of_kernel_is_heeded(kind, convolved):
+    if not hasattr(torch.backends.mkldnn, kind):
+        pytest.skip("this torch has one precision for all")
+    asked, x, given = getattr(torch.backends.mkldnn, kind), draw(32, 12), layer()
+    before, asked.fp32_precision = asked.fp32_precision, "bf16"
+    try:
+        assert torch.equal(linear(x, *given), F.linear(x, *given))
+    finally:
+        asked.fp32_precision = before
     assert not convolved
 
 
@@ -276,3 +361,17 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it(convolved):
     tt.adapt(model, "tent")(batches()[0])
     assert asked
     assert model.begin.forward(draw(1, 12)).shape == (1, 16)
+
+
+def test_an_activation_in_place_may_follow_a_layer(convolved):
+    norm = nn.LayerNorm(12)
+    model = nn.Sequential(norm, nn.Linear(12, 16), nn.ReLU(inplace=True), nn.Linear(16, 4)).eval()
+    x = draw(32, 12)
+    for deferred in (False, True):
+        adapter = tt.adapt(model, "tent", deferred=deferred)
+        exact = tt.adapt(copy.deepcopy(model).double(), "tent")
+        for each in (x, x + 1):
+            torch.testing.assert_close(
+                adapter(each).double(), exact(each.double()), rtol=1e-4, atol=1e-4
+            )
+    assert convolved

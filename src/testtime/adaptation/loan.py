@@ -337,7 +337,7 @@ class Loan:
                 hook.remove()
             for holder, key, value in reversed(swapped):
                 if value is ABSENT:
-                    del holder[key]
+                    holder.pop(key, None)  # an interrupt may have come before it was put there
                 else:
                     holder[key] = value
             for parameter in wanting:

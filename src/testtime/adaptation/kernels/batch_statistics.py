@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from testtime.adaptation.kernels.calls import Call, Watching, transformed
+from testtime.adaptation.kernels.calls import Call, Watching, of_others, transformed
 from testtime.adaptation.parts.statistics import Moments
 
 MANY = 1 << 17
@@ -215,9 +215,10 @@ def norm_of_batch(
         >>> norm_of_batch(torch.tensor([[1.0], [3.0]]), None, None, 1e-12).flatten().tolist()
         [-1.0, 1.0]
     """
-    if has_torch_function((x,)):
+    others = of_others(x)
+    if has_torch_function((x,)) and not others:
         return handle_torch_function(norm_of_batch, (x,), x, weight, bias, eps, least)
-    rows = _rows_of(x, least)
+    rows = None if others else _rows_of(x, least)
     if rows is None or transformed(x, weight, bias):
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
     if torch.is_grad_enabled():

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    BaseTorchFunctionMode,
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+)
+from torch.utils._device import DeviceContext
 
 Call = Callable[..., Any]
 
@@ -110,3 +115,27 @@ def transformed(*given: Tensor | None) -> bool:
         return False
     tensors = (each for each in given if each is not None)
     return any(forward_ad.unpack_dual(each).tangent is not None for each in tensors)
+
+
+def of_others(x: Tensor) -> bool:
+    """Whether a mode or a tensor that is not ours may look for a call of torch's function.
+
+    It would not find it where one of ours stands in.
+
+    Args:
+        x: what the function is given.
+
+    Example:
+        >>> class Other(TorchFunctionMode):
+        ...     def __torch_function__(self, func, types, args=(), kwargs=None):
+        ...         return func(*args, **kwargs or {})
+        >>> with Watching():
+        ...     of_others(torch.ones(1))
+        False
+        >>> with Other():
+        ...     of_others(torch.ones(1))
+        True
+    """
+    known = _Mode, BaseTorchFunctionMode, DeviceContext
+    plain = type(x) in (Tensor, torch.nn.Parameter)
+    return not plain or any(type(m) not in known for m in _get_current_function_mode_stack())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from testtime.adaptation.kernels.calls import transformed
+from testtime.adaptation.kernels.calls import of_others, transformed
 
 WORK = 1 << 24
 """Multiplications of a layer from which on it is done: below them the call itself costs as much."""
@@ -44,8 +44,8 @@ def unfilled() -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """What `F.linear` gives, by a convolution where that is worth it.
 
-    Where the layer is frozen, nothing is kept for the backward but its weight, and that way goes by a
-    convolution too.
+    Where the weight is frozen, nothing else is kept for the backward, and that way goes by a convolution
+    too.
 
     Args:
         x: (..., K).
@@ -56,12 +56,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
         tensor([[11.]])
     """
+    if of_others(x):
+        return F.linear(x, weight, bias)
     if has_torch_function((x,)):
         return handle_torch_function(linear, (x,), x, weight, bias)
     if not _is_worth_it(x, weight, bias) or transformed(x, weight, bias):
         return F.linear(x, weight, bias)
-    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and x.requires_grad and not learns:
+    around = x.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and around and not weight.requires_grad:
         return _Frozen.apply(x, weight, bias)
     return _convolved(x, weight, bias)
 
@@ -118,8 +120,13 @@ class _Frozen(torch.autograd.Function):
         return _convolved(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return to_input(grads[0], *ctx.saved_tensors), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        to_x, _, to_bias = ctx.needs_input_grad
+        return (
+            to_input(grads[0], *ctx.saved_tensors) if to_x else None,
+            None,
+            grads[0].flatten(0, -2).sum(0) if to_bias else None,
+        )
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -127,7 +134,10 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     images = 1 if torch.get_num_threads() > 1 else TOGETHER
     image = x.view(images, rows // images, 1, -1).permute(0, 3, 1, 2)
     y = F.conv2d(image, weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).view(*x.shape[:-1], len(weight))
+    # torch lets nobody write to a view that was made here, as an activation in place does
+    return torch.ops.aten._unsafe_view.default(
+        y.permute(0, 2, 3, 1).contiguous(), [*x.shape[:-1], len(weight)]
+    )
 
 
 def _is_worth_it(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -138,15 +148,27 @@ def _is_worth_it(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     single = all(t is None or t.dtype == torch.float32 for t in (x, weight, bias))
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2
+    # torch adds any bias that can be, and says best what it cannot multiply
+    fits = x.shape[-1] == weight.shape[-1] and (bias is None or bias.shape == weight.shape[:1])
     lies = x.layout is torch.strided and x.is_contiguous()
     kernel = torch.get_num_threads() > 1 or rows % TOGETHER == 0
-    return single and plain and lies and kernel and _as_set()
+    return unfilled() and single and plain and fits and lies and kernel and _as_set()
 
 
 def _as_set() -> bool:
     """Whether nothing is asked of torch that its matrix product heeds and a convolution may not."""
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return exact and torch._C._get_mkldnn_enabled() and not (
+    return _single() and torch._C._get_mkldnn_enabled() and not (
         watched or torch.is_autocast_enabled("cpu")
     )  # fmt: skip
+
+
+def _single() -> bool:
+    """Whether neither products nor convolutions may round what they are given.
+
+    Newer torch has a switch for each, and raises an error where the older question follows one of them.
+    """
+    told = getattr(torch._C, "_get_fp32_precision_getter", None)
+    if told is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return all(told("mkldnn", kind) in ("none", "ieee") for kind in ("matmul", "conv"))
