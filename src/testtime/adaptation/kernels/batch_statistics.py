@@ -142,12 +142,13 @@ def _by_rows(x: Tensor, rows: Rows, *, centred: bool = False) -> Moments:
         found = Moments(*(torch.from_numpy(each.astype(np.float32)) for each in (mean, var)))
     if told.all():
         return found
-    far = torch.from_numpy(~told)
+    far = torch.from_numpy(np.flatnonzero(~told))
+    near = x.index_select(1, far)
     if centred:  # these hold one value, or nearly
-        near = _by_torch(x[:, far])
+        near = _by_torch(near)
     else:
         centre = found.mean[far]
-        off = x[:, far].sub_(centre.view(-1, *[1] * (x.dim() - 2)))
+        off = near.sub_(centre.view(-1, *[1] * (x.dim() - 2)))
         parts, _, pieces = rows.pieces
         near = _by_rows(off, rows._replace(pieces=(parts, len(centre), pieces)), centred=True)
         near = Moments(near.mean + centre, near.var)
