@@ -112,8 +112,10 @@ def test_a_name_too_long_for_a_folder_holds_no_run():
 @pytest.mark.parametrize("later", [0.1, 0.8])
 def test_a_run_that_is_stopped_while_it_starts_says_so_in_one_line(tmp_path, later):
     words = ["bench", "--methods", "tent", "--seeds", "9", "--out", str(tmp_path)]
+    # who was started in the background ignores it, and so does what he starts
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     process = subprocess.Popen(
-        [sys.executable, "-c", "from testtime.cli.main import app; app()", *words],
+        [sys.executable, "-c", f"{heard}; from testtime.cli.main import app; app()", *words],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     limit = time.monotonic() + 60

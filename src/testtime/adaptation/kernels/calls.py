@@ -136,6 +136,9 @@ def of_others(x: Tensor) -> bool:
         ...     of_others(torch.ones(1))
         True
     """
-    known = _Mode, BaseTorchFunctionMode, DeviceContext
     plain = type(x) in (Tensor, torch.nn.Parameter)
-    return not plain or any(type(m) not in known for m in _get_current_function_mode_stack())
+    return not plain or any(type(mode) not in BLIND for mode in _get_current_function_mode_stack())
+
+
+BLIND = {_Mode, BaseTorchFunctionMode, DeviceContext}
+"""Modes that look for nothing but what stands here, or for what makes a tensor."""
