@@ -110,6 +110,9 @@ That `NeverWorse` tells harm from help is heuristic. The known failures:
   the source answers nearly always under that corruption. Two or three classes out of ten *without* such a shift are
   answered within a point of the frozen model, where statistics of the batch make at least 15 points more errors
   (`tests/bench/test_guarded_streams.py`).
+- **It does not protect a single class.** It looks at all answers together. A class can be given up while the error of
+  all falls; the tables of [`testtime bench`](benchmarks.md#the-worst-class-and-the-worst-domain) show the worst class, without
+  a guard.
 - **Gains that make the answers rightly less even are lost**: those of all methods with GroupNorm on long-tailed
   streams, and of `tent` on the inverse ones. The [next section](#what-cannot-be-told) says why.
 - **Gains are lost where the frozen model follows the order of the labels more closely**, as with statistics of the
