@@ -5,8 +5,9 @@ import threading
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from others import Seeing, handling
 from testtime.adaptation.kernels.batch_statistics import norm_of_batch
 from testtime.adaptation.kernels.calls import Watching, _here
 
@@ -133,18 +134,10 @@ def test_other_threads_are_not_seen():
 
 
 def test_modes_and_tensors_of_others_see_torchs_batch_normalisation():
-    class Handling(torch.Tensor):
-        @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):
-            return "handled" if func is F.batch_norm else NotImplemented
-
-    class Seeing(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **kwargs or {})
-
-    seen, x = [], torch.randn(2, 3, 32)
-    assert norm_of_batch(x.as_subclass(Handling), None, None, 1e-5, least=1) == "handled"
-    with Seeing():
+    x = torch.randn(2, 3, 32)
+    assert (
+        norm_of_batch(x.as_subclass(handling(F.batch_norm)), None, None, 1e-5, least=1) == "handled"
+    )
+    with Seeing() as mode:
         norm_of_batch(x, None, None, 1e-5, least=1)
-    assert F.batch_norm in seen
+    assert F.batch_norm in mode.seen

@@ -1,6 +1,8 @@
 """Linear layers by convolutions, against torch's own in double precision."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 import testtime as tt
+from others import Seeing, handling
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.kernels import linear as kernel
 from testtime.adaptation.kernels import replay
@@ -160,21 +162,11 @@ def test_what_it_gives_may_be_written_to(grads, convolved):
 
 
 def test_modes_and_tensors_of_others_see_torchs_function(convolved):
-    class Handling(Tensor):
-        @classmethod
-        def __torch_function__(cls, func, types, args=(), kwargs=None):
-            return "handled" if func is F.linear else NotImplemented
-
-    class Seeing(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            seen.append(func)
-            return func(*args, **kwargs or {})
-
-    seen, x, given = [], draw(32, 12), layer()
-    assert linear(x.as_subclass(Handling), *given) == "handled"
-    with Seeing():
+    x, given = draw(32, 12), layer()
+    assert linear(x.as_subclass(handling(F.linear)), *given) == "handled"
+    with Seeing() as mode:
         linear(x, *given)
-    assert F.linear in seen
+    assert F.linear in mode.seen
     assert not convolved
     with torch.device("cpu"):
         linear(x, *given)
@@ -232,16 +224,28 @@ def test_what_is_asked_of_torch_is_heeded(convolved):
     assert not convolved
 
 
+@contextmanager
+def coarser(kind: str) -> Iterator[None]:
+    """While it lasts, one kind of kernel may round; where torch has a switch for all, all may."""
+    switch = getattr(torch.backends.mkldnn, kind, None)
+    if switch is None:
+        torch.set_float32_matmul_precision("medium")
+    else:
+        before, switch.fp32_precision = switch.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        if switch is None:
+            torch.set_float32_matmul_precision("highest")
+        else:
+            switch.fp32_precision = before
+
+
 @pytest.mark.parametrize("kind", ["matmul", "conv"])
 def test_a_precision_asked_of_one_kind_of_kernel_is_heeded(kind, convolved):
-    if not hasattr(torch.backends.mkldnn, kind):
-        pytest.skip("this torch has one precision for all")
-    asked, x, given = getattr(torch.backends.mkldnn, kind), draw(32, 12), layer()
-    before, asked.fp32_precision = asked.fp32_precision, "bf16"
-    try:
+    x, given = draw(32, 12), layer()
+    with coarser(kind):
         assert torch.equal(linear(x, *given), F.linear(x, *given))
-    finally:
-        asked.fp32_precision = before
     assert not convolved
 
 

@@ -14,7 +14,7 @@ from testtime._core.errors import NeedsSource
 from testtime._core.options import in_range, whole
 from testtime.adaptation.kernels.batch_statistics import row_sums
 from testtime.adaptation.layers import NormLayer, hooked, norm_layers, on_input
-from testtime.adaptation.outputs import read_logits, rows
+from testtime.adaptation.outputs import rows
 from testtime.measures.entropy import entropy
 
 if TYPE_CHECKING:
@@ -227,10 +227,10 @@ class Signals:
 
     def add(self, total: dict[str, Tensor], batch: "SourceBatch") -> dict[str, Tensor]:
         """Sums up each summary and its square."""
-        loan, found = batch.engine.loan, dict[str, Tensor]()
-        with summarised(norm_layers(loan.model), found):
-            output, _ = batch.engine.frozen(batch.inputs)
-        found["entropy"] = relative(rows(read_logits(output)))[:, None]
+        found: dict[str, Tensor] = {}
+        with summarised(norm_layers(batch.engine.loan.model), found):
+            _, logits = batch.engine.frozen(batch.inputs)
+        found["entropy"] = relative(rows(logits))[:, None]
         new = dict(total)
         for name, each in found.items():
             own = each.double()
