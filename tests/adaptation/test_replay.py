@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import testtime as tt
 from models import batches, tiny, tiny_vit
 from testtime.adaptation import shortcuts
+from testtime.adaptation.kernels import replay
 from testtime.adaptation.kernels.replay import Recorded, Replayed, dear_layers
 from testtime.adaptation.methods.deyo import deyo
 from testtime.adaptation.methods.eta import eta
@@ -223,3 +224,19 @@ def test_what_is_kept_took_many_multiplications_and_is_not_wide(tokens, inputs, 
     with torch.no_grad(), Recorded(2) as recorded:
         layer(torch.zeros(2, tokens, inputs))
     assert len(recorded.kept) == kept
+
+
+class Sudden(nn.Linear):
+    """A layer at which an interrupt falls."""
+
+    @property
+    def forward(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_layers_are_lent_gives_them_back(monkeypatch):
+    layers = [nn.Linear(4, 3), nn.Conv2d(1, 2, 3), Sudden(4, 3)]
+    monkeypatch.setattr(replay, "_is_dear", lambda layer: True)
+    with pytest.raises(KeyboardInterrupt), Recorded(8, layers):
+        pass
+    assert not any("forward" in vars(layer) for layer in layers)

@@ -99,19 +99,28 @@ class Recorded(Watching):
         return result
 
     def __enter__(self) -> Any:
-        lent = [layer for layer in self.layers if _is_dear(layer)]
-        self._below = [(vars(layer), vars(layer).get("forward")) for layer in lent]
-        for layer in lent:  # no hook, since others of the layer may change what it gives
-            vars(layer)["forward"] = partial(self._run, layer, layer.forward)
+        self._below: list[tuple[dict[str, Any], Any]] = []
+        try:
+            for layer in filter(_is_dear, self.layers):
+                # no hook, since others of the layer may change what it gives
+                forward = partial(self._run, layer, layer.forward)
+                self._below.append((vars(layer), vars(layer).get("forward")))
+                vars(layer)["forward"] = forward
+        except BaseException:
+            self._give_back()
+            raise
         return self if self.layers else super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        for own, below in self._below:
-            del own["forward"]
-            if below is not None:
-                own["forward"] = below
+        self._give_back()
         if not self.layers:
             super().__exit__(*error)
+
+    def _give_back(self) -> None:
+        for own, below in self._below:
+            own.pop("forward", None)
+            if below is not None:
+                own["forward"] = below
 
     def _run(self, layer: Any, forward: Call, input: Tensor) -> Tensor:  # noqa: A002  (as torch calls it)
         result: Tensor = forward(input)
@@ -147,8 +156,8 @@ def dear_layers(model: nn.Module) -> list[Any]:
 
 
 def _is_dear(module: Any) -> bool:
-    own = vars(module).get("forward")
-    own = (own is None or is_ours(own)) and type(module).forward in _LAYERS
+    lent = vars(module).get("forward")
+    own = (lent is None or is_ours(lent)) and type(module).forward in _LAYERS
     pads = getattr(module, "padding_mode", "zeros") != "zeros"  # before torch is called
     return own and not pads and isinstance(module._parameters.get("weight"), Tensor)
 
