@@ -139,6 +139,35 @@ def test_layers_are_asked_in_place_of_all_calls():
     assert seen
 
 
+class Mixed(nn.Module):
+    """Layers that a second forward computes anew, between two that it does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 2, 3)
+        self.named = nn.Conv2d(4, 4, 3, padding="same")
+        self.short, self.mixing = nn.Conv2d(4, 4, 1), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.named(self.first(x).relu())
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.short(x).float()
+        x = self.mixing(x.transpose(2, 3)).contiguous()
+        x = self.mixing(torch.stack([self.first(each[None])[0] for each in x]))
+        return self.last(x)
+
+
+def test_layers_are_kept_in_the_order_in_which_they_are_asked_for():
+    model = Mixed().requires_grad_(False)
+    x = torch.randn(6, 4, 8, 8)
+    with torch.no_grad(), Recorded(6, dear_layers(model), dear=1, least=1) as recorded:
+        whole = model(x)
+    with Replayed(recorded) as replayed:
+        again = model(x)
+    assert torch.equal(again, whole)
+    assert replayed.taken == 3  # the first, the last, and what mixes the second time
+
+
 class Own(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.weight / 2, padding=1)
@@ -182,7 +211,7 @@ def test_padding_by_name_and_autocast_are_computed():
     model = Calls(conv).requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16), Recorded(6, dear=1, least=1) as recorded:
         model(torch.randn(6, 4, 8, 8).double())
-    assert not recorded.kept
+    assert not recorded.told()
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -223,7 +252,7 @@ def test_what_is_kept_took_many_multiplications_and_is_not_wide(tokens, inputs, 
     layer = nn.Linear(inputs, outputs).requires_grad_(False)
     with torch.no_grad(), Recorded(2) as recorded:
         layer(torch.zeros(2, tokens, inputs))
-    assert len(recorded.kept) == kept
+    assert len(recorded.told()) == kept
 
 
 class Sudden(nn.Linear):
@@ -236,7 +265,7 @@ class Sudden(nn.Linear):
 
 def test_an_interrupt_while_layers_are_lent_gives_them_back(monkeypatch):
     layers = [nn.Linear(4, 3), nn.Conv2d(1, 2, 3), Sudden(4, 3)]
-    monkeypatch.setattr(replay, "_is_dear", lambda layer: True)
-    with pytest.raises(KeyboardInterrupt), Recorded(8, layers):
+    monkeypatch.setitem(replay._LAYERS, Sudden.forward, replay._linear)
+    with pytest.raises(KeyboardInterrupt), Recorded(8, layers, dear=1):
         pass
     assert not any("forward" in vars(layer) for layer in layers)

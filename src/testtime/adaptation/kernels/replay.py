@@ -30,17 +30,17 @@ LEAST = 1 << 13
 
 
 class Kept(NamedTuple):
-    """What one call gave: by what it is read, for all samples, and at which of its versions."""
+    """What one call gave: by what it is read, of which input, and at which of its versions."""
 
     read: Callable[..., Any]
     weight: Tensor
-    sample: torch.Size
+    shape: torch.Size
     output: Tensor
     version: int
 
     def fits(self, func: Callable[..., Tensor], x: Tensor, weight: Tensor) -> bool:
         """Whether a later call asks for the same."""
-        return _READ[func] is self.read and weight is self.weight and x.shape[1:] == self.sample
+        return _READ[func] is self.read and weight is self.weight and x.shape[1:] == self.shape[1:]
 
     @property
     def intact(self) -> bool:
@@ -95,7 +95,9 @@ class Recorded(Watching):
     def see(self, func: Call, go_on: Call, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """The call, whose output is kept."""
         result: Tensor = go_on(*args, **kwargs)
-        self._keep(func, args, kwargs, result)
+        call = _call(func, args, kwargs, self)
+        if call is not None:
+            self._keep(_READ[func], call.weight, call.x, result)
         return result
 
     def __enter__(self) -> Any:
@@ -103,9 +105,11 @@ class Recorded(Watching):
         try:
             for layer in filter(_is_dear, self.layers):
                 # no hook, since others of the layer may change what it gives
-                forward = partial(self._run, layer, layer.forward)
-                self._below.append((vars(layer), vars(layer).get("forward")))
-                vars(layer)["forward"] = forward
+                weight, read = layer.weight, _LAYERS[type(layer).forward]
+                if self.is_dear(weight) and not isinstance(getattr(layer, "padding", 0), str):
+                    forward = partial(self._run, read, weight, layer.forward)
+                    self._below.append((vars(layer), vars(layer).get("forward")))
+                    vars(layer)["forward"] = forward
         except BaseException:
             self._give_back()
             raise
@@ -122,20 +126,35 @@ class Recorded(Watching):
             if below is not None:
                 own["forward"] = below
 
-    def _run(self, layer: Any, forward: Call, input: Tensor) -> Tensor:  # noqa: A002  (as torch calls it)
+    def is_dear(self, weight: Tensor) -> bool:
+        """Whether calls with a weight take so many multiplications for each value that they are kept."""
+        inputs, outputs = weight.numel() // len(weight), len(weight)
+        return self.dear <= inputs and outputs <= self.wide * inputs
+
+    def told(self) -> list[Kept]:
+        """What was kept of the whole batch, and is worth it; not under autocast."""
+        return [
+            kept._replace(output=kept.output.detach())
+            for kept in self.kept
+            if kept.shape[0] == len(kept.output) == self.samples
+            and kept.output.dtype == kept.weight.dtype
+            and self.is_worth(kept.shape, kept.weight)
+        ]
+
+    def is_worth(self, shape: torch.Size, weight: Tensor) -> bool:
+        """Whether a call on an input of that shape is kept."""
+        batched = len(shape) == weight.dim() or (weight.dim() == 2 and len(shape) > 1)
+        return batched and shape[1:].numel() >= self.least and self.is_dear(weight)
+
+    def _run(self, read: Call, weight: Tensor, forward: Call, input: Tensor) -> Tensor:  # noqa: A002
         result: Tensor = forward(input)
-        more = [] if isinstance(layer, nn.Linear) else [getattr(layer, name) for name in _SIDES]
-        func = _LAYERS[type(layer).forward]
-        self._keep(func, (input, layer.weight, layer.bias, *more), {}, result)
+        # an answer waits for this: whether it is worth it is found out by who goes through again
+        if read is not _linear or input.is_contiguous():
+            self._keep(read, weight, input, result)
         return result
 
-    def _keep(self, func: Call, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
-        call = _call(func, args, kwargs, self)
-        if call is not None and len(call.x) == len(result) == self.samples:
-            sample = call.x.shape[1:]
-            self.kept.append(
-                Kept(_READ[func], call.weight, sample, result.detach(), result._version)
-            )
+    def _keep(self, read: Call, weight: Tensor, x: Tensor, result: Tensor) -> None:
+        self.kept.append(Kept(read, weight, x.shape, result, result._version))
 
 
 def dear_layers(model: nn.Module) -> list[Any]:
@@ -176,7 +195,7 @@ class Replayed(Watching):
         self.functions = _READ.keys()
         self.recorded, self.chosen = recorded, chosen
         self.samples = recorded.samples if chosen is None else len(chosen)
-        self.left = recorded.kept[::-1]
+        self.left = recorded.told()[::-1]
         self.taken = 0
         recorded.kept = []
 
@@ -210,13 +229,11 @@ def _call(
 ) -> _Call | None:
     """What a call computes, where it is a dear one."""
     read = _READ.get(func)
-    if read is None or not args or args[0].dim() < 2 or not len(args[0]):
+    if read is None or not args or args[0].dim() < 2:
         return None
     x, weight, bias, back = read(*args, **kwargs)
-    inputs, outputs = weight.numel() // len(weight), len(weight)
-    cheap = x.numel() < recorded.least * len(x) or inputs < recorded.dear
-    wide = outputs > recorded.wide * inputs
-    if back is None or cheap or wide or torch.is_autocast_enabled(x.device.type):
+    worth_it = recorded.is_worth(x.shape, weight)
+    if back is None or not worth_it or torch.is_autocast_enabled(x.device.type):
         return None
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     return _Call(x, weight, learns, back)
@@ -236,7 +253,7 @@ def _conv(
     input: Tensor, weight: Tensor, bias: Tensor | None = None,  # noqa: A002
     stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
 ) -> Any:  # fmt: skip
-    if isinstance(padding, str) or input.dim() != weight.dim():
+    if isinstance(padding, str):
         return input, weight, bias, None
     sides = weight.dim() - 2
     each = [
@@ -254,11 +271,10 @@ def _conv(
     return input, weight, bias, back
 
 
-_SIDES = "stride", "padding", "dilation", "groups"
-_LAYERS: dict[Any, Call] = {
-    nn.Linear.forward: F.linear, nn.Conv1d.forward: F.conv1d, nn.Conv2d.forward: F.conv2d,
-    nn.Conv3d.forward: F.conv3d,
-}  # fmt: skip
+_LAYERS: dict[Any, Callable[..., Any]] = {
+    nn.Linear.forward: _linear,
+    **dict.fromkeys((nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward), _conv),
+}
 _READ: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((F.linear, linear), _linear), **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv)
 }  # fmt: skip
