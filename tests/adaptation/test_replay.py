@@ -1,6 +1,7 @@
 """The second forward of the few that teach takes what the first one knows; numbers stay."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -212,6 +213,18 @@ def test_padding_by_name_and_autocast_are_computed():
     with torch.autocast("cpu", torch.bfloat16), Recorded(6, dear=1, least=1) as recorded:
         model(torch.randn(6, 4, 8, 8).double())
     assert not recorded.told()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, partial(nn.Conv1d, kernel_size=1)])
+def test_complex_numbers_are_computed(layer):
+    layer = layer(8, 8, dtype=torch.complex64).requires_grad_(False)
+    x, slope = torch.randn(2, 6, 8, 8, dtype=torch.complex64)
+    with torch.no_grad(), Recorded(6, dear=1, least=1) as recorded:
+        layer(x)
+    with Replayed(recorded):
+        y = layer(x.requires_grad_())
+    found, expected = (torch.autograd.grad(made, x, slope) for made in (y, layer(x)))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -235,6 +235,8 @@ def _call(
     worth_it = recorded.is_worth(x.shape, weight)
     if back is None or not worth_it or torch.is_autocast_enabled(x.device.type):
         return None
+    if x.is_complex():  # whose gradients take conjugates, and torch convolves in parts
+        return None
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     return _Call(x, weight, learns, back)
 
