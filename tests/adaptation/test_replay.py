@@ -169,6 +169,19 @@ def test_layers_are_kept_in_the_order_in_which_they_are_asked_for():
     assert replayed.taken == 3  # the first, the last, and what mixes the second time
 
 
+class Twice(Layers):
+    """The weight of a layer before the layer runs, at other places; then the layer past its hooks."""
+
+    def forward(self, x):
+        x = F.conv2d(x, self.first.weight, padding=2, dilation=2)
+        return self.last(self.first.forward(self.first(x).relu()))
+
+
+def test_what_others_compute_with_a_layers_weight_is_none_of_its_calls():
+    model = Twice()
+    assert both(model, layers=dear_layers(model)) == 3
+
+
 class Own(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.weight / 2, padding=1)
