@@ -129,9 +129,10 @@ class Traces:
             changed = list(_changed(module.__dict__, attributes[name]))
             # with a tensor goes what says that it is there: a flag, or the size that it is for
             if written or any(tensors for *_, tensors in changed):
-                for key, old, held, _ in changed:
-                    self.own.add((name, key))
-                    _put_back(module.__dict__, key, old, held)
+                for key, old, held, tensors in changed:
+                    if tensors or not callable(module.__dict__[key]):  # such are dear to make again
+                        self.own.add((name, key))
+                        _put_back(module.__dict__, key, old, held)
 
     @contextmanager
     def emptied(self, model: nn.Module) -> Iterator[bool]:
