@@ -10,6 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from others import Seeing, handling
 from testtime.adaptation.kernels.batch_statistics import norm_of_batch
 from testtime.adaptation.kernels.calls import Watching, _here
+from testtime.adaptation.kernels.lean import Lean
 
 
 class Noting(Watching):
@@ -48,6 +49,13 @@ def test_what_one_asks_of_a_tensor_is_no_call_of_the_others():
     with Noting("outer", told, torch.relu, torch.Tensor.numel), Asking("inner", told, F.linear):
         F.linear(X, WEIGHT)
     assert told == [("inner", F.linear)]
+
+
+def test_functions_that_others_compiled_are_none_to_trace():
+    compiled = torch.compile(lambda x: F.silu(x) * 2, backend="aot_eager", fullgraph=True)
+    for number in range(2):  # seen by another each time
+        with Noting(number, [], F.silu), Lean(least=1):
+            assert torch.equal(compiled(F.linear(X, WEIGHT)), F.silu(F.linear(X, WEIGHT)) * 2)
 
 
 def test_one_that_begins_inside_of_a_call_sees_its_own():

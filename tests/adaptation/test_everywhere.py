@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 
 import testtime as tt
 from models import Experts, batches, tiny
@@ -60,6 +61,13 @@ def gaps(name: str) -> list[float]:
         float((mine.float().softmax(-1) - theirs.softmax(-1)).abs().mean())
         for mine, theirs in zip(answers, expected, strict=True)
     ]
+
+
+def test_what_a_backward_keeps_may_wait_elsewhere():
+    adapter, expected = adapter_of("tent", tiny()), go(adapter_of("tent", tiny()), batches(3))
+    with save_on_cpu():
+        answers = go(adapter, batches(3))
+    assert all(map(torch.equal, answers, expected))
 
 
 @pytest.mark.parametrize(

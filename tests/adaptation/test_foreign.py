@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import testtime as tt
@@ -295,6 +296,8 @@ def test_a_model_that_checkpoints_is_refused_where_there_is_a_backward(reentrant
     with pytest.raises(ScopeError, match="set_grad_checkpointing"):
         adapter(images()[0])
     assert adapter.snapshot() is mark
+    with save_on_cpu(), pytest.raises(ScopeError, match="set_grad_checkpointing"):
+        adapter(images()[0])
     with pytest.raises(ScopeError, match="set_grad_checkpointing"):
         tt.fit_source(model, images(), methods=["eata"])
     assert tt.adapt(model, "bn-adapt")(images()[0]).isfinite().all()

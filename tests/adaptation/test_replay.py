@@ -1,6 +1,7 @@
 """The second forward of the few that teach takes what the first one knows; numbers stay."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -168,6 +169,19 @@ def test_layers_are_kept_in_the_order_in_which_they_are_asked_for():
     assert replayed.taken == 3  # the first, the last, and what mixes the second time
 
 
+class Twice(Layers):
+    """The weight of a layer before the layer runs, at other places; then the layer past its hooks."""
+
+    def forward(self, x):
+        x = F.conv2d(x, self.first.weight, padding=2, dilation=2)
+        return self.last(self.first.forward(self.first(x).relu()))
+
+
+def test_what_others_compute_with_a_layers_weight_is_none_of_its_calls():
+    model = Twice()
+    assert both(model, layers=dear_layers(model)) == 3
+
+
 class Own(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.weight / 2, padding=1)
@@ -212,6 +226,18 @@ def test_padding_by_name_and_autocast_are_computed():
     with torch.autocast("cpu", torch.bfloat16), Recorded(6, dear=1, least=1) as recorded:
         model(torch.randn(6, 4, 8, 8).double())
     assert not recorded.told()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, partial(nn.Conv1d, kernel_size=1)])
+def test_complex_numbers_are_computed(layer):
+    layer = layer(8, 8, dtype=torch.complex64).requires_grad_(False)
+    x, slope = torch.randn(2, 6, 8, 8, dtype=torch.complex64)
+    with torch.no_grad(), Recorded(6, dear=1, least=1) as recorded:
+        layer(x)
+    with Replayed(recorded):
+        y = layer(x.requires_grad_())
+    found, expected = (torch.autograd.grad(made, x, slope) for made in (y, layer(x)))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -101,6 +101,15 @@ def test_of_rows_as_long_as_any_where_all_squares_are_rounded_to_one_side(length
     torch.testing.assert_close(found.mean.double(), mean, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("scale", "offset"), [(1e17, 30.0), (1e15, 1e4), (0.0, 1e30)])
+def test_channels_whose_squares_are_too_large_to_add_up_are_centred(scale, offset):
+    x = scale * draw(20, 3, 500) + (scale or 1.0) * offset
+    mean, var = exact(x)
+    found = of_batch(x, least=1)
+    torch.testing.assert_close(found.mean.double(), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.var.double(), var, rtol=1e-5, atol=0)
+
+
 def test_channels_that_are_constant_have_no_variance_and_those_that_are_not_finite_are_torchs():
     x = draw(4, 6, 50)
     x[:, 0], x[:, 1] = 0.3, 0.0

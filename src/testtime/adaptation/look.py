@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from testtime._core.errors import InputError, ScopeError, TesttimeError, TesttimeWarning, unknown
 from testtime.adaptation.layers import hooked, norm_kind, on_input
 from testtime.adaptation.loan import Loan
+from testtime.adaptation.modes import without_hooks
 from testtime.adaptation.outputs import read_logits
 from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
 from testtime.adaptation.ranks import Ranks
@@ -191,7 +192,8 @@ def check_backward(loan: Loan, x: Tensor, *, read: Callable[[Any], Tensor] = rea
         return
     refused = "no saved tensors hooks"
     try:
-        with torch.enable_grad(), torch.autograd.graph.disable_saved_tensors_hooks(refused):
+        refusing = torch.autograd.graph.disable_saved_tensors_hooks(refused)
+        with torch.enable_grad(), without_hooks(), refusing:
             some = loan.some(x).detach().clone().requires_grad_()
             logits = read(source_output(loan, some * 1))  # which may be written to
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -23,6 +24,21 @@ def computing() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(cached)
+
+
+@contextmanager
+def without_hooks() -> Iterator[None]:
+    """While it lasts, what a backward keeps goes through no hooks of the caller's, as `save_on_cpu` has."""
+    inside: Any = torch._C
+    hooks, taken = inside._autograd, []
+    while (top := hooks._top_saved_tensors_default_hooks(True)) is not None:
+        taken.append(top)
+        hooks._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(taken):
+            hooks._push_saved_tensors_default_hooks(pack, unpack)
 
 
 @contextmanager

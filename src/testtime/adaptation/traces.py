@@ -9,6 +9,7 @@ with what the model held before the loan, without its caches, and leaves that be
 import copy
 import operator
 import weakref
+from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 TORCHS = frozenset(vars(nn.Module()))
 """Attributes that every module has: registered tensors, hooks, modes."""
+MUTABLE = list, dict, set, deque
 ABSENT = object()
 """Stands for what a dictionary did not hold, where None may be held."""
 _known: "weakref.WeakKeyDictionary[nn.Module, Traces]" = weakref.WeakKeyDictionary()
@@ -35,7 +37,8 @@ class Traces:
         model: that was not run yet.
 
     Attributes:
-        own: (module, attribute) of tensors, and of lists and dictionaries of tensors.
+        own: (module, attribute) of tensors, of what holds tensors, as lists of tuples, and of whatever
+            else their module changes with them.
         caches: those of them that begin empty, since they are filled again.
         buffers: (module, buffer).
         asleep: modules that no look saw run, as an expert that few samples go to; they are watched.
@@ -89,19 +92,20 @@ class Traces:
         self._looking = True
         attributes = {
             name: {
-                key: (value, copy.copy(value) if isinstance(value, dict | list) else value)
+                key: (value, held_by(value))
                 for key, value in module.__dict__.items()
                 if key not in TORCHS
             }
             for name, module in modules.items()
         }
-        buffers = [
-            (name, key, buffer, buffer._version, buffer.detach().clone())
+        buffers = {
+            name: {
+                key: None if buffer is None else (buffer, buffer._version, buffer.detach().clone())
+                for key, buffer in module._buffers.items()
+            }
             for name, module in modules.items()
             if name not in lent
-            for key, buffer in module._buffers.items()
-            if buffer is not None
-        ]
+        }
         version = x._version
         try:
             yield
@@ -115,27 +119,20 @@ class Traces:
         self,
         modules: dict[str, nn.Module],
         attributes: dict[str, dict[str, tuple[Any, Any]]],
-        buffers: list[tuple[str, str, Tensor, int, Tensor]],
+        buffers: dict[str, dict[str, tuple[Tensor, int, Tensor] | None]],
     ) -> None:
         for name, module in modules.items():
-            for key, value in list(module.__dict__.items()):
-                if key in TORCHS:
-                    continue
-                old, held = attributes[name].get(key, (ABSENT, None))
-                now, before = inside(value), inside(held)
-                same = len(now) == len(before) and all(map(operator.is_, now, before))
-                if value is old and same:
-                    continue
-                if any(isinstance(each, Tensor) for each in (*now, *before)):
-                    self.own.add((name, key))
-                    _put_back(module.__dict__, key, old, held)
-        for name, key, buffer, version, values in buffers:
-            holder = modules[name]._buffers
-            if holder.get(key) is not buffer or buffer._version != version:
-                self.buffers.add((name, key))
-                holder[key] = buffer
-                with torch.no_grad():
-                    buffer.resize_(values.shape).copy_(values)
+            kept, holder = buffers.get(name, {}), module._buffers
+            names = kept.keys() | holder.keys() if name in buffers else ()
+            written = [key for key in names if _written(holder, key, kept.get(key, ABSENT))]
+            self.buffers.update((name, key) for key in written)
+            changed = list(_changed(module.__dict__, attributes[name]))
+            # with a tensor goes what says that it is there: a flag, or the size that it is for
+            if written or any(tensors for *_, tensors in changed):
+                for key, old, held, tensors in changed:
+                    if tensors or not callable(module.__dict__[key]):  # such are dear to make again
+                        self.own.add((name, key))
+                        _put_back(module.__dict__, key, old, held)
 
     @contextmanager
     def emptied(self, model: nn.Module) -> Iterator[bool]:
@@ -177,21 +174,20 @@ class Traces:
                     continue
                 if (name, key) in self.caches:
                     holder[key] = type(value)()
-                elif isinstance(value, dict | list):
-                    holder[key] = copy.copy(value)
+                elif not isinstance(value, Tensor):
+                    holder[key] = copy.deepcopy(value, {id(each): each for each in inside(value)})
         for name, key in self.buffers:
-            buffer = modules[name]._buffers.get(key) if name in modules else None
-            if buffer is not None:
-                kept.append((modules[name]._buffers, key, buffer))
-                modules[name]._buffers[key] = buffer.clone()
+            if name in modules:
+                holder = modules[name]._buffers
+                buffer = holder.get(key, ABSENT)
+                kept.append((holder, key, buffer))
+                if isinstance(buffer, Tensor):
+                    holder[key] = buffer.clone()
         try:
             yield
         finally:
             for holder, key, value in kept:
-                if value is ABSENT:
-                    holder.pop(key, None)
-                else:
-                    holder[key] = value
+                _give_back(holder, key, value)
 
     def forget(self, copied: nn.Module) -> None:
         """Empties the caches of a copy of the model, whose tensors are others."""
@@ -204,21 +200,86 @@ def _kind(x: Tensor) -> Any:
     return x.shape[1:], x.dtype, torch.is_grad_enabled()
 
 
-def _put_back(holder: dict[str, Any], key: str, value: Any, held: Any) -> None:
-    """An attribute as it was, and what it held if it is a list or dictionary."""
+def _changed(
+    now: dict[str, Any], before: dict[str, tuple[Any, Any]]
+) -> Iterator[tuple[str, Any, Any, bool]]:
+    """Attributes that changed: name, what it was, what that held; and whether tensors come or go."""
+    for key in [each for each in now if each not in TORCHS]:
+        value, (old, held) = now[key], before.get(key, (ABSENT, []))
+        if value is not old or not all(_alike(each, kept) for each, kept in held):
+            gone = [each for _, kept in held for each in inside(kept)]
+            yield (
+                key,
+                old,
+                held,
+                any(isinstance(each, Tensor) for each in (*inside(value), *inside(old), *gone)),
+            )
+
+
+def _put_back(holder: dict[str, Any], key: str, value: Any, held: list[tuple[Any, Any]]) -> None:
+    """An attribute as it was, and whatever it holds."""
+    _give_back(holder, key, value)
+    for each, before in held:
+        each.clear()
+        each.update(before) if isinstance(each, dict | set) else each.extend(before)
+
+
+def _written(holder: dict[str, Any], key: str, kept: Any) -> bool:
+    """Whether a buffer is no longer what it was; then it is that again."""
+    now = holder.get(key, ABSENT)
+    if not isinstance(kept, tuple):
+        if now is not kept:
+            _give_back(holder, key, kept)
+        return now is not kept
+    buffer, version, values = kept
+    if now is buffer and buffer._version == version:
+        return False
+    holder[key] = buffer
+    with torch.no_grad():
+        buffer.resize_(values.shape).copy_(values)
+    return True
+
+
+def _give_back(holder: dict[str, Any], key: str, value: Any) -> None:
     if value is ABSENT:
-        del holder[key]
-        return
-    holder[key] = value
-    if isinstance(value, list):
-        value[:] = held
-    elif isinstance(value, dict):
-        value.clear()
-        value.update(held)
+        holder.pop(key, None)
+    else:
+        holder[key] = value
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two lists, or two dictionaries, hold the very same."""
+    now, before = (list(each.values() if isinstance(each, dict) else each) for each in (one, other))
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+def held_by(value: Any) -> list[tuple[Any, Any]]:
+    """Lists, dictionaries, sets and queues within a value, itself included, each with a copy.
+
+    Example:
+        >>> held_by(([1, {"a": 2}], 3))
+        [([1, {'a': 2}], [1, {'a': 2}]), ({'a': 2}, {'a': 2})]
+    """
+    return [(each, copy.copy(each)) for each in _walk(value) if isinstance(each, MUTABLE)]
 
 
 def inside(value: Any) -> list[Any]:
-    """What a list, tuple or dictionary holds; any other value alone."""
-    if isinstance(value, dict):
-        return list(value.values())
-    return list(value) if isinstance(value, list | tuple) else [value]
+    """What a value holds that holds nothing itself, however deep; of any other value itself.
+
+    Example:
+        >>> inside([1, (2, {"a": 3})])
+        [1, 2, 3]
+    """
+    return [each for each in _walk(value) if not isinstance(each, (*MUTABLE, tuple))]
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    todo, seen = [value], set[int]()
+    while todo:
+        each = todo.pop()
+        if isinstance(each, (*MUTABLE, tuple)):
+            if id(each) in seen:
+                continue
+            seen.add(id(each))
+            todo.extend(reversed(list(each.values() if isinstance(each, dict) else each)))
+        yield each

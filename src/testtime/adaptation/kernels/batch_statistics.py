@@ -138,7 +138,7 @@ def _by_rows(x: Tensor, rows: Rows, *, centred: bool = False) -> Moments:
         mean = sums.numpy().reshape(rows.pieces).sum((0, 2), dtype=np.float64) / rows.values
         power = squares.numpy().reshape(rows.pieces).sum((0, 2), dtype=np.float64) / rows.values
         var = power - mean * mean
-        told = power <= (1 + FAR**2) * var
+        told = power - (1 + FAR**2) * var <= 0  # nor where squares were too large: inf - inf
         found = Moments(*(torch.from_numpy(each.astype(np.float32)) for each in (mean, var)))
     if told.all():
         return found

@@ -88,6 +88,8 @@ class _Mode(TorchFunctionMode):
         self.functions = frozenset().union(*(each.functions for each in self.watchers))
 
     def __torch_function__(self, func: Call, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # a function of others, who would trace what stands below
+            return func(*args, **kwargs or {})
         _here.mode = None  # torch has put this mode aside meanwhile: others need their own
         try:
             if func not in self.functions:

@@ -8,7 +8,8 @@ lies between.
 Kept is what is dear: outputs that took many multiplications for each value.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -181,10 +182,28 @@ def _is_dear(module: Any) -> bool:
     return own and not pads and isinstance(module._parameters.get("weight"), Tensor)
 
 
+@contextmanager
+def _instead(layers: Iterable[Any], stand_in: Call) -> Iterator[None]:
+    """While it lasts, layers run `stand_in`, of the layer, of their own forward and of the input."""
+    below: list[tuple[dict[str, Any], Any]] = []
+    try:
+        for layer in layers:
+            own, forward = vars(layer), partial(stand_in, layer, layer.forward)
+            below.append((own, own.get("forward")))
+            own["forward"] = forward
+        yield
+    finally:
+        for own, before in below:
+            own.pop("forward", None)
+            if before is not None:
+                own["forward"] = before
+
+
 class Replayed(Watching):
     """While it lasts, such calls on the chosen samples take what was kept, once each and in order.
 
-    A call that does not ask for what comes next ends it: from there on all is computed.
+    A call that does not ask for what comes next ends it: from there on all is computed. Where layers
+    were watched, what others compute with their weights is no call of theirs.
 
     Args:
         recorded: by the forward of all samples.
@@ -197,12 +216,31 @@ class Replayed(Watching):
         self.samples = recorded.samples if chosen is None else len(chosen)
         self.left = recorded.told()[::-1]
         self.taken = 0
+        self._asking: Tensor | None = None
         recorded.kept = []
+
+    def __enter__(self) -> Any:
+        self._lent = _instead(filter(_is_dear, self.recorded.layers), self._run)
+        self._lent.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._lent.__exit__(*error)
+
+    def _run(self, layer: Any, forward: Call, input: Tensor) -> Tensor:  # noqa: A002
+        self._asking = layer.weight
+        try:
+            return forward(input)
+        finally:
+            self._asking = None
 
     def see(self, func: Call, go_on: Call, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """What was kept of the call, or else the call."""
         call = _call(func, args, kwargs, self.recorded) if self.left else None
         if call is None or len(call.x) != self.samples:
+            return go_on(*args, **kwargs)
+        if self.recorded.layers and call.weight is not self._asking:
             return go_on(*args, **kwargs)
         kept = self.left.pop()
         fits = kept.fits(func, call.x, call.weight)
@@ -234,6 +272,8 @@ def _call(
     x, weight, bias, back = read(*args, **kwargs)
     worth_it = recorded.is_worth(x.shape, weight)
     if back is None or not worth_it or torch.is_autocast_enabled(x.device.type):
+        return None
+    if x.is_complex():  # whose gradients take conjugates, and torch convolves in parts
         return None
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     return _Call(x, weight, learns, back)
