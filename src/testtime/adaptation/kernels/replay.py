@@ -64,6 +64,23 @@ class _Known(torch.autograd.Function):
         return ctx.back(grads[0], ctx.shape), None, None
 
 
+@contextmanager
+def _instead(layers: Iterable[Any], stand_in: Call) -> Iterator[None]:
+    """While it lasts, layers run `stand_in`, of the layer, of their own forward and of the input."""
+    below: list[tuple[dict[str, Any], Any]] = []
+    try:
+        for layer in layers:
+            own, forward = vars(layer), partial(stand_in, layer, layer.forward)
+            below.append((own, own.get("forward")))
+            own["forward"] = forward
+        yield
+    finally:
+        for own, before in below:
+            own.pop("forward", None)
+            if before is not None:
+                own["forward"] = before
+
+
 class Recorded(Watching):
     """While it lasts, outputs of dear calls on a whole batch are kept.
 
@@ -102,34 +119,28 @@ class Recorded(Watching):
         return result
 
     def __enter__(self) -> Any:
-        self._below: list[tuple[dict[str, Any], Any]] = []
-        try:
-            for layer in filter(_is_dear, self.layers):
-                # no hook, since others of the layer may change what it gives
-                weight, read = layer.weight, _LAYERS[type(layer).forward]
-                if self.is_dear(weight) and not isinstance(getattr(layer, "padding", 0), str):
-                    forward = partial(self._run, read, weight, layer.forward)
-                    self._below.append((vars(layer), vars(layer).get("forward")))
-                    vars(layer)["forward"] = forward
-        except BaseException:
-            self._give_back()
-            raise
-        return self if self.layers else super().__enter__()
+        if not self.layers:
+            return super().__enter__()
+        # no hooks, since others of a layer may change what it gives
+        self._lent = _instead(filter(self._keeps, self.layers), self._run)
+        self._lent.__enter__()
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        self._give_back()
-        if not self.layers:
+        if self.layers:
+            self._lent.__exit__(*error)
+        else:
             super().__exit__(*error)
 
-    def _give_back(self) -> None:
-        for own, below in self._below:
-            own.pop("forward", None)
-            if below is not None:
-                own["forward"] = below
+    def _keeps(self, layer: Any) -> bool:
+        by_name = isinstance(getattr(layer, "padding", 0), str)
+        return _is_dear(layer) and not by_name and self.is_dear(layer.weight)
 
     def is_dear(self, weight: Tensor) -> bool:
         """Whether calls with a weight take so many multiplications for each value that they are kept."""
         inputs, outputs = weight.numel() // len(weight), len(weight)
+        if weight.is_complex():  # whose gradients take conjugates, and torch convolves in parts
+            return False
         return self.dear <= inputs and outputs <= self.wide * inputs
 
     def told(self) -> list[Kept]:
@@ -147,11 +158,12 @@ class Recorded(Watching):
         batched = len(shape) == weight.dim() or (weight.dim() == 2 and len(shape) > 1)
         return batched and shape[1:].numel() >= self.least and self.is_dear(weight)
 
-    def _run(self, read: Call, weight: Tensor, forward: Call, input: Tensor) -> Tensor:  # noqa: A002
+    def _run(self, layer: Any, forward: Call, input: Tensor) -> Tensor:  # noqa: A002  (as torch calls it)
         result: Tensor = forward(input)
+        read = _LAYERS[type(layer).forward]
         # an answer waits for this: whether it is worth it is found out by who goes through again
         if read is not _linear or input.is_contiguous():
-            self._keep(read, weight, input, result)
+            self._keep(read, layer._parameters["weight"], input, result)
         return result
 
     def _keep(self, read: Call, weight: Tensor, x: Tensor, result: Tensor) -> None:
@@ -180,23 +192,6 @@ def _is_dear(module: Any) -> bool:
     own = (lent is None or is_ours(lent)) and type(module).forward in _LAYERS
     pads = getattr(module, "padding_mode", "zeros") != "zeros"  # before torch is called
     return own and not pads and isinstance(module._parameters.get("weight"), Tensor)
-
-
-@contextmanager
-def _instead(layers: Iterable[Any], stand_in: Call) -> Iterator[None]:
-    """While it lasts, layers run `stand_in`, of the layer, of their own forward and of the input."""
-    below: list[tuple[dict[str, Any], Any]] = []
-    try:
-        for layer in layers:
-            own, forward = vars(layer), partial(stand_in, layer, layer.forward)
-            below.append((own, own.get("forward")))
-            own["forward"] = forward
-        yield
-    finally:
-        for own, before in below:
-            own.pop("forward", None)
-            if before is not None:
-                own["forward"] = before
 
 
 class Replayed(Watching):
@@ -272,8 +267,6 @@ def _call(
     x, weight, bias, back = read(*args, **kwargs)
     worth_it = recorded.is_worth(x.shape, weight)
     if back is None or not worth_it or torch.is_autocast_enabled(x.device.type):
-        return None
-    if x.is_complex():  # whose gradients take conjugates, and torch convolves in parts
         return None
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     return _Call(x, weight, learns, back)
