@@ -199,12 +199,15 @@ class Rejector:
         return Rejector(network=ours.eval().requires_grad_(False), cost=cost)
 
     def score(self, inputs: Tensor) -> Float[Tensor, " n"]:
-        """r of each sample; above 0 accepts.
+        """r of each sample; above 0 accepts. A sample that holds NaN has NaN, and is not accepted.
 
         Raises:
-            InputError: the network does not answer one number for each sample.
+            InputError: the network does not answer one number for each sample, or is the default one
+                and was fitted to inputs of another size.
         """
         check_tensors(inputs=inputs)
+        if not inputs.dim():
+            raise InputError("inputs are one number, without samples; expected (n, ...).")
         with borrowed(self.network), single():
             return _scores(self.network, inputs)
 
@@ -225,7 +228,13 @@ class _Standardised(nn.Module):
         self.register_buffer("std", torch.where(spread > 0, spread, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.reshape(len(x), -1).to(self.mean.dtype) - self.mean) / self.std
+        flat = x[:, None] if x.dim() == 1 else x.flatten(1)
+        if flat.shape[1] != len(self.mean) or x.is_complex():
+            raise InputError(
+                f"inputs are {x.dtype} of the shape {tuple(x.shape)}; expected real (n, ...) with "
+                f"{len(self.mean)} numbers for each sample, as the rejector was fitted to."
+            )
+        return (flat.to(self.mean.dtype) - self.mean) / self.std
 
 
 def _network(inputs: Tensor) -> nn.Module:

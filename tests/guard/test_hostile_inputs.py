@@ -1,0 +1,100 @@
+"""Scores, calibrators, rejectors and faults: what they cannot read is an error with a reason, or has a stated value."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from testtime._core.errors import InputError
+from testtime.guard.correctness import CorrectnessCalibrator, consistency_features
+from testtime.guard.faults import BitFlips, Drift, Scaling, StuckAt
+from testtime.guard.misclassification import (
+    MisclassificationNetwork,
+    doctor,
+    odin,
+    perturbed_score,
+)
+from testtime.guard.rejection import Rejector
+from testtime.guard.relative_uncertainty import RelativeUncertainty
+
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
+GOOD = LABELS > 0
+REJECTOR = Rejector.fit(X, GOOD, cost=0.2, alpha=2.0, steps=3)
+FAULTS = [
+    BitFlips(rate=1.0), BitFlips(rate=1.0, memory="int8"), StuckAt(bit=1, rate=1.0), Scaling(rate=1.0),
+    Drift(additive=0.1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("score", [odin, doctor])
+def test_a_prediction_of_no_class_has_no_score(score):
+    with pytest.raises(InputError, match="at least one class"):
+        score(X[:, :0])
+
+
+@pytest.mark.parametrize("huge", [1e39, 1e300])
+def test_logits_beyond_the_precision_of_a_network_are_refused(huge):
+    network = MisclassificationNetwork.fit(X, LABELS, epochs=1)
+    with pytest.raises(InputError, match=r"beyond torch\.float32"):
+        network.score(huge * X.double())
+    assert bool(network.score(1e30 * X.double()).isfinite().all())
+
+
+@pytest.mark.parametrize("x", [X.long(), X > 0, X.tolist(), None])
+def test_a_step_of_what_is_not_in_floating_point_is_refused(x):
+    scores = RelativeUncertainty.fit(X, LABELS)
+    for call in (
+        lambda: perturbed_score(nn.Identity(), x, doctor, epsilon=0.1),
+        lambda: scores.score_perturbed(nn.Identity(), x, epsilon=0.1),
+    ):
+        with pytest.raises(InputError, match="expected"):
+            call()
+
+
+def test_a_calibrator_refuses_nan_and_lets_masked_classes_be():
+    views = X.expand(3, -1, -1)
+    calibrator = CorrectnessCalibrator.fit(X, views, LABELS)
+    logits = X.clone()
+    logits[2, 1] = math.nan
+    for call in (calibrator.calibrate, calibrator.temperature, consistency_features):
+        with pytest.raises(InputError, match="NaN"):
+            call(logits, views)
+    logits[2, 1] = -math.inf
+    found = calibrator.calibrate(logits, views)
+    assert found[2, 1] == -math.inf
+    assert bool(found[:, 0].isfinite().all())
+
+
+def test_a_sample_that_is_nan_is_not_accepted_and_no_other_minds():
+    x = X.clone()
+    x[1, 0] = math.nan
+    assert REJECTOR.score(x).isnan().tolist() == [False, True, False, False, False, False]
+    assert not bool(REJECTOR.accepts(x)[1])
+    assert torch.equal(REJECTOR.score(x)[2:], REJECTOR.score(X)[2:])
+
+
+@pytest.mark.parametrize(
+    "x", [X[:, :2], X[:, 0], X[None], X[:, :0], X.to(torch.complex64), torch.tensor(1.0)]
+)
+def test_a_rejector_says_of_which_size_its_inputs_are(x):
+    with pytest.raises(InputError, match="expected"):
+        REJECTOR.score(x)
+
+
+def test_a_rejector_is_asked_nothing():
+    assert REJECTOR.accepts(X[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("values", [LABELS, GOOD, X.to(torch.complex64), X.tolist(), None])
+def test_only_floating_point_numbers_are_faulty(fault, values):
+    with pytest.raises(InputError, match="expected"):
+        fault(values, torch.Generator())
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_needs_chance_of_its_own(fault):
+    with pytest.raises(InputError, match="generator is None"):
+        fault(X, None)
