@@ -7,6 +7,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from testtime._core.arrays import check_dense
 from testtime._core.errors import InputError, StateError
 
 State = dict[str, Tensor]
@@ -148,7 +149,7 @@ def finite(name: str, values: Tensor) -> Tensor:
 
 
 def check_real(name: str, values: Any) -> None:
-    """Refuses what is no tensor, or one of complex numbers.
+    """Refuses what is no tensor of dense numbers, or one of complex ones.
 
     Example:
         >>> check_real("scores", [0.5])
@@ -160,3 +161,4 @@ def check_real(name: str, values: Any) -> None:
         raise InputError(
             f"{name} is {given}; expected a tensor of real numbers: torch.as_tensor(...)."
         )
+    check_dense(name, values)
