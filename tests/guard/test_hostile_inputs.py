@@ -6,17 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from testtime._core.errors import InputError
+from testtime._core.errors import InputError, OptionError
+from testtime.guard.betting import Grapa, Mixture, OnlineNewton, Starting
 from testtime.guard.correctness import CorrectnessCalibrator, consistency_features
 from testtime.guard.faults import BitFlips, Drift, Scaling, StuckAt
+from testtime.guard.feature_shift import feature_shift
 from testtime.guard.misclassification import (
     MisclassificationNetwork,
     doctor,
     odin,
     perturbed_score,
 )
-from testtime.guard.rejection import Rejector
+from testtime.guard.rejection import Rejector, best_score, rejection_loss
 from testtime.guard.relative_uncertainty import RelativeUncertainty
+from testtime.guard.risk import Risk
+from testtime.guard.shift_statistics import DeepScore, GaussianScore, KnnKS, ModelKS
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -98,3 +102,55 @@ def test_only_floating_point_numbers_are_faulty(fault, values):
 def test_a_fault_needs_chance_of_its_own(fault):
     with pytest.raises(InputError, match="generator is None"):
         fault(X, None)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 2.5, math.nan, None, "1"])
+@pytest.mark.parametrize(
+    ("statistic", "option"),
+    [
+        (GaussianScore, "samples"), (DeepScore, "samples"), (DeepScore, "layers"), (DeepScore, "bins"),
+        (ModelKS, "samples"), (ModelKS, "draws"), (KnnKS, "samples"), (KnnKS, "neighbours"),
+    ],
+)  # fmt: skip
+def test_a_statistic_of_nothing_is_refused(statistic, option, bad):
+    """Of no samples it was NaN, and no shift was ever detected."""
+    with pytest.raises(OptionError, match=option):
+        statistic(**{option: bad})
+
+
+def test_a_statistic_that_is_nan_detects_nothing_and_says_so():
+    with pytest.raises(InputError, match="the statistic is"):
+        feature_shift(X, X, statistic=lambda x, y, _: x.mean(-2) * math.nan, bootstrap=5)
+
+
+@pytest.mark.parametrize("alpha", [101.0, 200.0, 1e300, math.nan])
+def test_a_surrogate_that_is_too_steep_for_its_precision_is_refused(alpha):
+    """From 200 on it was NaN where a score is 0."""
+    for call in (
+        lambda: rejection_loss(X[:, 0], GOOD, cost=0.2, alpha=alpha),
+        lambda: best_score(torch.tensor([0.5]), cost=0.2, alpha=alpha),
+        lambda: Rejector.fit(X, GOOD, cost=0.2, alpha=alpha),
+    ):
+        with pytest.raises(OptionError, match="alpha"):
+            call()
+    scores = torch.tensor([0.0, 1.0, -1.0, 0.1, -0.1, 0.0])
+    assert rejection_loss(scores, GOOD, cost=1e-6, alpha=100.0).isfinite()
+
+
+@pytest.mark.parametrize("bad", ["1", None, (), [1], math.nan, 1.0, (0.5, "x")])
+def test_fractions_are_numbers(bad):
+    for call in (
+        lambda: OnlineNewton(limit=bad), lambda: Grapa(limit=bad), lambda: Mixture(fractions=bad),
+        lambda: Starting(fractions=bad),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match="between 0 and 1"):
+            call()
+
+
+@pytest.mark.parametrize("bad", ["1", None, math.nan, 0, 2])
+def test_options_of_another_type_are_named(bad):
+    with pytest.raises(OptionError, match="alpha"):
+        Risk.fit(torch.zeros(50), alpha=bad)
+    if bad != 2:
+        with pytest.raises(OptionError, match="top"):
+            consistency_features(X, X[None], top=bad)

@@ -58,6 +58,13 @@ def test_the_estimates_of_fixed_scores(F, tau):
     assert float(bounds.smile_bound(F, clip=math.inf)) == pytest.approx(reference.dv(f), abs=1e-9)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_a_clip_beyond_the_precision_of_scores_clips_nothing(kind):
+    F = normal(0, 4, 4).to(kind)
+    for clip in (1e38, 1e39, 1e300):
+        assert bounds.smile_bound(F, clip=clip) == bounds.smile_bound(F, clip=math.inf)
+
+
 @given(scores)
 def test_gradients_are_those_of_the_bound_that_trains(F):
     F.requires_grad_()

@@ -115,12 +115,14 @@ def consistency_features(
     Raises:
         InputError: the views are not of the same samples and classes, or hold NaN or infinity, or
             the logits NaN.
+        OptionError: top is below 1.
 
     Example:
         >>> logits = torch.tensor([[1.0, 3.0, 2.0]])
         >>> consistency_features(logits, torch.zeros(2, 1, 3), top=2)
         tensor([[0.3333, 0.3333, 0.3333, 0.3333]])
     """
+    whole(1, top=top)
     check_tensors(logits=logits, views=views)
     if views.dim() != 3 or views.shape[1:] != logits.shape or len(views) == 0:
         raise InputError(

@@ -83,7 +83,8 @@ def feature_shift(
         seed: of samples and bootstrap.
 
     Raises:
-        InputError: fewer than two samples on a side, unlike numbers of features, or NaN.
+        InputError: fewer than two samples on a side, unlike numbers of features, or NaN, also of the
+            statistic.
         OptionError: an option is out of its range.
 
     Example:
@@ -239,6 +240,11 @@ def _log_density(density: Gaussian, x: Tensor) -> Tensor:
 
 
 def _decide(value: Tensor, null: Tensor, alpha: float, compromised: int) -> FeatureShift:
+    if not bool(value.isfinite().all() & null.isfinite().all()):
+        raise InputError(
+            f"the statistic is {value.tolist()}, or not finite without a shift; expected finite numbers. "
+            "Give more samples, or another statistic."
+        )
     threshold = _threshold(null, alpha)
     excess = (value - null.mean(0)) / null.std(0).clamp(min=torch.finfo(null.dtype).tiny)
     detected = bool((value > threshold).any())

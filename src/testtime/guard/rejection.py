@@ -34,12 +34,16 @@ STEEP = 20.0
 def calibrated_beta(*, cost: float, alpha: float) -> float:
     """β for which the surrogate's minimiser follows Bayes' rule.
 
+    Raises:
+        OptionError: the cost is not between 0 and 1, or alpha not between 0 and 100, from where on single
+            precision cannot hold the loss.
+
     Example:
         >>> round(calibrated_beta(cost=0.1, alpha=4.0), 2)
         17.21
     """
     in_range(1e-6, 1 - 1e-6, cost=cost)
-    in_range(1e-6, alpha=alpha)
+    in_range(1e-6, 100, alpha=alpha)
     return alpha / 2 * (math.exp(alpha / 2) + (1 - cost) / cost * math.exp(-alpha / 2))
 
 

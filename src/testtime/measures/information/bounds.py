@@ -169,6 +169,8 @@ def smile_bound(scores: Scores, *, clip: float = 5.0) -> Float[Tensor, ""]:
     if clip != math.inf:
         in_range(0, clip=clip)
     scores = _check(scores)
+    if clip != math.inf:
+        clip = min(clip, torch.finfo(scores.dtype).max)
     value = scores.diagonal().mean() - _log_mean_exp_apart(scores.clamp(-clip, clip))
     return _shown(value, jensen_shannon_bound(scores))
 
