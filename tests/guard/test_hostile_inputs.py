@@ -8,19 +8,23 @@ from torch import nn
 
 from testtime._core.errors import InputError, OptionError
 from testtime.guard.betting import Grapa, Mixture, OnlineNewton, Starting
+from testtime.guard.collapse import Collapse
 from testtime.guard.correctness import CorrectnessCalibrator, consistency_features
 from testtime.guard.faults import BitFlips, Drift, Scaling, StuckAt
-from testtime.guard.feature_shift import feature_shift
+from testtime.guard.feature_shift import SeriesShift, feature_shift
+from testtime.guard.independence import Independence
 from testtime.guard.misclassification import (
     MisclassificationNetwork,
     doctor,
     odin,
     perturbed_score,
 )
+from testtime.guard.monitor import Monitor
 from testtime.guard.rejection import Rejector, best_score, rejection_loss
 from testtime.guard.relative_uncertainty import RelativeUncertainty
 from testtime.guard.risk import Risk
 from testtime.guard.shift_statistics import DeepScore, GaussianScore, KnnKS, ModelKS
+from testtime.guard.two_sample import TwoSample
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -135,6 +139,32 @@ def test_a_surrogate_that_is_too_steep_for_its_precision_is_refused(alpha):
             call()
     scores = torch.tensor([0.0, 1.0, -1.0, 0.1, -0.1, 0.0])
     assert rejection_loss(scores, GOOD, cost=1e-6, alpha=100.0).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("detector", "given", "reads"),
+    [
+        (Independence(gamma_x=1.0, gamma_y=1.0), 1, "x, y"), (TwoSample(gamma=1.0), 1, "reference, new"),
+        (Collapse(classes=3), 3, "adapted, source"), (Risk(bound=0.5), 0, "scores"),
+    ],
+)  # fmt: skip
+def test_a_monitor_says_which_tensors_it_reads(detector, given, reads):
+    monitor = Monitor(detector)
+    before = monitor.state_dict()
+    with pytest.raises(InputError, match=rf"given {given} tensors; expected {reads}\. A gate"):
+        monitor.update(*[X] * given)
+    after = monitor.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_series_of_one_feature_may_come_without_its_dimension():
+    detector = SeriesShift.fit(torch.arange(20.0)[:, None] % 4, window=4, bootstrap=5)
+    flat, column = Monitor(detector), Monitor(detector)
+    for part in (X[:, 0], X[:, 1]):
+        one, other = flat.update(part), column.update(part[:, None])
+        assert torch.equal(one.statistic, other.statistic)
+    with pytest.raises(InputError, match="expected"):
+        Monitor(SeriesShift.fit(X, window=2, bootstrap=5)).update(X[:, 0])
 
 
 @pytest.mark.parametrize("bad", ["1", None, (), [1], math.nan, 1.0, (0.5, "x")])

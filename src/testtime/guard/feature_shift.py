@@ -116,7 +116,7 @@ def feature_shift(
 class SeriesShift:
     """The test for a series: the window just seen against a clean one, for use in `Monitor`.
 
-    A batch is (n, d), in the order of time. Once a window is full, each update compares it with the
+    A batch is (n, d), or (n,) of one feature, in the order of time. Once a window is full, each update compares it with the
     clean reference window. The threshold is one of a single look (see above); an alarm says which
     features, and where in the window the shift seems to have begun.
 
@@ -202,7 +202,13 @@ class SeriesShift:
         }
 
     def step(self, state: State, x: Tensor) -> tuple[State, FeatureShift]:
-        """Compares the latest window with the reference."""
+        """Compares the latest window with the reference.
+
+        Raises:
+            InputError: the batch is not (n, d) with the features of the reference, or NaN.
+        """
+        if isinstance(x, Tensor) and x.dim() == 1 and self.reference.shape[1] == 1:
+            x = x[:, None]
         x, window = _features("x", x, fewest=1), len(self.reference)
         if x.shape[1] != self.reference.shape[1]:
             raise InputError(

@@ -1,5 +1,6 @@
 """What a monitor is: a detector is a value, its state is apart, and few verbs hold the two together."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -67,13 +68,25 @@ class Monitor(Generic[R_co]):
     def __init__(self, detector: Detector[R_co]) -> None:
         self.detector = detector
         self._state = detector.init()
+        self._step = inspect.signature(detector.step)
 
     def update(self, *data: Tensor) -> R_co:
         """Takes a batch and says whether there is an alarm.
 
+        Args:
+            data: what the detector's `step` reads, e.g. scores, or x and y.
+
         Raises:
-            InputError: the batch cannot be used; the state is what it was.
+            InputError: the batch cannot be used, or is not so many tensors; the state is what it was.
         """
+        try:
+            self._step.bind(self._state, *data)
+        except TypeError as error:
+            name, reads = type(self.detector).__name__, list(self._step.parameters)[1:]
+            raise InputError(
+                f"{name} was given {len(data)} tensors; expected {', '.join(reads)}. A gate is shown "
+                "one, entropies over ln C, which Risk and Exchangeability read."
+            ) from error
         self._state, said = self.detector.step(self._state, *data)
         return said
 
