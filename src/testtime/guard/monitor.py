@@ -101,8 +101,12 @@ class Monitor(Generic[R_co]):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on where `state_dict` was taken.
 
+        What the detector was fitted to is not in the state, and of the same shapes cannot be told from
+        another's: keep the detector, or fit it again to the same data.
+
         Raises:
-            StateError: the state is of another detector, or holds NaN; the own one is unchanged.
+            StateError: the state is of a detector of other shapes, or holds numbers that no state has:
+                NaN, +inf, a count below 0. The own one is unchanged.
         """
         own = self.detector.init()
         if set(state) != set(own):
@@ -111,8 +115,8 @@ class Monitor(Generic[R_co]):
                 f"expects {', '.join(sorted(own))}. Load it into the detector it was taken from."
             )
         for name, value in state.items():
-            if not isinstance(value, Tensor) or bool(value.isnan().any()):
-                given = "NaN" if isinstance(value, Tensor) else type(value).__name__
+            given = _damage(value)
+            if given:
                 raise StateError(f"{name} is {given}; expected what state_dict gave, as tensors.")
             first = own[name]
             # a memory grows: it is empty at first, and of points of a shape that may not be known yet
@@ -125,6 +129,18 @@ class Monitor(Generic[R_co]):
                 )
         # read back for a model on another device, it lies there; detectors compute where they begin
         self._state = {n: value.to(own[n].device, copy=True) for n, value in state.items()}
+
+
+def _damage(value: Any) -> str:
+    """What a state's tensor must not be, or nothing. A wealth that is NaN would never raise an alarm."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.device.type == "meta":
+        return "on the device meta"
+    if bool((value.isnan() | value.isposinf()).any()):
+        return "NaN or +inf"
+    counts = not value.is_floating_point() and value.dtype != torch.bool
+    return "below 0" if counts and bool((value < 0).any()) else ""
 
 
 def log_mean(log_wealth: Tensor) -> Tensor:
