@@ -154,11 +154,18 @@ def test_what_is_no_tensor_of_real_numbers_is_refused_by_monitors(name, bad):
         Monitor(detector).update(*[bad] * count)
 
 
-@pytest.mark.parametrize("bad", [1.0, torch.tensor(math.nan, dtype=torch.float64)])
-def test_a_state_that_could_never_alarm_is_refused(bad):
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("log_peak", 1.0), ("log_peak", torch.tensor(math.nan, dtype=torch.float64)),
+        ("log_peak", torch.tensor(0.0, dtype=torch.float64, device="meta")),
+        ("gamblers", torch.full((5,), math.inf, dtype=torch.float64)), ("time", torch.tensor(-9)),
+    ],
+)  # fmt: skip
+def test_a_state_that_could_never_alarm_is_refused(name, bad):
     monitor = Monitor(Risk(bound=0.5))
-    with pytest.raises(StateError, match="log_peak"):
-        monitor.load_state_dict(monitor.state_dict() | {"log_peak": bad})
+    with pytest.raises(StateError, match=name):
+        monitor.load_state_dict(monitor.state_dict() | {name: bad})
     assert monitor.update(torch.ones(100))
 
 

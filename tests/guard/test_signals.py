@@ -122,3 +122,17 @@ def test_models_without_a_linear_layer_and_bad_calls():
         read_signals(model, torch.randn(4, 1, 8, 8), features="head")
     with pytest.raises(InputError, match="classes"):
         read_signals(nn.Conv2d(1, 3, 3), torch.randn(4, 1, 8, 8))
+
+
+def test_only_the_sample_that_is_nan_has_no_signals_and_a_detector_refuses_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).eval()
+    x = torch.randn(6, 3)
+    plain = torch.stack(list(read_signals(model, x).values()), 1)
+    x[2, 0] = torch.nan
+    found = torch.stack(list(read_signals(model, x).values()), 1)
+    assert bool(found[2].isnan().all())
+    others = torch.arange(6) != 2
+    torch.testing.assert_close(found[others], plain[others])
+    with pytest.raises(InputError, match="Leave these samples out"):
+        Monitor(Exchangeability.fit(plain)).update(found)

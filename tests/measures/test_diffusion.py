@@ -132,6 +132,8 @@ def test_it_learns_the_entropy_and_the_divergence_of_gaussians():
     assert minde_entropy(x, steps=1000).value == pytest.approx(truth, abs=0.15)
     found = minde_divergence(draw(1, 5000, 2), draw(2, 5000, 2) + 1, steps=1000)
     assert found.value == pytest.approx(1.0, rel=0.15)
+    point = torch.ones(400, 2)  # of two points apart the truth is infinite
+    assert 10 < minde_divergence(point, point + 1).value < math.inf
 
 
 def test_each_law_is_told_apart_and_the_value_is_of_the_first_and_held_out(monkeypatch):

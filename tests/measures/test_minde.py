@@ -174,6 +174,16 @@ def test_it_learns_what_a_gaussian_tells(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("dims", "rho", "steps"), [(2, 0.8, 1500), (5, 0.6, 6000)])
+def test_both_kinds_agree_within_a_fifth_on_the_bench(dims, rho, steps):
+    truth = -dims / 2 * math.log(1 - rho**2)
+    x, y, _ = gaussian(5000, dims=dims, information=truth, generator=generator())
+    c, j = minde(x, y).value, minde(x, y, kind="j", steps=steps).value
+    assert c == pytest.approx(truth, rel=0.15)
+    assert j == pytest.approx(c, rel=0.2)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", ["inside", "outside"])
 def test_it_learns_with_uniform_times(difference):
     x, y, truth = gaussian(4000, dims=2, information=1.0, generator=generator())

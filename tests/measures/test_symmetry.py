@@ -74,6 +74,45 @@ def test_transport_between_orbits():
     assert invariant_wasserstein(x, y[:5], group) > 0
 
 
+@pytest.mark.extra
+@pytest.mark.parametrize("name", GROUPS)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_laws_of_transport_between_orbits(name, seed):
+    """As Chen et al. have it: blind to images of any sample, and never above W1; and a metric."""
+    group = GROUPS[name].double()
+    x, y, z = (drawn(seed + i) for i in range(3))
+    found = invariant_wasserstein(x, y, group)
+    chosen = group[torch.arange(len(y)) % len(group)]
+    images = torch.einsum("nij,nj->ni", chosen, y)
+    assert invariant_wasserstein(x, images, group) == pytest.approx(found, abs=1e-6)
+    assert invariant_wasserstein(images, y, group) == pytest.approx(0, abs=1e-6)
+    one = torch.eye(2)[None]
+    assert 0 < found <= invariant_wasserstein(x, y, one) + 1e-9
+    assert invariant_wasserstein(y, x, group) == pytest.approx(found, abs=1e-9)
+    between = invariant_wasserstein(x, z, group) + invariant_wasserstein(z, y, group)
+    assert found <= between + 1e-9
+    assert invariant_wasserstein(x + 9, y + 9, one) == pytest.approx(
+        invariant_wasserstein(x, y, one), abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000), bandwidth=st.floats(0.05, 5))
+def test_the_mean_discrepancy_of_orbits_is_a_metric(name, seed, bandwidth):
+    group = GROUPS[name]
+    x, y, z = (drawn(seed + i) for i in range(3))
+
+    def apart(a, b):
+        return invariant_mmd(a, b, group, bandwidth=bandwidth)
+
+    assert apart(x, x.flip(0)) == pytest.approx(0, abs=1e-6)
+    assert apart(x, y) >= 0
+    assert apart(x, y) == pytest.approx(apart(y, x), abs=1e-6)
+    assert apart(x, y) <= apart(x, z) + apart(z, y) + 1e-6
+
+
 def test_mmd_of_all_images():
     x, y, group = drawn(4), drawn(5, 9), rotations(3)
     images = [torch.einsum("gij,nj->gni", group, z).flatten(0, 1) for z in (x, y)]

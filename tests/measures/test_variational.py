@@ -58,6 +58,13 @@ def test_the_estimates_of_fixed_scores(F, tau):
     assert float(bounds.smile_bound(F, clip=math.inf)) == pytest.approx(reference.dv(f), abs=1e-9)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_a_clip_beyond_the_precision_of_scores_clips_nothing(kind):
+    F = normal(0, 4, 4).to(kind)
+    for clip in (1e38, 1e39, 1e300):
+        assert bounds.smile_bound(F, clip=clip) == bounds.smile_bound(F, clip=math.inf)
+
+
 @given(scores)
 def test_gradients_are_those_of_the_bound_that_trains(F):
     F.requires_grad_()
@@ -100,6 +107,28 @@ def test_the_information_gradient_is_never_longer_than_the_other():
     assert torch.allclose(adaptive_clip(10 * g, limit), limit.norm() * g / g.norm())
     assert torch.equal(adaptive_clip(0.01 * g, limit), 0.01 * g)
     assert torch.equal(adaptive_clip(torch.zeros(5), limit.float()), torch.zeros(5))
+    huge = 1e30 * g.float()  # squares overflow
+    assert torch.allclose(adaptive_clip(huge, limit.float()), (limit.norm() * g / g.norm()).float())
+    assert torch.equal(adaptive_clip(huge, 2 * huge), huge)
+    assert adaptive_clip(huge[0].half(), limit.half()).dtype == torch.half
+
+
+def test_the_value_of_js_is_tight_at_the_log_ratio_that_it_is_trained_for():
+    """The code takes NWJ of the scores themselves, 1 / e less there."""
+    rho, b = 0.6, 400
+    x, y = normal(0, 60, b, 1), normal(1, 60, b, 1)
+    y = rho * x + math.sqrt(1 - rho**2) * y
+    left = 1 - rho**2
+    ratio = (y.mT**2 - (y.mT - rho * x) ** 2 / left - math.log(left)) / 2
+    truth = -0.5 * math.log(left)
+    values = [
+        (bounds.jensen_shannon(scores), bounds.nwj(scores), bounds.jensen_shannon(scores - 1))
+        for scores in ratio
+    ]
+    js, code, as_code = torch.tensor(values).mean(0).tolist()
+    assert js == pytest.approx(truth, abs=0.02)
+    assert code == pytest.approx(truth - 1 / math.e, abs=0.02)
+    assert as_code == pytest.approx(code, abs=1e-9)
 
 
 def test_no_sample_of_a_small_batch_of_mine_is_its_own_partner():

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from testtime._core.errors import InputError
 
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 def check_tensors(**given: Any) -> None:
-    """Refuses what is no tensor, with the name under which it was given.
+    """Refuses what is no tensor of dense numbers, with the name under which it was given.
 
     Example:
         >>> check_tensors(logits=torch.zeros(1), labels=[0])
@@ -20,6 +22,24 @@ def check_tensors(**given: Any) -> None:
         if not isinstance(value, Tensor):
             said = "None" if value is None else f"of type {type(value).__name__}"
             raise InputError(f"{name} is {said}; expected a tensor: torch.as_tensor(...).")
+        check_dense(name, value)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuses a tensor on the device "meta", which has no numbers, and a sparse one.
+
+    Example:
+        >>> check_dense("x", torch.eye(2).to_sparse())
+        Traceback (most recent call last):
+        testtime._core.errors.InputError: x is sparse; expected a dense tensor: x.to_dense().
+    """
+    if tensor.device.type == "meta":
+        raise InputError(
+            f"{name} is on the device meta, which holds shapes and no numbers; expected it on the "
+            "CPU or an accelerator."
+        )
+    if tensor.layout in SPARSE:
+        raise InputError(f"{name} is sparse; expected a dense tensor: {name}.to_dense().")
 
 
 def as_given(values: Any) -> Tensor:

@@ -16,12 +16,14 @@ Waudby-Smith, Ramdas, Estimating Means of Bounded Random Variables by Betting, 2
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
 from testtime._core.errors import OptionError
+from testtime._core.options import shown
 from testtime.guard.monitor import State
 
 
@@ -239,8 +241,9 @@ def _last(**paths: Tensor) -> State:
 
 
 def _check_fractions(name: str, fractions: tuple[float, ...]) -> None:
-    if not fractions or not all(0 < each < 1 for each in fractions):
+    several = isinstance(fractions, tuple | list) and len(fractions) > 0
+    if not several or not all(isinstance(each, Real) and 0 < each < 1 for each in fractions):
         raise OptionError(
-            f"{name} is {fractions}; expected numbers between 0 and 1, both excluded: who bets all "
-            "can lose all."
+            f"{name} is {shown(fractions)}; expected numbers between 0 and 1, both excluded: who bets "
+            "all can lose all."
         )

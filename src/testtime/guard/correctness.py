@@ -113,13 +113,16 @@ def consistency_features(
     With fewer classes than `top` all are read.
 
     Raises:
-        InputError: the views are not of the same samples and classes.
+        InputError: the views are not of the same samples and classes, or hold NaN or infinity, or
+            the logits NaN.
+        OptionError: top is below 1.
 
     Example:
         >>> logits = torch.tensor([[1.0, 3.0, 2.0]])
         >>> consistency_features(logits, torch.zeros(2, 1, 3), top=2)
         tensor([[0.3333, 0.3333, 0.3333, 0.3333]])
     """
+    whole(1, top=top)
     check_tensors(logits=logits, views=views)
     if views.dim() != 3 or views.shape[1:] != logits.shape or len(views) == 0:
         raise InputError(
@@ -129,8 +132,10 @@ def consistency_features(
         raise InputError(
             f"views are {views.dtype} and logits {logits.dtype}; expected floating point numbers."
         )
-    if not bool(views.isfinite().all()):
-        raise InputError("views hold NaN or infinite values; leave these samples out.")
+    if not bool(views.isfinite().all()) or bool(logits.isnan().any()):
+        raise InputError(
+            "views hold NaN or infinite values, or logits NaN; leave these samples out."
+        )
     largest = logits.topk(min(top, logits.shape[1]), dim=1).indices
     read = views.softmax(-1).gather(2, largest.expand(len(views), -1, -1))
     return read.transpose(0, 1).flatten(1)

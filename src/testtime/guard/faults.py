@@ -14,14 +14,17 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from testtime._core.errors import OptionError
+from testtime._core.arrays import check_tensors
+from testtime._core.errors import InputError, OptionError
 from testtime._core.options import in_range
-from testtime._core.seeds import generator
+from testtime._core.seeds import check_generator, generator
 from testtime.adaptation.layers import hooked
 from testtime.adaptation.outputs import map_tensors
 
 Fault = Callable[[Tensor, torch.Generator], Tensor]
-"""A floating-point tensor, chance -> a faulty copy of the same shape and type."""
+"""A floating-point tensor, chance -> a faulty copy of the same shape and type.
+
+Those of this file refuse other tensors (InputError)."""
 
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16,
             torch.float32: torch.int32, torch.float64: torch.int64}  # fmt: skip
@@ -134,6 +137,8 @@ class Drift:
         in_range(0, additive=self.additive, multiplicative=self.multiplicative)
 
     def __call__(self, values: Tensor, chance: torch.Generator) -> Tensor:
+        _check(values)
+        check_generator(chance)
         factor, shift = (
             torch.randn(values.shape, generator=chance, dtype=torch.float32, device="cpu").to(
                 values
@@ -195,7 +200,17 @@ def _listed(faults: Fault | Sequence[Fault]) -> Sequence[Fault]:
     return faults if isinstance(faults, Sequence) else [faults]
 
 
+def _check(values: Tensor) -> None:
+    check_tensors(values=values)
+    if not values.is_floating_point():
+        raise InputError(
+            f"values are {values.dtype}; expected floating point numbers to be faulty."
+        )
+
+
 def _hit(values: Tensor, rate: float, chance: torch.Generator) -> Tensor:
+    _check(values)
+    check_generator(chance)
     drawn = torch.rand(values.shape, generator=chance, dtype=torch.float32, device="cpu")
     return (drawn < rate).to(values.device)
 
@@ -207,9 +222,9 @@ def _on_bits(
     chance: torch.Generator,
     change: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
+    hit = _hit(values, rate, chance)
     if not values.numel():
         return values
-    hit = _hit(values, rate, chance)
     step = values.abs().amax().clamp(min=torch.finfo(values.dtype).tiny) / 127
     if memory == "int8":
         word = (values / step).round().to(torch.int8)

@@ -83,7 +83,8 @@ def feature_shift(
         seed: of samples and bootstrap.
 
     Raises:
-        InputError: fewer than two samples on a side, unlike numbers of features, or NaN.
+        InputError: fewer than two samples on a side, unlike numbers of features, or NaN, also of the
+            statistic.
         OptionError: an option is out of its range.
 
     Example:
@@ -115,7 +116,7 @@ def feature_shift(
 class SeriesShift:
     """The test for a series: the window just seen against a clean one, for use in `Monitor`.
 
-    A batch is (n, d), in the order of time. Once a window is full, each update compares it with the
+    A batch is (n, d), or (n,) of one feature, in the order of time. Once a window is full, each update compares it with the
     clean reference window. The threshold is one of a single look (see above); an alarm says which
     features, and where in the window the shift seems to have begun.
 
@@ -201,7 +202,13 @@ class SeriesShift:
         }
 
     def step(self, state: State, x: Tensor) -> tuple[State, FeatureShift]:
-        """Compares the latest window with the reference."""
+        """Compares the latest window with the reference.
+
+        Raises:
+            InputError: the batch is not (n, d) with the features of the reference, or NaN.
+        """
+        if isinstance(x, Tensor) and x.dim() == 1 and self.reference.shape[1] == 1:
+            x = x[:, None]
         x, window = _features("x", x, fewest=1), len(self.reference)
         if x.shape[1] != self.reference.shape[1]:
             raise InputError(
@@ -239,6 +246,11 @@ def _log_density(density: Gaussian, x: Tensor) -> Tensor:
 
 
 def _decide(value: Tensor, null: Tensor, alpha: float, compromised: int) -> FeatureShift:
+    if not bool(value.isfinite().all() & null.isfinite().all()):
+        raise InputError(
+            f"the statistic is {value.tolist()}, or not finite without a shift; expected finite numbers. "
+            "Give more samples, or another statistic."
+        )
     threshold = _threshold(null, alpha)
     excess = (value - null.mean(0)) / null.std(0).clamp(min=torch.finfo(null.dtype).tiny)
     detected = bool((value > threshold).any())

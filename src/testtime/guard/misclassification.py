@@ -93,7 +93,7 @@ def perturbed_score(
             [0, 1].
 
     Raises:
-        InputError: as `score`.
+        InputError: as `score`, and for an x that is not in floating point.
         OptionError: epsilon is negative.
 
     Example:
@@ -112,10 +112,19 @@ def perturbed_score(
 def raising_direction(model: nn.Module, x: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
     """Where each number of the input has to go for a score to grow in size: 1, -1, or 0; as x.
 
+    Raises:
+        InputError: x is no tensor of floating-point numbers, so there is no small step.
+
     Example:
         >>> raising_direction(nn.Identity(), torch.tensor([[1.0, 0.0]]), doctor)
         tensor([[-1.,  1.]])
     """
+    check_tensors(x=x)
+    if not x.is_floating_point():
+        raise InputError(
+            f"x is {x.dtype}; expected floating-point inputs, which a small step can change. Of "
+            "tokens, take the embeddings, and a model that reads these."
+        )
     with borrowed(model, keep_grad=True):
         leaf = x.detach().clone().requires_grad_()
         # the logarithm has the sign of the score's own gradient, without its underflow
@@ -199,10 +208,14 @@ class MisclassificationNetwork:
             raise InputError(
                 f"logits have the shape {tuple(logits.shape)}; expected (n, {first.shape[1]})."
             )
-        if not bool(logits.isfinite().all()):
-            raise InputError("logits hold NaN or infinite values; leave these out, and count them.")
+        read = logits.to(first.dtype)
+        if not bool(read.isfinite().all()):
+            raise InputError(
+                f"logits hold NaN, infinite values, or numbers beyond {first.dtype}; leave these out, "
+                "and count them."
+            )
         with single():
-            return self.network(logits.to(first.dtype)).squeeze(1).sigmoid()
+            return self.network(read).squeeze(1).sigmoid()
 
 
 def _network(classes: int) -> nn.Module:
@@ -215,10 +228,10 @@ def _network(classes: int) -> nn.Module:
 def _probs(logits: Tensor, temperature: float) -> Tensor:
     in_range(1e-6, temperature=temperature)
     check_tensors(logits=logits)
-    if logits.dim() != 2 or not logits.is_floating_point():
+    if logits.dim() != 2 or not logits.shape[1] or not logits.is_floating_point():
         raise InputError(
             f"logits have the shape {tuple(logits.shape)} and type {logits.dtype}; expected "
-            "(n, classes) in floating point."
+            "(n, classes) in floating point, with at least one class."
         )
     probs = (at_least_single(logits) / temperature).softmax(1)
     if bool(probs.isnan().any()):

@@ -1,5 +1,6 @@
 """What a monitor is: a detector is a value, its state is apart, and few verbs hold the two together."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -7,6 +8,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from testtime._core.arrays import check_dense
 from testtime._core.errors import InputError, StateError
 
 State = dict[str, Tensor]
@@ -66,13 +68,25 @@ class Monitor(Generic[R_co]):
     def __init__(self, detector: Detector[R_co]) -> None:
         self.detector = detector
         self._state = detector.init()
+        self._step = inspect.signature(detector.step)
 
     def update(self, *data: Tensor) -> R_co:
         """Takes a batch and says whether there is an alarm.
 
+        Args:
+            data: what the detector's `step` reads, e.g. scores, or x and y.
+
         Raises:
-            InputError: the batch cannot be used; the state is what it was.
+            InputError: the batch cannot be used, or is not so many tensors; the state is what it was.
         """
+        try:
+            self._step.bind(self._state, *data)
+        except TypeError as error:
+            name, reads = type(self.detector).__name__, list(self._step.parameters)[1:]
+            raise InputError(
+                f"{name} was given {len(data)} tensors; expected {', '.join(reads)}. A gate is shown "
+                "one, entropies over ln C, which Risk and Exchangeability read."
+            ) from error
         self._state, said = self.detector.step(self._state, *data)
         return said
 
@@ -87,8 +101,12 @@ class Monitor(Generic[R_co]):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on where `state_dict` was taken.
 
+        What the detector was fitted to is not in the state, and of the same shapes cannot be told from
+        another's: keep the detector, or fit it again to the same data.
+
         Raises:
-            StateError: the state is of another detector, or holds NaN; the own one is unchanged.
+            StateError: the state is of a detector of other shapes, or holds numbers that no state has:
+                NaN, +inf, a count below 0. The own one is unchanged.
         """
         own = self.detector.init()
         if set(state) != set(own):
@@ -97,8 +115,8 @@ class Monitor(Generic[R_co]):
                 f"expects {', '.join(sorted(own))}. Load it into the detector it was taken from."
             )
         for name, value in state.items():
-            if not isinstance(value, Tensor) or bool(value.isnan().any()):
-                given = "NaN" if isinstance(value, Tensor) else type(value).__name__
+            given = _damage(value)
+            if given:
                 raise StateError(f"{name} is {given}; expected what state_dict gave, as tensors.")
             first = own[name]
             # a memory grows: it is empty at first, and of points of a shape that may not be known yet
@@ -111,6 +129,18 @@ class Monitor(Generic[R_co]):
                 )
         # read back for a model on another device, it lies there; detectors compute where they begin
         self._state = {n: value.to(own[n].device, copy=True) for n, value in state.items()}
+
+
+def _damage(value: Any) -> str:
+    """What a state's tensor must not be, or nothing. A wealth that is NaN would never raise an alarm."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.device.type == "meta":
+        return "on the device meta"
+    if bool((value.isnan() | value.isposinf()).any()):
+        return "NaN or +inf"
+    counts = not value.is_floating_point() and value.dtype != torch.bool
+    return "below 0" if counts and bool((value < 0).any()) else ""
 
 
 def log_mean(log_wealth: Tensor) -> Tensor:
@@ -148,7 +178,7 @@ def finite(name: str, values: Tensor) -> Tensor:
 
 
 def check_real(name: str, values: Any) -> None:
-    """Refuses what is no tensor, or one of complex numbers.
+    """Refuses what is no tensor of dense numbers, or one of complex ones.
 
     Example:
         >>> check_real("scores", [0.5])
@@ -160,3 +190,4 @@ def check_real(name: str, values: Any) -> None:
         raise InputError(
             f"{name} is {given}; expected a tensor of real numbers: torch.as_tensor(...)."
         )
+    check_dense(name, values)

@@ -34,12 +34,16 @@ STEEP = 20.0
 def calibrated_beta(*, cost: float, alpha: float) -> float:
     """β for which the surrogate's minimiser follows Bayes' rule.
 
+    Raises:
+        OptionError: the cost is not between 0 and 1, or alpha not between 0 and 100, from where on single
+            precision cannot hold the loss.
+
     Example:
         >>> round(calibrated_beta(cost=0.1, alpha=4.0), 2)
         17.21
     """
     in_range(1e-6, 1 - 1e-6, cost=cost)
-    in_range(1e-6, alpha=alpha)
+    in_range(1e-6, 100, alpha=alpha)
     return alpha / 2 * (math.exp(alpha / 2) + (1 - cost) / cost * math.exp(-alpha / 2))
 
 
@@ -199,12 +203,15 @@ class Rejector:
         return Rejector(network=ours.eval().requires_grad_(False), cost=cost)
 
     def score(self, inputs: Tensor) -> Float[Tensor, " n"]:
-        """r of each sample; above 0 accepts.
+        """r of each sample; above 0 accepts. A sample that holds NaN has NaN, and is not accepted.
 
         Raises:
-            InputError: the network does not answer one number for each sample.
+            InputError: the network does not answer one number for each sample, or is the default one
+                and was fitted to inputs of another size.
         """
         check_tensors(inputs=inputs)
+        if not inputs.dim():
+            raise InputError("inputs are one number, without samples; expected (n, ...).")
         with borrowed(self.network), single():
             return _scores(self.network, inputs)
 
@@ -225,7 +232,13 @@ class _Standardised(nn.Module):
         self.register_buffer("std", torch.where(spread > 0, spread, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.reshape(len(x), -1).to(self.mean.dtype) - self.mean) / self.std
+        flat = x[:, None] if x.dim() == 1 else x.flatten(1)
+        if flat.shape[1] != len(self.mean) or x.is_complex():
+            raise InputError(
+                f"inputs are {x.dtype} of the shape {tuple(x.shape)}; expected real (n, ...) with "
+                f"{len(self.mean)} numbers for each sample, as the rejector was fitted to."
+            )
+        return (flat.to(self.mean.dtype) - self.mean) / self.std
 
 
 def _network(inputs: Tensor) -> nn.Module:

@@ -80,6 +80,7 @@ class Risk:
             InputError: scores are not in [0, 1], or so high or so few that no bound below 1 is left.
         """
         in_range(0, 1, tolerance=tolerance)
+        in_range(1e-12, 1, alpha=alpha)
         bound = upper_bound(scores, alpha=alpha / 2) + tolerance
         if bound >= 1 - 1e-9:
             raise InputError(

@@ -1,7 +1,8 @@
 """How far each conditional p(x_j | x_-j) of one sample is from that of another: one number a feature.
 
 `GaussianScore` and `DeepScore` compare scores of fitted densities, `ModelKS` and `KnnKS` the
-conditionals themselves; the first is by far the fastest.
+conditionals themselves; the first is by far the fastest. Their options are whole numbers from 1 on, or
+an OptionError.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError
+from testtime._core.options import whole
 from testtime.guard.densities import DeepDensity, Gaussian
 
 Statistic = Callable[[Tensor, Tensor, torch.Generator], Tensor]
@@ -34,6 +36,9 @@ class GaussianScore:
     """
 
     samples: int = 100
+
+    def __post_init__(self) -> None:
+        whole(1, samples=self.samples)
 
     def __call__(self, x: Tensor, y: Tensor, chance: torch.Generator) -> Tensor:
         p, q = Gaussian.fit(x), Gaussian.fit(y)
@@ -60,6 +65,9 @@ class DeepScore:
     samples: int = 100
     layers: int = 2
     bins: int = 10
+
+    def __post_init__(self) -> None:
+        whole(1, samples=self.samples, layers=self.layers, bins=self.bins)
 
     def __call__(self, x: Tensor, y: Tensor, chance: torch.Generator) -> Tensor:
         if x.dim() > 2:
@@ -89,6 +97,9 @@ class ModelKS:
 
     samples: int = 30
     draws: int = 1000
+
+    def __post_init__(self) -> None:
+        whole(1, samples=self.samples, draws=self.draws)
 
     def __call__(self, x: Tensor, y: Tensor, chance: torch.Generator) -> Tensor:
         if x.dim() > 2:
@@ -121,6 +132,9 @@ class KnnKS:
 
     samples: int = 30
     neighbours: int = 100
+
+    def __post_init__(self) -> None:
+        whole(1, samples=self.samples, neighbours=self.neighbours)
 
     def __call__(self, x: Tensor, y: Tensor, chance: torch.Generator) -> Tensor:
         if x.dim() > 2:

@@ -29,7 +29,8 @@ from testtime.measures.entropy import entropy
 def read_signals(model: nn.Module, x: Tensor, *, features: str | None = None) -> dict[str, Tensor]:
     """One forward of the model in eval mode, and its signals, each (n,).
 
-    The model's modes, flags, hooks and the random state are the same afterwards.
+    The model's modes, flags, hooks and the random state are the same afterwards. Signals of a sample
+    that holds NaN are NaN, and no other sample's; detectors refuse them, so leave it out and count it.
 
     Args:
         model: maps a batch to logits (n, classes), or to an output that holds them.

@@ -241,6 +241,9 @@ def dequantised(
 
     A critic must not tell a model's images by their fractions: blur real ones and the model's alike.
 
+    Raises:
+        InputError: images that are complex, or not finite in float32.
+
     Example:
         >>> images = torch.tensor([0, 255]).reshape(1, 1, 1, 2)
         >>> found = dequantised(images, generator=torch.Generator().manual_seed(0))
@@ -250,7 +253,7 @@ def dequantised(
     Reference: Gulrajani, Raffel, Metz, ICLR 2019.
     """
     check_tensors(images=images)
-    if images.is_complex() or not bool(images.isfinite().all()):
+    if images.is_complex() or not bool(images.float().isfinite().all()):
         raise InputError(f"images of {images.dtype} are not all finite; expected 0 ... 255.")
     check_generator(generator)
     noise = torch.rand(images.shape, generator=generator, dtype=torch.float32, device="cpu")

@@ -133,6 +133,9 @@ def jensen_shannon_bound(scores: Scores) -> Float[Tensor, ""]:
 def jensen_shannon(scores: Scores) -> Float[Tensor, ""]:
     """JS: the value of NWJ, the gradient of `jensen_shannon_bound`.
 
+    The bound finds f = the log ratio, and NWJ is tight at 1 + the log ratio: so its value is that of
+    1 + f, as in the paper. The code of SMILE takes NWJ of f itself, which is 1/e less at that f.
+
     Raises:
         InputError: as `donsker_varadhan`.
 
@@ -166,6 +169,8 @@ def smile_bound(scores: Scores, *, clip: float = 5.0) -> Float[Tensor, ""]:
     if clip != math.inf:
         in_range(0, clip=clip)
     scores = _check(scores)
+    if clip != math.inf:
+        clip = min(clip, torch.finfo(scores.dtype).max)
     value = scores.diagonal().mean() - _log_mean_exp_apart(scores.clamp(-clip, clip))
     return _shown(value, jensen_shannon_bound(scores))
 

@@ -105,6 +105,7 @@ def minde_divergence(
 
     Options, uniform times too, as `minde`. The standard error is that of the held-out samples, the networks
     given: it says little of other draws, where values of a few hundred samples spread many times as far.
+    Of constant coordinates that differ, where the truth is infinite, the value is finite and large.
 
     Args:
         x: (n, d) or (n,).

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from testtime._core.arrays import as_given, magnitude
+from testtime._core.arrays import as_given, check_dense, magnitude
 from testtime._core.errors import InputError
 
 Estimator = Callable[[Tensor, Tensor], "Estimate"]
@@ -56,7 +56,8 @@ def checked(samples: Tensor, name: str, *, least: int = 2) -> Tensor:
     Arrays and lists of numbers will do.
 
     Raises:
-        InputError: for another shape, for fewer than `least` samples, for NaN or infinity.
+        InputError: for another shape, for fewer than `least` samples, for NaN or infinity, and for
+            what has no numbers or is sparse.
 
     Example:
         >>> checked(torch.arange(3), "x").shape
@@ -68,6 +69,7 @@ def checked(samples: Tensor, name: str, *, least: int = 2) -> Tensor:
         raise InputError(
             f"{name} is of type {type(samples).__name__}; expected samples."
         ) from error
+    check_dense(name, samples)
     if samples.ndim not in (1, 2) or samples.numel() == 0 or samples.is_complex():
         raise InputError(
             f"{name} has the shape {tuple(samples.shape)} and the type {samples.dtype}; expected "

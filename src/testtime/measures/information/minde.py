@@ -81,7 +81,8 @@ def minde(
         x: (n, dx) or (n,); coordinates are standardised. Where tails are heavy, give the
             `normal_scores` of both variables.
         y: (n, dy) or (n,), the partner of each.
-        kind: "c" diffuses x only, "j" both.
+        kind: "c" diffuses x only, "j" both, which takes more steps: of five and five Gaussian coordinates
+            and 1.12 nats "c" finds 1.06 with 1500 steps, "j" 1.49, and 1.22 with 6000.
         difference: of scores, "inside" the square, and never negative; "outside" it, of divergences.
         importance: times drawn by how much they count, as in the published runs; False: uniform
             ones, in training and for the value, whose standard error is several times as large, as

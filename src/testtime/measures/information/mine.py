@@ -145,9 +145,14 @@ def mine_value(
 ) -> Float[Tensor, ""]:
     """V = mean T(x, y) - ln mean e^T(x, y'), differentiable: a term to raise or to lower.
 
+    As a loss it takes any scores: one that is NaN makes it NaN.
+
     Args:
         together: scores of pairs that belong together.
         apart: scores of pairs from the product law.
+
+    Raises:
+        InputError: for scores that are not (n,) in floating point, or none.
 
     Example:
         >>> mine_value(torch.tensor([2.0, 2.0]), torch.tensor([0.0, 0.0]))
@@ -163,6 +168,8 @@ def running_log_mean(
     log_mean: Tensor | None, apart: Float[Tensor, "product"], *, rate: float
 ) -> Float[Tensor, ""]:
     """ln ma after a batch; the first batch (None) starts it. In logarithms, as e^T overflows.
+
+    A score that is NaN makes it NaN for good: leave such batches out.
 
     Example:
         >>> running_log_mean(torch.tensor(0.0), torch.tensor([math.log(3.0)]), rate=0.5).exp()
@@ -189,6 +196,9 @@ def mine_objective(
         apart: scores of pairs from the product law.
         log_mean: ln ma, of `running_log_mean`.
 
+    Raises:
+        InputError: as `mine_value`, whose words on NaN hold here too.
+
     Example:
         >>> mine_objective(torch.zeros(2), torch.zeros(2), torch.tensor(0.0))
         tensor(-1.)
@@ -205,6 +215,11 @@ def adaptive_clip(gradient: Tensor, limit: Tensor) -> Tensor:
 
         g <- min( |limit|, |g| ) g / |g|
 
+    NaN or infinity in the gradient leaves NaN in it, and an infinite limit does not bind.
+
+    Raises:
+        InputError: gradients that are no tensors in floating point.
+
     Example:
         >>> adaptive_clip(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0]))
         tensor([0.6000, 0.8000])
@@ -216,8 +231,10 @@ def adaptive_clip(gradient: Tensor, limit: Tensor) -> Tensor:
         raise InputError(
             f"gradient is {gradient.dtype} and limit {limit.dtype}; expected floating point numbers."
         )
-    length = gradient.norm()
-    return gradient * (limit.norm() / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1)
+    # the squares of large numbers overflow in their own precision
+    own, most = (torch.linalg.vector_norm(v, dtype=torch.float64) for v in (gradient, limit))
+    share = (most / own.clamp(min=torch.finfo(own.dtype).tiny)).clamp(max=1)
+    return (gradient * share).to(gradient.dtype)
 
 
 def _check_scores(**scores: Tensor) -> None:
