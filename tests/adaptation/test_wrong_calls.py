@@ -137,7 +137,7 @@ def in_inference_mode() -> nn.Module:
         (lambda: tt.adapt(nn.LazyLinear(2), "tent"), ScopeError, "no shape yet"),
         (lambda: tt.adapt(tiny().to("meta"), "tent"), ScopeError, "no values"),
         (lambda: tt.adapt(in_inference_mode(), "tent"), ScopeError, "inference_mode"),
-        (lambda: tt.SourceKnowledge.load("nowhere"), StateError, "cannot be read"),
+        (lambda: tt.SourceKnowledge.load("nowhere"), StateError, "there is no file nowhere"),
         (lambda: tt.fit_source(tiny(), [torch.full((2, 3, 8, 8), math.nan)]), InputError, "NaN"),
         (lambda: copy.deepcopy(tt.adapt(tiny(), "tent")), StateError, "neither copied nor pickled"),
         (lambda: tt.adapt(tiny(), "deyo", patches=9)(batches(1)[0]), InputError, "fewer patches"),

@@ -252,7 +252,11 @@ class Adapter(NoModule):
             self._state = self._resumed(mark, "this snapshot")
 
     def save(self, path: str | Path) -> None:
-        """Writes the state as safetensors, wholly or not at all."""
+        """Writes the state as safetensors, wholly or not at all.
+
+        Raises:
+            StateError: when nothing can be written there.
+        """
         with self._settled(), self._engine.loan.lock:
             save_state(self._state, path, owner=owner(self.model, self.recipe))
 
