@@ -42,13 +42,14 @@ def read_logits(output: Any) -> Tensor:
 
 
 def with_logits(output: Any, logits: Tensor) -> Any:
-    """The same kind of output, detached, with these logits in it.
+    """The same kind of output, detached, with these logits in it, in the type that its own have.
 
     Example:
         >>> with_logits((torch.zeros(1, 2), "kept"), torch.ones(1, 2))
         (tensor([[1., 1.]]), 'kept')
     """
     old = read_logits(output)
+    logits = logits.to(old.dtype)
     return map_tensors(lambda part: (logits if part is old else part).detach(), output)
 
 
