@@ -25,11 +25,11 @@ def read_logits(output: Any) -> Tensor:
         logits = output.get("logits", output.get("out"))
     elif logits is None:
         logits = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(logits, Tensor) or logits.dim() not in (2, 4, 5):
+    if not isinstance(logits, Tensor) or not 2 <= logits.dim() <= 5:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise InputError(
-            f"the model returned {got}; expected logits of shape (batch, classes) or "
-            "(batch, classes, height, width), a tuple that begins with them, an object with "
+            f"the model returned {got}; expected logits of shape (batch, classes), (batch, classes, "
+            "length) or (batch, classes, height, width), a tuple that begins with them, an object with "
             '.logits, or a dictionary with "logits" or "out". Wrap the model in a module that '
             "returns them."
         )
@@ -106,7 +106,7 @@ def map_tensors(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
 
 
 def rows(logits: Tensor) -> Tensor:
-    """Logits as rows (N, C): dense logits (B, C, H, W) have one row for each pixel."""
+    """Logits as rows (N, C): dense logits (B, C, L) or (B, C, H, W) have one row for each place."""
     if logits.dim() == 2:
         return logits
     return torch.movedim(logits, 1, -1).reshape(-1, logits.shape[1])
