@@ -69,10 +69,19 @@ TOLERANCES = {"MINE": (0.10, 0.03), "MINDE": (0.15, 0.05)}
 """Shares of the truth, and nats where that would be less: those of the small checks."""
 OTHERS = (0.15, 0.05)
 """Beside estimators that have none of their own."""
-COLOURS = {
-    "KSG": "#888888", "MINE": "#d1495b", "SMILE": "#2a7fde", "DV": "#c97b12",
-    "NWJ": "#8e5bd0", "InfoNCE": "#1d9a6c", "JS": "#c255a6", "MINDE": "#4b4fd6",
-}  # fmt: skip
+RING = "m-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0"
+STYLES = {
+    "KSG": ("#888888", f"{RING}z", "none"),
+    "MINE": ("#d55e00", "m-4.5 -4.5h9v9h-9z", "12 3"),
+    "SMILE": ("#56b4e9", "m-5.5 4.5h11l-5.5 -10z", "none"),
+    "DV": ("#e69f00", "m-6 0h12m-6 -6v12", "8 3"),
+    "NWJ": ("#cc79a7", "m-4.5 -4.5l9 9m0 -9l-9 9", "3 3"),
+    "InfoNCE": ("#009e73", "m-5.5 -4.5h11l-5.5 10z", "8 3 2 3"),
+    "JS": ("#999933", RING, "none"),
+    "MINDE": ("#0072b2", "m0 -6.5l5.5 6.5l-5.5 6.5l-5.5 -6.5z", "5 3"),
+}
+"""Colour of each estimator (most are Okabe's and Ito's, which the colour-blind tell apart), path of its mark,
+and dashes of its line."""
 
 
 def main() -> None:
@@ -176,13 +185,15 @@ def figure(rows: list[dict[str, Any]]) -> str:
         left, top = LEFT + (i % 3) * (SIDE + GAP), TOP + (i // 3) * (SIDE + GAP)
         parts += panel(law, [row for row in rows if row["law"] == law], left, top)
     x, y = LEFT + 2 * (SIDE + GAP) + 20, TOP + SIDE + GAP + 20
-    for i, (name, colour) in enumerate(COLOURS.items()):
+    for i, name in enumerate(STYLES):
+        up = y + 24 * i
         parts += [
-            f'<circle cx="{x}" cy="{y + 24 * i - 4}" r="5" fill="{colour}"/>',
-            f'<text x="{x + 14}" y="{y + 24 * i}">{name}</text>',
+            drawn_line(name, [f"{x - 18},{up - 4}", f"{x + 18},{up - 4}"]),
+            mark(name, f"{x},{up - 4}"),
+            f'<text x="{x + 26}" y="{up}">{name}</text>',
         ]
-    for i, line in enumerate(("dashed: the truth", "at the lower edge: below it")):
-        parts.append(f'<text x="{x - 5}" y="{y + 24 * (len(COLOURS) + i)}">{line}</text>')
+    for i, line in enumerate(("thin: the truth", "at the lower edge: below it")):
+        parts.append(f'<text x="{x - 18}" y="{y + 24 * (len(STYLES) + i)}">{line}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -199,7 +210,7 @@ def panel(law: str, rows: list[dict[str, Any]], left: float, top: float) -> list
     parts = [
         f'<rect x="{left}" y="{top}" width="{SIDE}" height="{SIDE}" fill="none" stroke="#808080" stroke-opacity=".5"/>',
         f'<text x="{left}" y="{top - 10}" font-weight="bold">{law}</text>',
-        f'<polyline points="{at(low, low)} {at(high, high)}" fill="none" stroke="#808080" stroke-dasharray="5 4"/>',
+        f'<polyline points="{at(low, low)} {at(high, high)}" fill="none" stroke="#808080"/>',
         f'<text x="{left + SIDE / 2}" y="{top + SIDE + 32}" text-anchor="middle">truth, nats</text>',
         f'<text x="{left + SIDE}" y="{top - 10}" text-anchor="end">estimate, nats</text>',
     ]
@@ -209,17 +220,28 @@ def panel(law: str, rows: list[dict[str, Any]], left: float, top: float) -> list
             f'<text x="{x}" y="{top + SIDE + 16}" text-anchor="middle">{tick:g}</text>',
             f'<text x="{left - 6}" y="{float(y) + 4}" text-anchor="end">{tick:g}</text>',
         ]
-    for name, colour in COLOURS.items():
+    for name in STYLES:
         mine_ = [r for r in rows if r["estimator"] == name and r["value"] is not None]
         truths = sorted({row["truth"] for row in mine_})
         points = [at(t, fmean(r["value"] for r in mine_ if r["truth"] == t)) for t in truths]
-        parts.append(
-            f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        )
-        for point in points:
-            x, y = point.split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}" fill-opacity=".85"/>')
+        parts += [drawn_line(name, points), *(mark(name, point) for point in points)]
     return parts
+
+
+def drawn_line(name: str, points: list[str]) -> str:
+    """A line of an estimator."""
+    colour, _, dashes = STYLES[name]
+    return (
+        f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2" '
+        f'stroke-dasharray="{dashes}"/>'
+    )
+
+
+def mark(name: str, point: str) -> str:
+    """A mark of an estimator; one whose path stays open is drawn, not filled."""
+    colour, path, _ = STYLES[name]
+    fill = colour if path.endswith("z") else "none"
+    return f'<path d="M{point}{path}" fill="{fill}" stroke="{colour}" stroke-width="1.6"/>'
 
 
 if __name__ == "__main__":

@@ -244,15 +244,19 @@ def test_tied_repeated_and_unused_layers(name):
 
 @each
 def test_half_precision(name):
+    """Answers come in the type that the model answers in, and what adapts is in float32."""
     model, x = tiny(), batches(1)[0]
     adapter = adapter_of(name, model)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = adapter(x)
-    assert mixed.isfinite().all()
-    whole = adapter_of(name, tiny().bfloat16())
-    for _ in range(2):
-        assert whole(x.bfloat16()).isfinite().all()
-    assert all(v.dtype == torch.float32 for v in whole.snapshot().tensors.values())
+        mixed = adapter(x), adapter.predict(x)
+        assert model(x).dtype == torch.bfloat16
+    assert all(each.isfinite().all() and each.dtype == torch.bfloat16 for each in mixed)
+    for half in (torch.bfloat16, torch.float16):
+        whole = adapter_of(name, tiny().to(half))
+        for answer in (whole(x.to(half)), whole(x.to(half)), whole.predict(x.to(half))):
+            assert answer.isfinite().all()
+            assert answer.dtype == half
+        assert all(v.dtype == torch.float32 for v in whole.snapshot().tensors.values())
 
 
 @each

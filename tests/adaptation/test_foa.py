@@ -167,7 +167,9 @@ def test_outputs_keep_their_kind():
 def test_half_precision():
     adapter = adapter_of(tiny_vit().bfloat16())
     for x in batches(2):
-        assert adapter(x.bfloat16()).isfinite().all()
+        answer = adapter(x.bfloat16())
+        assert answer.isfinite().all()
+        assert answer.dtype == torch.bfloat16
     mixed = adapter_of()
     with torch.autocast("cpu", torch.bfloat16):
         assert mixed(batches(1)[0]).isfinite().all()

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import testtime as tt
 from battery import ALL, WHOLE, adapter_of, each
@@ -129,15 +130,31 @@ def in_inference_mode() -> nn.Module:
         (lambda: tt.adapt(None, "tent"), OptionError, "instance of nn.Module"),
         (lambda: tt.adapt(nn.Linear, "tent"), OptionError, "the class Linear"),
         (lambda: tt.adapt("tent", tiny()), OptionError, r"tt.adapt\(model, 'tent'\)"),
+        (lambda: tt.adapt(nn.ModuleList([tiny()]), "tent"), ScopeError, "ModuleList.* no forward"),
         (lambda: tt.adapt(tiny(), 3), OptionError, "expected a name or a recipe"),
         (lambda: tt.adapt(tiny(), tent), OptionError, r"tt.adapt\(model, tent\(\)\)"),
         (lambda: tt.adapt(tiny(), "tent", on_event=3), OptionError, "on_event"),
+        (
+            lambda: tt.adapt(tiny(), "cotta", seed=None),
+            OptionError,
+            "seed is None; expected a whole",
+        ),
+        (
+            lambda: tt.adapt(tiny(), "cotta", seed=1.5),
+            OptionError,
+            r"seed is 1\.5; expected a whole",
+        ),
+        (
+            lambda: tt.adapt(tiny(), "tent", process_group=-100),
+            OptionError,
+            "process_group is -100",
+        ),
         (lambda: tt.adapt(tiny(), "eata", source="file"), OptionError, "SourceKnowledge.load"),
         (lambda: tt.adapt(torch.jit.script(tiny()), "tent"), ScopeError, "scripted"),
         (lambda: tt.adapt(nn.LazyLinear(2), "tent"), ScopeError, "no shape yet"),
         (lambda: tt.adapt(tiny().to("meta"), "tent"), ScopeError, "no values"),
         (lambda: tt.adapt(in_inference_mode(), "tent"), ScopeError, "inference_mode"),
-        (lambda: tt.SourceKnowledge.load("nowhere"), StateError, "cannot be read"),
+        (lambda: tt.SourceKnowledge.load("nowhere"), StateError, "there is no file nowhere"),
         (lambda: tt.fit_source(tiny(), [torch.full((2, 3, 8, 8), math.nan)]), InputError, "NaN"),
         (lambda: copy.deepcopy(tt.adapt(tiny(), "tent")), StateError, "neither copied nor pickled"),
         (lambda: tt.adapt(tiny(), "deyo", patches=9)(batches(1)[0]), InputError, "fewer patches"),
@@ -148,10 +165,37 @@ def test_wrong_calls_are_answered_with_the_way_out(call, error, says):
         call()
 
 
+def test_a_model_may_be_called_without_a_forward():
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny()
+
+        def __call__(self, x):
+            return self.inner(x)
+
+    x = batches(1)[0]
+    assert torch.equal(tt.adapt(Called(), "tent")(x), tt.adapt(tiny(), "tent")(x))
+
+
 def test_what_a_loader_gives_is_told_from_a_batch():
     adapter = tt.adapt(tiny(), "tent")
     with pytest.raises(InputError, match="pass the inputs alone"):
         adapter((batches(1)[0], torch.zeros(16)))
+
+
+@pytest.mark.parametrize(
+    ("given", "way"),
+    [
+        (batches(1)[0].numpy(), r"torch\.as_tensor\(x\)"),
+        (iter(batches(1)), "one by one"),
+        (DataLoader(TensorDataset(*batches(1))), "one by one"),
+        ({"pixel_values": batches(1)[0]}, "put a module around it"),
+    ],
+)
+def test_what_is_no_tensor_is_answered_with_the_way_to_one(given, way):
+    with pytest.raises(InputError, match=way):
+        tt.adapt(tiny(), "tent")(given)
 
 
 def test_a_type_that_is_not_the_weights_is_named():

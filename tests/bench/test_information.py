@@ -34,6 +34,15 @@ def test_figure_and_page_show_these_numbers(bench, rows):
     assert all(line in told for line in bench.errors(rows))
 
 
+def test_estimators_are_told_apart_without_their_colours(bench):
+    assert set(bench.STYLES) == set(bench.ESTIMATORS) - set(bench.ONLY)
+    colours, marks, dashes = zip(*bench.STYLES.values(), strict=True)
+    assert len(set(colours)) == len(set(marks)) == len(colours)
+    for name, path, dash in zip(bench.STYLES, marks, dashes, strict=True):
+        assert path in bench.mark(name, "0,0")
+        assert dash in bench.drawn_line(name, ["0,0", "1,1"])
+
+
 @pytest.mark.parametrize("law", ["Gaussian", "cubed"])
 @pytest.mark.parametrize("name", ["MINE", "MINDE"])
 def test_at_every_seed_the_checked_estimators_are_within_their_tolerances(bench, rows, name, law):

@@ -14,16 +14,25 @@ from typer.testing import CliRunner
 from rows import make
 from testtime._core.errors import InputError
 from testtime.bench.cells import plan
-from testtime.bench.metrics import ENOUGH, NO_CLASS, Score, ranked, summarise, worst_class
+from testtime.bench.metrics import (
+    ENOUGH,
+    NO_CLASS,
+    OPEN_SET,
+    Score,
+    ranked,
+    summarise,
+    worst_class,
+)
 from testtime.bench.models import load_model
 from testtime.bench.report import write_report
 from testtime.bench.runner import run
 from testtime.bench.store import piece, read_cell, read_run, write_cell
 from testtime.bench.tables import styles, summary
+from testtime.bench.trial import Domain
 from testtime.cli.bench import print_summary
 from testtime.cli.main import app
 from testtime.streams.data import load_data
-from testtime.streams.scenarios import Scenario
+from testtime.streams.scenarios import UNKNOWN, Scenario
 
 STREAM = Scenario(domains=("fog", "contrast"), batch_size=50, samples=400)
 COLUMNS = tuple(NO_CLASS)
@@ -82,6 +91,15 @@ def test_a_class_of_few_samples_does_not_decide():
     }
     assert worst_class([scored(logits[-9:], labels[-9:]), Score()]) == NO_CLASS
     assert worst_class([Score()]) == NO_CLASS
+
+
+def test_a_domain_of_unknown_samples_only_has_no_value():
+    domain = Domain(opened=True)
+    domain.add(0, torch.eye(2), torch.tensor([UNKNOWN, UNKNOWN]), None)
+    row = domain.row()
+    assert row["samples"] == 0
+    assert all(math.isnan(row[name]) for name in ("error", "nll", "brier", "ece"))
+    assert all(row[name] is None for name in OPEN_SET)
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])

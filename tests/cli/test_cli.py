@@ -187,6 +187,21 @@ def test_no_model_is_a_wrong_call(tmp_path):
     assert "no model is named" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--methods", ","], "no method is named"),
+        (["--methods", "tent", "--device", "meta"], "there is no device 'meta' here"),
+        (["--methods", "tent", "--threads", "100000"], "--threads"),
+    ],
+)
+def test_what_no_run_can_be_made_of_is_a_wrong_call(tmp_path, more, says):
+    done = call(app, ["bench", "--out", str(tmp_path / "a"), "--seeds", "1", *more])
+    assert done.exit_code == 2
+    assert says in done.stderr
+    assert not (tmp_path / "a" / "cells").exists()
+
+
 def test_a_table_without_its_source(capsys):
     rows = [row for row in make() if row["method"] != "source"]
     print_summary(rows)

@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from numbers import Integral
 
 import torch
 
-from testtime._core.errors import InputError
+from testtime._core.errors import InputError, OptionError
 
 
 def derive(seed: int, *purpose: object) -> int:
@@ -23,6 +24,18 @@ def derive(seed: int, *purpose: object) -> int:
 def generator(seed: int, *purpose: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on `device` for one purpose."""
     return torch.Generator(device).manual_seed(derive(seed, *purpose))
+
+
+def check_seed(seed: object) -> None:
+    """Refuses what is no whole number; None, too, would be one seed and not chance.
+
+    Example:
+        >>> check_seed(None)
+        Traceback (most recent call last):
+        testtime._core.errors.OptionError: seed is None; expected a whole number.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise OptionError(f"seed is {seed!r:.60}; expected a whole number.")
 
 
 def check_generator(generator: object) -> None:

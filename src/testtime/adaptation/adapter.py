@@ -17,6 +17,7 @@ from testtime._core.errors import InputError, OptionError, TesttimeWarning
 from testtime._core.gates import Gate
 from testtime._core.guards import Guard
 from testtime._core.options import whole
+from testtime._core.seeds import check_seed
 from testtime.adaptation.budget import Ration
 from testtime.adaptation.building import build, check_source, feature_layer_name, first_look
 from testtime.adaptation.checks import check_held, check_input, check_model, taking
@@ -71,6 +72,7 @@ class Adapter(NoModule):
         check_model(model)
         if on_event is not None and not callable(on_event):
             raise OptionError(f"on_event is {on_event!r}; expected a function of one event")
+        check_seed(seed)
         check_deferred(deferred, recipe)
         whole(1, every=every)
         self.model, self.recipe = model, recipe
@@ -252,7 +254,11 @@ class Adapter(NoModule):
             self._state = self._resumed(mark, "this snapshot")
 
     def save(self, path: str | Path) -> None:
-        """Writes the state as safetensors, wholly or not at all."""
+        """Writes the state as safetensors, wholly or not at all.
+
+        Raises:
+            StateError: when nothing can be written there.
+        """
         with self._settled(), self._engine.loan.lock:
             save_state(self._state, path, owner=owner(self.model, self.recipe))
 

@@ -49,7 +49,7 @@ def adapt(
     """Puts an adapter around a model: it answers as the model does, and learns while it answers.
 
     Args:
-        model: maps a batch to logits (B, C) or (B, C, H, W), a tuple that begins with them, or an
+        model: maps a batch to logits (B, C), (B, C, L) or (B, C, H, W), a tuple that begins with them, or an
             object with `.logits`. It is borrowed, and stays as it is.
         method: name of a method, or a recipe.
         seed: of the method's random parts.

@@ -2,12 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
 
 from testtime._core.arrays import as_given
 from testtime._core.errors import (
@@ -53,6 +54,12 @@ def check_model(model: Any) -> None:
             f"the model is {given}; expected an instance of nn.Module that maps inputs to logits. "
             "The model comes first: tt.adapt(model, 'tent')."
         )
+    none = getattr(model.forward, "__func__", None) is nn.Module.forward
+    if none and type(model).__call__ is nn.Module.__call__:
+        raise ScopeError(
+            f"the model is of type {type(model).__name__}, which holds parts and has no forward; "
+            "expected a module that maps inputs to logits. Put one around it that says how it runs."
+        )
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ScopeError(
@@ -90,10 +97,7 @@ def check_input(x: Tensor, recipe: Recipe, *, rank: int | None, device: torch.de
         device: of the model.
     """
     if not isinstance(x, Tensor):
-        way = AROUND
-        if isinstance(x, tuple | list) and x and isinstance(x[0], Tensor):
-            way = f"Of what a loader gives, (inputs, labels), pass the inputs alone. {AROUND}"
-        raise InputError(f"a batch is a tensor; given {type(x).__name__}. {way}")
+        raise InputError(f"a batch is a tensor; given {type(x).__name__}. {_way_to_tensor(x)}")
     if x.layout is not torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else f"of layout {x.layout}"
         raise InputError(f"the batch is {kind}; expected a dense tensor. Use x.to_dense(), or pad.")
@@ -138,6 +142,16 @@ def check_input(x: Tensor, recipe: Recipe, *, rank: int | None, device: torch.de
                 f"[{low:.3g}, {high:.3g}]. Put the normalisation inside the model: "
                 "nn.Sequential(Normalize(mean, std), model)."
             )
+
+
+def _way_to_tensor(given: Any) -> str:
+    if isinstance(given, tuple | list) and given and isinstance(given[0], Tensor):
+        return f"Of what a loader gives, (inputs, labels), pass the inputs alone. {AROUND}"
+    if hasattr(given, "__array__"):
+        return "Of an array make one: torch.as_tensor(x)."
+    if isinstance(given, Iterator | DataLoader):
+        return "Give the batches one by one: for x in batches: adapter(x)."
+    return AROUND
 
 
 def check_held(x: Tensor, recipe: Recipe, memory: Any) -> None:

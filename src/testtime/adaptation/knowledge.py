@@ -5,13 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from testtime._core.errors import StateError
-from testtime._core.files import atomic, digest
+from testtime._core.files import digest
+from testtime.adaptation.tensor_files import open_tensors, write_tensors
 
 FORMAT = "testtime-source-3"
 
@@ -56,40 +54,39 @@ class SourceKnowledge:
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
-        """Writes it as safetensors, wholly or not at all."""
+        """Writes it as safetensors, wholly or not at all.
+
+        Raises:
+            StateError: when nothing can be written there.
+        """
         tensors = {
             f"{need}/{name}": tensor.cpu().contiguous()
             for need, own in self.entries.items()
             for name, tensor in own.items()
         }
         plain = [self.model, self.samples, list(self.entries), self.methods, self.features]
-        with atomic(path) as part:
-            save_file(tensors, part, {"format": FORMAT, "about": json.dumps(plain)})
+        write_tensors(path, tensors, {"format": FORMAT, "about": json.dumps(plain)})
 
     @staticmethod
     def load(path: str | Path) -> "SourceKnowledge":
         """Reads what `save` wrote.
 
         Raises:
-            StateError: when the file is truncated or something else.
+            StateError: when there is no file, or it is truncated or something else.
         """
-        try:
-            with torch.inference_mode(False), safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                if about.get("format") != FORMAT:
-                    raise StateError(
-                        f"{path} is not what SourceKnowledge.save() of this version wrote. Make it "
-                        "anew with fit_source."
-                    )
-                model, samples, needs, methods, features = json.loads(about["about"])
-                entries: dict[str, dict[str, Tensor]] = {need: {} for need in needs}
-                for full in file.keys():  # noqa: SIM118
-                    need, _, name = full.partition("/")
-                    entries[need][name] = file.get_tensor(full).clone()  # begins where torch would
-        except (SafetensorError, OSError) as error:
-            raise StateError(
-                f"{path} cannot be read: {error}. Make it anew with fit_source."
-            ) from error
+        way = "make it anew with fit_source"
+        with open_tensors(path, wrote="SourceKnowledge.save()", way=way) as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise StateError(
+                    f"{path} is not what SourceKnowledge.save() of this version wrote. Make it "
+                    "anew with fit_source."
+                )
+            model, samples, needs, methods, features = json.loads(about["about"])
+            entries: dict[str, dict[str, Tensor]] = {need: {} for need in needs}
+            for full in file.keys():  # noqa: SIM118
+                need, _, name = full.partition("/")
+                entries[need][name] = file.get_tensor(full).clone()  # begins where torch would
         methods = {k: tuple(v) for k, v in methods.items()}
         return SourceKnowledge(model, samples, entries, methods, features)
 

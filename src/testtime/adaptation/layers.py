@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 Kind = Literal["batch", "instance", "group", "layer"]
@@ -52,11 +53,39 @@ def _eps(module: nn.Module) -> float | None:
     return None
 
 
+def _owned(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A layer's own parameters; of one that a parametrisation makes, those that it is made of."""
+    owned = dict(module.named_parameters(recurse=False))
+    for key, made in _made(module).items():
+        originals = made.named_parameters(recurse=False)
+        owned |= {f"parametrizations.{key}.{name}": value for name, value in originals}
+    return owned
+
+
+def _made(module: nn.Module) -> dict[str, nn.Module]:
+    """What torch's parametrisations make of other tensors, by name."""
+    found = module.parametrizations if is_parametrized(module) else None
+    return dict(found.items()) if isinstance(found, nn.ModuleDict) else {}
+
+
+def called(name: str) -> str:
+    """What a layer calls a tensor, or what a parametrisation makes of it.
+
+    Example:
+        >>> called("0.bias"), called("0.parametrizations.weight.original1")
+        ('bias', 'weight')
+    """
+    *_, above, key, last = ("", "", *name.split("."))
+    return key if above == "parametrizations" and last.startswith("original") else last
+
+
 def _affine(module: nn.Module) -> list[str]:
     """Names of a layer's own scale and shift; a frozen layer keeps them among its buffers."""
-    own = [key for key, value in module.named_parameters(recurse=False) if value is not None]
     held = [key for key, value in module.named_buffers(recurse=False) if key in ("weight", "bias")]
-    return own + held
+    for key, made in _made(module).items():
+        originals = made.named_buffers(recurse=False)
+        held += [f"parametrizations.{key}.{name}" for name, _ in originals]
+    return [*_owned(module), *held]
 
 
 def norm_kind(module: nn.Module) -> Kind | None:
@@ -74,13 +103,14 @@ def norm_kind(module: nn.Module) -> Kind | None:
     for known, kind in NORMS:
         if isinstance(module, known):
             return kind
-    owned = dict(module.named_parameters(recurse=False))
+    owned = _owned(module)
     buffers = dict(module.named_buffers(recurse=False))
     if _eps(module) is None or not _affine(module):
         return None
     if any(value.dim() != 1 or len(value) < 2 for value in owned.values()):  # one: an exponent
         return None
-    if any(True for child in module.children() for _ in child.parameters()):
+    below = {name for name, _ in module.named_parameters()} - owned.keys()
+    if any(not name.startswith("parametrizations.") for name in below):
         return None
     if owned and rests_at_zero(module):
         return None

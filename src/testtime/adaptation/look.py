@@ -59,7 +59,8 @@ def look(
 
     Raises:
         UnknownName: the model has no layer of that name.
-        InputError: the model took the batch for a single sample.
+        InputError: the model took the batch for a single sample, or does not give its logits as
+            (batch, classes, ...).
     """
     chosen = named_layer(model, features)
     ran: list[str] = []
@@ -110,6 +111,8 @@ def look(
             stacklevel=2,
         )
     logits = read(output)
+    if logits.dim() == 3:
+        _check_places(logits, heads)
     if chosen is None:
         chosen = _head(heads, classes=logits.shape[1])
     return Look(output, order, chosen, dense=logits.dim() > 2)
@@ -150,6 +153,17 @@ def _head(ran: list[tuple[nn.Module, torch.Size]], *, classes: int) -> nn.Module
         if shape.numel() == shape[0] * classes and len(shape) > 1 and shape[1] == classes
     ]
     return (fits or [module for module, _ in linear] or [None])[-1]
+
+
+def _check_places(logits: Tensor, ran: list[tuple[nn.Module, torch.Size]]) -> None:
+    """Refuses logits (batch, length, classes), as taggers of words give them; they look like any others."""
+    channels = [s[-1] if isinstance(module, nn.Linear) else s[1] for module, s in ran if len(s) > 1]
+    if logits.shape[1] != next((c for c in reversed(channels) if c in logits.shape[1:]), None):
+        raise InputError(
+            f"the model returned logits of shape (batch, {logits.shape[1]}, {logits.shape[2]}), and no "
+            f"layer was seen to give {logits.shape[1]} classes at last; expected (batch, classes, length). "
+            "Where classes come last put a module around the model that returns logits.movedim(-1, 1)."
+        )
 
 
 def _some_run(model: nn.Module, loan: Loan, x: Tensor) -> Any:

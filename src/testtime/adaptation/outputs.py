@@ -25,11 +25,11 @@ def read_logits(output: Any) -> Tensor:
         logits = output.get("logits", output.get("out"))
     elif logits is None:
         logits = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(logits, Tensor) or logits.dim() not in (2, 4, 5):
+    if not isinstance(logits, Tensor) or not 2 <= logits.dim() <= 5:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise InputError(
-            f"the model returned {got}; expected logits of shape (batch, classes) or "
-            "(batch, classes, height, width), a tuple that begins with them, an object with "
+            f"the model returned {got}; expected logits of shape (batch, classes), (batch, classes, "
+            "length) or (batch, classes, height, width), a tuple that begins with them, an object with "
             '.logits, or a dictionary with "logits" or "out". Wrap the model in a module that '
             "returns them."
         )
@@ -42,13 +42,14 @@ def read_logits(output: Any) -> Tensor:
 
 
 def with_logits(output: Any, logits: Tensor) -> Any:
-    """The same kind of output, detached, with these logits in it.
+    """The same kind of output, detached, with these logits in it, in the type that its own have.
 
     Example:
         >>> with_logits((torch.zeros(1, 2), "kept"), torch.ones(1, 2))
         (tensor([[1., 1.]]), 'kept')
     """
     old = read_logits(output)
+    logits = logits.to(old.dtype)
     return map_tensors(lambda part: (logits if part is old else part).detach(), output)
 
 
@@ -105,7 +106,7 @@ def map_tensors(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
 
 
 def rows(logits: Tensor) -> Tensor:
-    """Logits as rows (N, C): dense logits (B, C, H, W) have one row for each pixel."""
+    """Logits as rows (N, C): dense logits (B, C, L) or (B, C, H, W) have one row for each place."""
     if logits.dim() == 2:
         return logits
     return torch.movedim(logits, 1, -1).reshape(-1, logits.shape[1])

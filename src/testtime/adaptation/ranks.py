@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from testtime._core.errors import StateError
+from testtime._core.errors import OptionError, StateError
 
 
 class _Sum(torch.autograd.Function):
@@ -36,8 +36,12 @@ class Ranks:
     """
 
     def __init__(self, group: Any = None) -> None:
-        torchs = group is not None and isinstance(group, dist.ProcessGroup)
-        self._group = weakref.ref(group) if torchs else lambda: group
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise OptionError(
+                f"process_group is {group!r:.60}; expected None, or a group of torch.distributed that "
+                "this process belongs to: torch.distributed.group.WORLD, or what new_group gave."
+            )
+        self._group = (lambda: None) if group is None else weakref.ref(group)
 
     @property
     def group(self) -> Any:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from testtime._core.errors import StateError
-from testtime._core.files import atomic, digest
+from testtime._core.files import digest
+from testtime.adaptation.tensor_files import open_tensors, write_tensors
 
 FORMAT = "testtime-state-1"
 STREAM = ("guard", "gate", "account", "generator", "steps", "samples", "method")
@@ -71,43 +70,35 @@ def save_state(state: State, path: str | Path, *, owner: dict[str, str]) -> None
     """Writes a state and whose it is (method, model) as safetensors, wholly or not at all.
 
     Raises:
-        StateError: when it holds what a file cannot, as a gate or guard of the caller's may remember.
+        StateError: when it holds what a file cannot, as a gate or guard of the caller's may remember,
+            or nothing can be written there.
     """
     tensors: dict[str, Tensor] = {}
     plain = {name: _flatten(value, name, tensors) for name, value in vars(state).items()}
     stored = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     text = json.dumps(plain)
     about = {"format": FORMAT, "plain": text, "digest": digest(stored, text)}
-    with atomic(path) as part:
-        save_file(stored, part, {**about, **owner})
+    write_tensors(path, stored, {**about, **owner})
 
 
 def load_state(path: str | Path, *, owner: dict[str, str], device: torch.device) -> State:
     """Reads a state that `save_state` wrote for the same owner.
 
     Raises:
-        StateError: when the file is truncated or damaged, no state, or belongs to another model or
-            method.
+        StateError: when there is no file, or it is truncated or damaged, no state, or belongs to another
+            model or method.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise StateError(f"{path} is not a state that adapter.save() wrote.")
-            for what, mine in owner.items():
-                if (theirs := about.get(what, "")) != mine:
-                    raise StateError(
-                        f"{path} belongs to another {what}: {differing(theirs, mine)}. Build the "
-                        "adapter with the same model and method that saved it."
-                    )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise StateError(f"there is no file {path}; expected what adapter.save() wrote.") from error
-    except (SafetensorError, OSError) as error:
-        raise StateError(
-            f"{path} cannot be read: {error}. It is truncated or not a safetensors file; "
-            "use an earlier copy."
-        ) from error
+    with open_tensors(path, wrote="adapter.save()", way="use an earlier copy") as file:
+        about = file.metadata() or {}
+        if about.get("format") != FORMAT:
+            raise StateError(f"{path} is not a state that adapter.save() wrote.")
+        for what, mine in owner.items():
+            if (theirs := about.get(what, "")) != mine:
+                raise StateError(
+                    f"{path} belongs to another {what}: {differing(theirs, mine)}. Build the "
+                    "adapter with the same model and method that saved it."
+                )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     text = about.get("plain", "")
     if about.get("digest") != digest(tensors, text):
         raise StateError(f"{path} was changed or damaged since it was saved; use an earlier copy.")

@@ -21,7 +21,7 @@ def check_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).tolist()  # which meta cannot
     except Exception as error:  # a backend that is not there raises what it likes
         said = str(error).partition("\n")[0]
         known = "cpu, or cuda" if torch.cuda.is_available() else "cpu"

@@ -51,7 +51,8 @@ class Score:
     """Error, also by class, NLL, Brier score and calibration of answers that come batch by batch.
 
     Only sums are kept, in float64, so that a stream of any length takes no more memory. A row
-    without a softmax (NaN, +inf) counts as an error, and leaves the other metrics without a value.
+    without a softmax (NaN, +inf) counts as an error, and leaves the other metrics without a value;
+    without a sample none has one.
 
     Example:
         >>> score = Score()
@@ -100,12 +101,13 @@ class Score:
         """Error in percent, NLL in nats, Brier score, calibration error, and reliability bins."""
         count, sure, right = self.bins.tolist()
         gap = sum(abs(s - r) for s, r in zip(sure, right, strict=True))
+        samples = self.samples or math.nan
         return {
             "samples": self.samples,
-            "error": 100 * self.wrong / self.samples,
-            "nll": self.nll / self.samples,
-            "brier": self.brier / self.samples,
-            "ece": gap / self.samples if math.isfinite(self.nll + self.brier) else math.nan,
+            "error": 100 * self.wrong / samples,
+            "nll": self.nll / samples,
+            "brier": self.brier / samples,
+            "ece": gap / samples if math.isfinite(self.nll + self.brier) else math.nan,
             "reliability": [
                 {"count": int(n), "confidence": s / n, "accuracy": r / n}
                 for n, s, r in zip(count, sure, right, strict=True)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -39,7 +40,7 @@ def write_report(rows: Rows, path: str | Path, *, title: str = "testtime benchma
         title: heading of the page.
 
     Raises:
-        RunError: there are no rows, or they lack a column.
+        RunError: there are no rows, or they lack a column, or hold what is no number where one belongs.
         MissingExtra: plotly is not installed.
         WorkFailed: the file cannot be written.
 
@@ -67,7 +68,9 @@ def write_report(rows: Rows, path: str | Path, *, title: str = "testtime benchma
         with atomic(path) as part:
             part.write_text(page, "utf-8")
     except OSError as error:
-        raise WorkFailed(f"the report cannot be written to {path}: {error}.") from error
+        raise WorkFailed(
+            f"the report cannot be written to {path}: {error.strerror or error}."
+        ) from error
     return Path(path)
 
 
@@ -81,12 +84,13 @@ def check_rows(rows: Rows) -> None:
         raise RunError(
             "a report needs at least one result row, got none. Run: testtime bench --out DIR"
         )
+    said = "a report takes rows as testtime bench writes them. Run: testtime bench --out DIR"
     missing = sorted(NEEDED - set.intersection(*map(set, rows)))
     if missing:
-        raise RunError(
-            f"rows lack {', '.join(missing)}; a report takes rows as testtime bench writes them. "
-            "Run: testtime bench --out DIR"
-        )
+        raise RunError(f"rows lack {', '.join(missing)}; {said}")
+    for row, name in product(rows, METRICS):
+        if not isinstance(value := row.get(name), int | float | None):
+            raise RunError(f"{name} of a row is {value!r:.60}, which is no number; {said}")
 
 
 def _plotly() -> str:

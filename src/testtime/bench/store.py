@@ -45,7 +45,7 @@ def write_cell(out: Path, key: str, rows: list[dict[str, Any]]) -> None:
             parquet.write_table(table, part, write_page_checksum=True)
     except OSError as error:
         raise WorkFailed(
-            f"results cannot be written to {out}: {error}. What was finished before is kept; make "
+            f"results cannot be written to {out}: {error.strerror or error}. What was finished before is kept; make "
             "room, and the same command goes on from here."
         ) from error
 

@@ -46,7 +46,7 @@ def bench(
     seeds: int = typer.Option(3, min=1, help="Seeds 0 to N - 1."),
     jobs: int = typer.Option(1, min=1, help="Cells (method, model, stream, seed) run at once."),
     device: str = typer.Option("cpu", help="cpu, cuda, cuda:1, ..."),
-    threads: int = typer.Option(1, min=1, help="Threads of torch in each cell."),
+    threads: int = typer.Option(1, min=1, max=1024, help="Threads of torch in each cell."),
     paced: bool = typer.Option(
         False,
         help="Also score a stream that does not wait: batches come at the pace of plain "
@@ -63,10 +63,12 @@ def bench(
 
     Exit codes: 0 done, 1 a cell failed (the others are kept), 2 the call was wrong.
     """
-    from testtime._core.errors import WorkFailed  # noqa: PLC0415
+    from testtime._core.errors import OptionError, WorkFailed  # noqa: PLC0415
     from testtime.bench.cells import split_methods, split_models  # noqa: PLC0415
 
     names = split_methods(methods)
+    if not names:
+        raise OptionError("no method is named; expected at least one, as tent. Alone: source.")
     cells = cells_of(
         names, split_models(model), data, stream, seeds,
         device=device, threads=threads, paced=paced,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from testtime._core.errors import ScopeError
@@ -88,22 +89,31 @@ class OwnForward:
         x = args[0] if name is None else kwargs[name]
         for each in self.own.values():
             check_rows(x, len(each))
-        held = {key: _holder(module, key)[key] for key in self.own}
+        places = {key: _place(module, key) for key in self.own}
+        held = {key: holder[last] for key, (holder, last) in places.items()}
         parts: list[Tensor] = []
         try:
             for place, row in enumerate(x.split(1)):
-                for key, each in self.own.items():
-                    _holder(module, key)[key] = each[place].to(held[key].dtype)
+                for key, (holder, last) in places.items():
+                    holder[last] = self.own[key][place].to(held[key].dtype)
                 own = ((row, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: row})
                 parts.append(module.forward(*own[0], **own[1]))
         finally:
-            for key, tensor in held.items():
-                _holder(module, key)[key] = tensor
+            for key, (holder, last) in places.items():
+                holder[last] = held[key]
         return torch.cat(parts)
 
 
-def _holder(module: nn.Module, key: str) -> dict[str, Any]:
-    return module._parameters if key in module._parameters else module._buffers
+def _place(module: nn.Module, key: str) -> tuple[dict[str, Any], str]:
+    """Where a layer, or a parametrisation within it, holds a tensor."""
+    inside, _, last = key.rpartition(".")
+    holder = module.get_submodule(inside)
+    return (holder._parameters if last in holder._parameters else holder._buffers), last
+
+
+def _keys(layer: NormLayer) -> dict[str, str]:
+    """What the layer calls its tensors -> their names in the model."""
+    return {name.removeprefix(f"{layer.name}."): name for name in layer.tensors}
 
 
 def check_rows(given: Tensor, samples: int) -> None:
@@ -132,7 +142,7 @@ def affine_last(layer: NormLayer) -> bool:
     """
     module = layer.module
     own = type(module).forward in [kind.forward for kind in TORCHS]
-    if own and "forward" not in vars(module):
+    if own and "forward" not in vars(module) and not is_parametrized(module):
         return True
     if module not in _last:
         _last[module] = _try(layer)
@@ -140,14 +150,15 @@ def affine_last(layer: NormLayer) -> bool:
 
 
 def _try(layer: NormLayer) -> bool:
-    keys = {name.rpartition(".")[2] for name in layer.tensors}
+    keys = set(_keys(layer))
     try:
         tried: Any = deepcopy(layer.module)
     except Exception:
         return False
     if not keys or not keys <= {"weight", "bias"}:
         return False
-    channels = _holder(tried, next(iter(keys)))[next(iter(keys))].detach()
+    places = {key: _place(tried, key) for key in keys}
+    channels = next(holder[last] for holder, last in places.values()).detach()
     ramp = torch.arange(len(channels), device=channels.device).to(channels)
     own = {key: (ramp + place).cos() for place, key in enumerate(sorted(keys))}
     rest = {"weight": torch.ones_like(ramp), "bias": torch.zeros_like(ramp)}
@@ -158,8 +169,8 @@ def _try(layer: NormLayer) -> bool:
         try:
             with torch.no_grad():
                 for given in (rest, own):
-                    for key in keys:
-                        _holder(tried, key)[key] = given[key]
+                    for key, (holder, last) in places.items():
+                        holder[last] = given[key]
                     told.append(tried.forward(x.clone()))
                 pair = {key: value.expand(2, -1) for key, value in own.items()}
                 hook = OwnAffine(kind=layer.kind, scale=pair.get("weight"), shift=pair.get("bias"))
@@ -247,7 +258,7 @@ class EachItsOwn:
 def _given(engine: Engine, own: Tensors) -> Iterator[RemovableHandle]:
     """Hooks by which layers scale and shift each sample by its own."""
     for layer in norm_layers(engine.loan.model):
-        held = {name.rpartition(".")[2]: engine.loan.canonical[name] for name in layer.tensors}
+        held = {key: engine.loan.canonical[name] for key, name in _keys(layer).items()}
         mine = {key: own[name] for key, name in held.items() if name in own}
         if mine and affine_last(layer):
             hook = OwnAffine(kind=layer.kind, scale=mine.get("weight"), shift=mine.get("bias"))

@@ -249,8 +249,9 @@ def domainadaptor(
     entropy is scaled by its own temperature.
 
     A layer without a scale and shift of its own has nothing to fold the mixture into, and uses the
-    batch's statistics; so does one that shares them with another layer. One that runs several times
-    in a forward is folded by what it first meets, which `export` does not repeat.
+    batch's statistics; so does one that shares them with another layer, or whose scale or shift a
+    parametrisation makes. One that runs several times in a forward is folded by what it first meets,
+    which `export` does not repeat.
 
     Example:
         >>> domainadaptor(loss="gem-skd").passes

@@ -56,7 +56,7 @@ def read_experts(output: Any) -> Float[Tensor, "batch experts classes"]:
         and output.dim() == 3
         and output.shape[1] > 1
     ):
-        return at_least_single(output)
+        return output
     raise ScopeError(
         f"the model returned {_say(output)}; expected logits of two or more experts, which sade "
         "weighs: a tuple or list of floating point tensors (batch, classes), or one (batch, "
@@ -121,16 +121,16 @@ class WeighExperts:
 
     def read(self, output: Any) -> Tensor:
         """Logits of the class that the experts answer with at first, in equal parts."""
-        return read_experts(output).mean(1)
+        return at_least_single(read_experts(output)).mean(1)
 
     def step(self, engine: Engine, x: Tensor, state: State) -> Step:
         """A step on the weights, then the answer."""
-        experts = self._look(engine, x, state)
+        experts, kind = self._look(engine, x, state)
         weights, optimizer, stopped = _unpack(state, experts)
         outcome, told = Outcome.ANSWERED, dict[str, Any](used=0)
         if not stopped:
             copies = [
-                self._look(engine, self.augment(x, engine.generator), state) for _ in range(2)
+                self._look(engine, self.augment(x, engine.generator), state)[0] for _ in range(2)
             ]
             loss, grad = _gradient(engine, copies, weights)
             told |= {"used": len(x), "loss": loss}
@@ -144,18 +144,20 @@ class WeighExperts:
         told |= {f"expert {number}": share for number, share in enumerate(shares, 1)}
         told["entropy"] = entropy(logits).mean()
         memory = {"weights": weights, "optimizer": optimizer, "stopped": stopped}
-        return Step(logits, logits, replace(state, memory=memory), outcome, told)
+        return Step(logits.to(kind), logits, replace(state, memory=memory), outcome, told)
 
     def predict(self, engine: Engine, x: Tensor, state: State) -> tuple[Any, Tensor]:
         """The answer with the weights as they are."""
-        experts = self._look(engine, x, state)
+        experts, kind = self._look(engine, x, state)
         logits = aggregate(experts, _unpack(state, experts)[0])
-        return logits, logits
+        return logits.to(kind), logits
 
-    def _look(self, engine: Engine, x: Tensor, state: State) -> Tensor:
+    def _look(self, engine: Engine, x: Tensor, state: State) -> tuple[Tensor, torch.dtype]:
+        """The experts' logits, in float32 where they are in half precision, and their own type."""
         with torch.no_grad():
             output, _ = engine.run(x, state.tensors)
-        return read_experts(output)
+        experts = read_experts(output)
+        return at_least_single(experts), experts.dtype
 
 
 def _unpack(state: State, experts: Tensor) -> tuple[Tensor, dict[str, Any], bool]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from testtime._core.errors import ScopeError, unknown
-from testtime.adaptation.layers import NormLayer, top_of
+from testtime.adaptation.layers import NormLayer, called, top_of
 
 Scope = Callable[[nn.Module, Sequence[NormLayer]], list[str]]
 """Takes a model and its normalisation layers in order of execution, gives names of tensors."""
@@ -19,6 +19,8 @@ def nothing(model: nn.Module, norms: Sequence[NormLayer]) -> list[str]:
 
 def norm_affine(model: nn.Module, norms: Sequence[NormLayer]) -> list[str]:
     """Scales and shifts of all normalisation layers.
+
+    Of one that a parametrisation makes (`torch.nn.utils.parametrize`), what it is made of.
 
     Raises:
         ScopeError: when the model has none.
@@ -56,9 +58,10 @@ def all_parameters(model: nn.Module, norms: Sequence[NormLayer]) -> list[str]:
 def weights_and_biases(model: nn.Module, norms: Sequence[NormLayer]) -> list[str]:
     """Every parameter that is called weight or bias: what CoTTA's code adapts and restores.
 
+    Of one that a parametrisation makes (`torch.nn.utils.parametrize`), what it is made of.
     The class token and position embeddings of a transformer, for example, stay as they are.
     """
-    names = [n for n in all_parameters(model, norms) if n.rpartition(".")[2] in ("weight", "bias")]
+    names = [n for n in all_parameters(model, norms) if called(n) in ("weight", "bias")]
     return names or all_parameters(model, norms)
 
 
