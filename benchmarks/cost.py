@@ -343,9 +343,10 @@ def main() -> int:
     chosen = parser.parse_args()
     if chosen.compare:
         old, new = (json.loads(path.read_text()) for path in chosen.compare)
-        worse = compare(old, new, tolerance=chosen.tolerance)
-        print("\n".join(worse) or "nothing is worse")
-        return 1 if worse else 0
+        worse, left, figures = compare(old, new, tolerance=chosen.tolerance)
+        told = [f"not compared: {what}" for what in left]
+        print("\n".join([*told, *(worse or [f"of {figures} figures nothing is worse"])]))
+        return 1 if worse else 0 if figures else 2
     if chosen.page:
         page(chosen.page, json.loads(chosen.out.read_text()))
         return 0

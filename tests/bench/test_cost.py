@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from scripts import script
 
 ROW = {
     "model": "m", "batch": 4, "name": "tent", "machine": "a", "to_inference": [2.0, 1.9, 2.1],
-    "megabytes": 100.0,
+    "megabytes": 100.0, "forwards": 1.0,
 }  # fmt: skip
 FILE = {"rows": [ROW]}
 
@@ -27,28 +28,66 @@ def changed(**figures):
     return found
 
 
+@pytest.fixture
+def compared(cost, tmp_path, monkeypatch, capsys):
+    """The exit code of a comparison, and what it prints."""
+
+    def run(old, new):
+        for name, content in (("old", old), ("new", new)):
+            (tmp_path / name).write_text(json.dumps(content))
+        call = ["cost.py", "--compare", str(tmp_path / "old"), str(tmp_path / "new")]
+        monkeypatch.setattr(sys, "argv", call)
+        return cost.main(), capsys.readouterr().out.splitlines()
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("figures", "says"),
     [
-        ({}, []),
-        ({"to_inference": [2.19, 2.0, 9.0]}, []),
-        ({"to_inference": [2.21, 2.0, 2.3]}, ["2.21 times inference, was 2.00"]),
-        ({"to_inference": [1.0, 1.0, 1.0], "megabytes": 10.0}, []),
-        ({"megabytes": 101.9}, []),
-        ({"megabytes": 102.1}, ["102 MB, was 100"]),
-        ({"name": "textbook tent", "megabytes": 900.0}, []),
-        ({"name": "another", "megabytes": 900.0}, []),
+        ({}, None),
+        ({"to_inference": [2.19, 2.0, 9.0]}, None),
+        ({"to_inference": [2.21, 2.0, 2.3]}, "2.21 times inference, was 2.00"),
+        ({"to_inference": [math.nan, 2.0, 2.3]}, "nan times inference, was 2.00"),
+        ({"to_inference": [1.0, 1.0, 1.0], "megabytes": 10.0}, None),
+        ({"megabytes": 101.9}, None),
+        ({"megabytes": 102.1}, "102 MB, was 100"),
+        ({"forwards": 1.05}, None),
+        ({"forwards": 2.0}, "2.00 forwards, was 1.00"),
     ],
 )
-def test_what_is_worse_is_told_and_fails(figures, says, cost, tmp_path, monkeypatch, capsys):
-    for name, content in (("old", FILE), ("new", changed(**figures))):
-        (tmp_path / name).write_text(json.dumps(content))
-    call = ["cost.py", "--compare", str(tmp_path / "old"), str(tmp_path / "new")]
-    monkeypatch.setattr(sys, "argv", call)
-    assert cost.main() == (1 if says else 0)
-    told = capsys.readouterr().out
-    assert all(f"tent on m, batch 4: {text}" in told for text in says)
-    assert says or "nothing is worse" in told
+def test_what_is_worse_is_told_and_fails(figures, says, compared):
+    code, told = compared(FILE, changed(**figures))
+    assert code == (says is not None)
+    assert told == [f"tent on m, batch 4: {says}" if says else "of 3 figures nothing is worse"]
+
+
+def test_what_cannot_be_compared_is_told(compared):
+    other = {**ROW, "name": "sar"}
+    code, told = compared({"rows": [ROW, other]}, FILE)
+    assert code == 0
+    assert told[0] == "not compared: only in the old file: sar on m, batch 4"
+    code, told = compared(FILE, {"rows": [ROW, {**other, "device": "cuda"}]})
+    assert code == 0
+    assert told[0] == "not compared: only in the new file: sar on m, batch 4, cuda"
+    code, told = compared(FILE, changed(machine="b", to_inference=[9.0, 9.0, 9.0], megabytes=103.0))
+    assert code == 1  # a slower machine is no loss, but memory is the same on all
+    assert told == [
+        "not compared: tent on m, batch 4: times of a and of b",
+        "tent on m, batch 4: 103 MB, was 100",
+    ]
+    less = changed()
+    del less["rows"][0]["megabytes"]
+    code, told = compared(FILE, less)
+    assert (code, told[0]) == (
+        0,
+        "not compared: tent on m, batch 4: the new file says nothing of MB",
+    )
+
+
+def test_files_without_a_figure_in_common_do_not_pass(compared):
+    assert compared(FILE, {"rows": []})[0] == 2
+    assert compared(FILE, changed(name="textbook tent", megabytes=900.0))[0] == 2
 
 
 def test_newer_figures_take_the_place_of_older(cost):
