@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from scripts import script
+from scripts import BENCHMARKS, script
 
 ROW = {
     "model": "m", "batch": 4, "name": "tent", "machine": "a", "to_inference": [2.0, 1.9, 2.1],
@@ -145,3 +145,10 @@ def test_what_takes_one_image_at_a_time_is_set_against_one_image(cost):
     assert memo["to_textbook"][0] == pytest.approx(memo["milliseconds"] / book["milliseconds"])
     assert all(len(cost.taken(name, torch.zeros(8, 1))) == 1 for name in ("memo", "textbook memo"))
     assert memo["memory_to_textbook"] > 0
+
+
+def test_the_page_is_that_of_the_numbers(cost, tmp_path):
+    page, docs = tmp_path / "page.md", BENCHMARKS.parent / "docs" / "performance.md"
+    page.write_text(docs.read_text())
+    cost.page(page, json.loads((BENCHMARKS / "cost.json").read_text()))
+    assert page.read_text() == docs.read_text()
