@@ -3,11 +3,14 @@
 import copy
 import json
 import math
+import re
+import shlex
 import sys
 
 import pytest
 import torch
 
+import testtime as tt
 from scripts import BENCHMARKS, script
 
 ROW = {
@@ -152,3 +155,34 @@ def test_the_page_is_that_of_the_numbers(cost, tmp_path):
     page.write_text(docs.read_text())
     cost.page(page, json.loads((BENCHMARKS / "cost.json").read_text()))
     assert page.read_text() == docs.read_text()
+
+
+def test_every_row_has_its_command_on_the_page(cost, monkeypatch, tmp_path):
+    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text().replace("\\\n", " ")
+    made = set()
+
+    def measure(name, size, methods, rounds, wanted, device):
+        made.update((name, 1 if m in cost.ALONE else size, m, device) for m in methods)
+        return []
+
+    monkeypatch.setattr(cost, "measure", measure)
+    monkeypatch.setattr(cost, "keep", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for line in re.findall(r"^python benchmarks/(cost.py .*--models.*)", page, re.MULTILINE):
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        assert cost.main() == 0
+    for row in json.loads((BENCHMARKS / "cost.json").read_text())["rows"]:
+        model, batch, name, device = script("compare").key_of(row)
+        name = name.removeprefix("textbook ").partition(",")[0]
+        if name in tt.methods():
+            assert (model, batch, name, device) in made
+
+
+@pytest.mark.parametrize(("there", "devices"), [(False, ["cpu"]), (True, ["cpu", "cuda"])])
+def test_a_gpu_is_measured_where_there_is_one(there, devices, cost, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cost, "measure", lambda *args: seen.append(args[-1]) or [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--models", "embedded"])
+    assert cost.main() == 0
+    assert seen == devices
