@@ -151,7 +151,7 @@ def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> d
         if name in TEXTBOOK:
             more = {"source": data} if data else {}
             steps[f"textbook {name}"] = TEXTBOOK[name](own, **more, **options)
-        if name == "cotta":  # a source model that is sure of the batch: no views, as published
+        if name == "cotta":  # no views, as where the source is sure, and it is not even asked
             steps["cotta, source sure"] = tt.adapt(own, name, threshold=0.0, **options)
         if name == "tent":
             steps["tent, kept in bfloat16"] = tt.adapt(
