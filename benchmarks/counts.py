@@ -24,6 +24,7 @@ from cost import METHODS, options_of
 from settings import setting
 from testtime._core.errors import ScopeError, TesttimeWarning
 from testtime._core.registry import entries, find
+from testtime.adaptation.layers import hooked
 
 SURE = {"stamp": {"margin": 1.0}}
 """Options beside those of `cost.py` with which a method learns from every sample."""
@@ -69,8 +70,35 @@ def held(name: str, model: nn.Module, x: Tensor) -> tuple[int, int]:
     return sum(kept.values()), sum(places(source.entries if source else ()).values())
 
 
+def needed(model: nn.Module, x: Tensor) -> str:
+    """What a step on the normalisation layers of a network must keep for its backward, in words.
+
+    Args:
+        model: a ResNet, in eval mode.
+        x: one image.
+    """
+    kept = dict.fromkeys((nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d), 0.0)
+
+    def see(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if isinstance(module, nn.BatchNorm2d):
+            kept[nn.BatchNorm2d] += args[0].nbytes
+        elif isinstance(module, nn.ReLU):
+            kept[nn.ReLU] += output.numel() / 24 * 4  # 24 bits in a number of 32
+        elif isinstance(module, nn.MaxPool2d):
+            kept[nn.MaxPool2d] += 4 * output.numel()
+
+    with torch.no_grad(), hooked(m.register_forward_hook(see) for m in model.modules()):
+        model(x)
+    norm, relu, pool = (size / 2**20 for size in kept.values())
+    return (
+        f"For each image of {x.shape[-1]} pixels a step of `tent` must keep {norm:.1f} MB of inputs of "
+        f"normalisation layers, {relu:.1f} MB of bits of ReLUs and {pool:.1f} MB of places of maxima: "
+        f"{64 * (norm + relu + pool):,.0f} MB for 64 images, {16 * (norm + relu + pool):,.0f} for 16."
+    )
+
+
 def table() -> list[str]:
-    """A line for each method."""
+    """A line for each method, and one of what a backward needs."""
     torch.manual_seed(0)
     model = torchvision.models.resnet50(num_classes=10).eval()
     whole = sum(t.nbytes for t in model.state_dict().values())
@@ -90,7 +118,7 @@ def table() -> list[str]:
             f"| [`{name}`](methods/{name}.md) | {number(forwards)} | {number(backwards)} "
             f"| {number(kept, '.2f')} | {number(share, '.1%')} | {number(known or None, '.2f')} |"
         )
-    return lines
+    return [*lines, "", needed(model, torch.rand(1, 3, 224, 224))]
 
 
 def main() -> None:

@@ -128,8 +128,9 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def gate(name: str, batch: int, samples: int) -> None:
-    """Error with and without a gate, and how many batches were spared."""
+def gate(name: str, batch: int, samples: int) -> list[tuple[str, str, float, int, int]]:
+    """Error with and without a gate, and how many batches of how many were spared."""
+    found: list[tuple[str, str, float, int, int]] = []
     data = load_data("fashion-mnist:sample")
     train = load_data("fashion-mnist:sample", split="train")
     model, known = load_model(name), None
@@ -152,8 +153,8 @@ def gate(name: str, batch: int, samples: int) -> None:
             for x, labels in batches:
                 score.add(adapter(x), labels)
                 spared += adapter.events[-1].outcome is Outcome.LIKE_SOURCE
-            error = score.result()["error"]
-            print(f"| {kind} | {way} | {error:.2f} | {spared} of {len(batches)} |")
+            found.append((kind, way, score.result()["error"], spared, len(batches)))
+    return found
 
 
 def main() -> None:
@@ -173,7 +174,8 @@ def main() -> None:
         layout = torch.channels_last if given.channels_last else torch.contiguous_format
         latency(given.model, given.batch, given.rounds, torch.device(given.device), layout)
     else:
-        gate(given.model, given.batch, given.samples)
+        for kind, way, error, spared, batches in gate(given.model, given.batch, given.samples):
+            print(f"| {kind} | {way} | {error:.2f} | {spared} of {batches} |")
 
 
 if __name__ == "__main__":
