@@ -1,15 +1,23 @@
 """Cost files: joined, compared, shown, and written into a page."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from between import write_between
 
 Rows = list[dict[str, Any]]
+Key = tuple[str, int, str, str]
+"""Model, batch, what was measured, and the kind of device."""
 OURS = ("inference", "minimal step", "textbook")
+FIGURES = {
+    "to_inference": ("times inference", 1.0), "megabytes": ("MB", 0.2),
+    "forwards": ("forwards", 1.0), "backwards": ("backwards", 1.0),
+}  # fmt: skip
+"""What is compared: its unit, and how much of the tolerance it has."""
 
 
-def key_of(row: dict[str, Any]) -> tuple[str, int, str, str]:
+def key_of(row: dict[str, Any]) -> Key:
     """What a row is of, and on what kind of device."""
     return row["model"], row["batch"], row["name"], row.get("device", "cpu")
 
@@ -22,31 +30,76 @@ def join(held: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     return {**held, **found, "rows": list(rows.values())}
 
 
-def compare(old: dict[str, Any], new: dict[str, Any], *, tolerance: float) -> list[str]:
-    """What got worse, a sentence each: time against inference, and megabytes, of the methods.
+class Compared(NamedTuple):
+    """Two cost files beside each other.
+
+    Attributes:
+        worse: what got worse, a sentence each.
+        left: what could not be compared, a sentence each.
+        figures: how many were compared.
+    """
+
+    worse: list[str]
+    left: list[str]
+    figures: int
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], *, tolerance: float) -> Compared:
+    """What got worse: times of inference, megabytes and passes, of the methods.
+
+    Times are compared where both are of one machine. A figure that is no number is worse.
 
     Args:
         old: content of a cost file.
-        new: content of a later one. Rows that only one of them has are not compared.
+        new: content of a later one.
         tolerance: share by which a figure may be larger. Memory is exact, and may grow by a fifth
             of it.
     """
-    before = {key_of(row): row for row in old["rows"]}
+    before, after = (
+        {key_of(row): row for row in found["rows"] if not row["name"].startswith(OURS)}
+        for found in (old, new)
+    )
     worse: list[str] = []
-    for row in new["rows"]:
-        was = before.get(key_of(row))
-        if was is None or row["name"].startswith(OURS):
-            continue
-        where = f"{row['name']} on {row['model']}, batch {row['batch']}"
-        if "to_inference" in row and "to_inference" in was:
-            now, then = row["to_inference"][0], was["to_inference"][0]
-            if now > then * (1 + tolerance):
-                worse.append(f"{where}: {now:.2f} times inference, was {then:.2f}")
-        if "megabytes" in row and "megabytes" in was:
-            now, then = row["megabytes"], was["megabytes"]
-            if now > then * (1 + tolerance / 5):
-                worse.append(f"{where}: {now:.0f} MB, was {then:.0f}")
-    return worse
+    left = alone(before.keys() - after, "old") + alone(after.keys() - before, "new")
+    figures = 0
+    for key in before.keys() & after.keys():
+        was, now = before[key], after[key]
+        elsewhere = was.get("machine") != now.get("machine")
+        if elsewhere and "to_inference" in was and "to_inference" in now:
+            left.append(f"{of(key)}: times of {was.get('machine')} and of {now.get('machine')}")
+        for figure, (unit, share) in FIGURES.items():
+            if figure not in was or (elsewhere and figure == "to_inference"):
+                continue
+            if figure not in now:
+                left.append(f"{of(key)}: the new file says nothing of {unit}")
+                continue
+            figures += 1
+            then, value = (_middle(row[figure]) for row in (was, now))
+            if not value <= then * (1 + share * tolerance):
+                digits = 0 if unit == "MB" else 2
+                worse.append(f"{of(key)}: {value:.{digits}f} {unit}, was {then:.{digits}f}")
+    return Compared(sorted(worse), sorted(left), figures)
+
+
+def of(key: Key) -> str:
+    """What a row is of, in words."""
+    model, batch, name, device = key
+    return f"{name} on {model}, batch {batch}" + f", {device}" * (device != "cpu")
+
+
+def alone(rows: Iterable[Key], file: str) -> list[str]:
+    """Rows that only one of two files has, a sentence for each model, batch and device."""
+    found: dict[str, list[str]] = {}
+    for model, batch, name, device in rows:
+        found.setdefault(of((model, batch, "{}", device)), []).append(name)
+    return [
+        f"only in the {file} file: {where.format(', '.join(sorted(names)))}"
+        for where, names in found.items()
+    ]
+
+
+def _middle(figure: float | list[float]) -> float:
+    return figure[0] if isinstance(figure, list) else figure
 
 
 COLUMNS = {

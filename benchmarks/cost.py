@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> d
         if name in TEXTBOOK:
             more = {"source": data} if data else {}
             steps[f"textbook {name}"] = TEXTBOOK[name](own, **more, **options)
-        if name == "cotta":  # a source model that is sure of the batch: no views, as published
+        if name == "cotta":  # no views, as where the source is sure, and it is not even asked
             steps["cotta, source sure"] = tt.adapt(own, name, threshold=0.0, **options)
         if name == "tent":
             steps["tent, kept in bfloat16"] = tt.adapt(
@@ -333,7 +334,7 @@ def main() -> int:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--batch", type=int, default=None, help="images; by the model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default=None, help="cpu or cuda; both where there are both")
     parser.add_argument("--measure", default="seconds,memory")
     parser.add_argument("--overhead", action="store_true", help="of a call, and nothing else")
     parser.add_argument("--out", type=Path, default=None, help="JSON file that the rows join")
@@ -343,9 +344,10 @@ def main() -> int:
     chosen = parser.parse_args()
     if chosen.compare:
         old, new = (json.loads(path.read_text()) for path in chosen.compare)
-        worse = compare(old, new, tolerance=chosen.tolerance)
-        print("\n".join(worse) or "nothing is worse")
-        return 1 if worse else 0
+        worse, left, figures = compare(old, new, tolerance=chosen.tolerance)
+        told = [f"not compared: {what}" for what in left]
+        print("\n".join([*told, *(worse or [f"of {figures} figures nothing is worse"])]))
+        return 1 if worse else 0 if figures else 2
     if chosen.page:
         page(chosen.page, json.loads(chosen.out.read_text()))
         return 0
@@ -355,12 +357,14 @@ def main() -> int:
         keep(chosen.out, {"rows": [], "overhead_ms": spent})
         return 0
     rows: list[dict[str, Any]] = []
-    for name in chosen.models.split(","):
+    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    for device, name in product(
+        [chosen.device] if chosen.device else devices, chosen.models.split(",")
+    ):
         size = chosen.batch or BATCH.get(name, 16)
         rows += measure(
-            name, size, chosen.methods.split(","), chosen.rounds, chosen.measure.split(","),
-            chosen.device,
-        )  # fmt: skip
+            name, size, chosen.methods.split(","), chosen.rounds, chosen.measure.split(","), device
+        )
         keep(chosen.out, {"rows": rows})
     show(rows)
     return 0

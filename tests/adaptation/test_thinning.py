@@ -1,14 +1,18 @@
 """Of every k batches one teaches."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import testtime as tt
-from battery import adapter_of, alike, recipe_of
+from battery import ALL, adapter_of, alike, recipe_of
 from models import batches, tiny
 from testtime._core.errors import OptionError
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.deferred import answers_last
+
+PAGE = Path(__file__, "../../../docs/deploying.md").resolve()
 
 
 @pytest.mark.parametrize("name", ["tent", "sar", "cotta", "memo", "adanpc"])
@@ -36,6 +40,25 @@ def test_of_k_batches_the_first_teaches(name, deferred):
         plain.restore(mine)
     assert adapter.counts.spared == 4
     assert adapter.counts.steps == 7
+
+
+MORE = {
+    "cotta": 3, "petal": 3, "psmt": 4, "stamp": 3, "vcotta": 6, "rmt": 2, "domainadaptor": 2, "dent": 7,
+}  # fmt: skip
+"""Methods of which an answer takes more than a forward, with two views where there are any."""
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "rotta"])  # its own `every`
+def test_an_answer_between_updates_costs_a_forward_or_what_the_page_says(name):
+    adapter, (x, y) = adapter_of(name, every=3), (x.sigmoid() for x in batches(2))
+    adapter(x)
+    before = adapter.counts
+    adapter(y)
+    after = adapter.counts
+    assert after.forwards - before.forwards == MORE.get(name, 1) * len(y)
+    assert (after.backwards > before.backwards) == (name in ("domainadaptor", "dent"))
+    said = PAGE.read_text("utf-8").split("## Every so many batches")[1].split("##")[0]
+    assert (f"`{name}`" in said.split("A saved state")[0]) == (name in MORE)
 
 
 def test_thinning_goes_on_where_a_file_left_off(tmp_path):

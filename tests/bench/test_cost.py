@@ -2,16 +2,20 @@
 
 import copy
 import json
+import math
+import re
+import shlex
 import sys
 
 import pytest
 import torch
 
-from scripts import script
+import testtime as tt
+from scripts import BENCHMARKS, script
 
 ROW = {
     "model": "m", "batch": 4, "name": "tent", "machine": "a", "to_inference": [2.0, 1.9, 2.1],
-    "megabytes": 100.0,
+    "megabytes": 100.0, "forwards": 1.0,
 }  # fmt: skip
 FILE = {"rows": [ROW]}
 
@@ -27,28 +31,66 @@ def changed(**figures):
     return found
 
 
+@pytest.fixture
+def compared(cost, tmp_path, monkeypatch, capsys):
+    """The exit code of a comparison, and what it prints."""
+
+    def run(old, new):
+        for name, content in (("old", old), ("new", new)):
+            (tmp_path / name).write_text(json.dumps(content))
+        call = ["cost.py", "--compare", str(tmp_path / "old"), str(tmp_path / "new")]
+        monkeypatch.setattr(sys, "argv", call)
+        return cost.main(), capsys.readouterr().out.splitlines()
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("figures", "says"),
     [
-        ({}, []),
-        ({"to_inference": [2.19, 2.0, 9.0]}, []),
-        ({"to_inference": [2.21, 2.0, 2.3]}, ["2.21 times inference, was 2.00"]),
-        ({"to_inference": [1.0, 1.0, 1.0], "megabytes": 10.0}, []),
-        ({"megabytes": 101.9}, []),
-        ({"megabytes": 102.1}, ["102 MB, was 100"]),
-        ({"name": "textbook tent", "megabytes": 900.0}, []),
-        ({"name": "another", "megabytes": 900.0}, []),
+        ({}, None),
+        ({"to_inference": [2.19, 2.0, 9.0]}, None),
+        ({"to_inference": [2.21, 2.0, 2.3]}, "2.21 times inference, was 2.00"),
+        ({"to_inference": [math.nan, 2.0, 2.3]}, "nan times inference, was 2.00"),
+        ({"to_inference": [1.0, 1.0, 1.0], "megabytes": 10.0}, None),
+        ({"megabytes": 101.9}, None),
+        ({"megabytes": 102.1}, "102 MB, was 100"),
+        ({"forwards": 1.05}, None),
+        ({"forwards": 2.0}, "2.00 forwards, was 1.00"),
     ],
 )
-def test_what_is_worse_is_told_and_fails(figures, says, cost, tmp_path, monkeypatch, capsys):
-    for name, content in (("old", FILE), ("new", changed(**figures))):
-        (tmp_path / name).write_text(json.dumps(content))
-    call = ["cost.py", "--compare", str(tmp_path / "old"), str(tmp_path / "new")]
-    monkeypatch.setattr(sys, "argv", call)
-    assert cost.main() == (1 if says else 0)
-    told = capsys.readouterr().out
-    assert all(f"tent on m, batch 4: {text}" in told for text in says)
-    assert says or "nothing is worse" in told
+def test_what_is_worse_is_told_and_fails(figures, says, compared):
+    code, told = compared(FILE, changed(**figures))
+    assert code == (says is not None)
+    assert told == [f"tent on m, batch 4: {says}" if says else "of 3 figures nothing is worse"]
+
+
+def test_what_cannot_be_compared_is_told(compared):
+    other = {**ROW, "name": "sar"}
+    code, told = compared({"rows": [ROW, other]}, FILE)
+    assert code == 0
+    assert told[0] == "not compared: only in the old file: sar on m, batch 4"
+    code, told = compared(FILE, {"rows": [ROW, {**other, "device": "cuda"}]})
+    assert code == 0
+    assert told[0] == "not compared: only in the new file: sar on m, batch 4, cuda"
+    code, told = compared(FILE, changed(machine="b", to_inference=[9.0, 9.0, 9.0], megabytes=103.0))
+    assert code == 1  # a slower machine is no loss, but memory is the same on all
+    assert told == [
+        "not compared: tent on m, batch 4: times of a and of b",
+        "tent on m, batch 4: 103 MB, was 100",
+    ]
+    less = changed()
+    del less["rows"][0]["megabytes"]
+    code, told = compared(FILE, less)
+    assert (code, told[0]) == (
+        0,
+        "not compared: tent on m, batch 4: the new file says nothing of MB",
+    )
+
+
+def test_files_without_a_figure_in_common_do_not_pass(compared):
+    assert compared(FILE, {"rows": []})[0] == 2
+    assert compared(FILE, changed(name="textbook tent", megabytes=900.0))[0] == 2
 
 
 def test_newer_figures_take_the_place_of_older(cost):
@@ -106,3 +148,41 @@ def test_what_takes_one_image_at_a_time_is_set_against_one_image(cost):
     assert memo["to_textbook"][0] == pytest.approx(memo["milliseconds"] / book["milliseconds"])
     assert all(len(cost.taken(name, torch.zeros(8, 1))) == 1 for name in ("memo", "textbook memo"))
     assert memo["memory_to_textbook"] > 0
+
+
+def test_the_page_is_that_of_the_numbers(cost, tmp_path):
+    page, docs = tmp_path / "page.md", BENCHMARKS.parent / "docs" / "performance.md"
+    page.write_text(docs.read_text())
+    cost.page(page, json.loads((BENCHMARKS / "cost.json").read_text()))
+    assert page.read_text() == docs.read_text()
+
+
+def test_every_row_has_its_command_on_the_page(cost, monkeypatch, tmp_path):
+    page = (BENCHMARKS.parent / "docs" / "performance.md").read_text().replace("\\\n", " ")
+    made = set()
+
+    def measure(name, size, methods, rounds, wanted, device):
+        made.update((name, 1 if m in cost.ALONE else size, m, device) for m in methods)
+        return []
+
+    monkeypatch.setattr(cost, "measure", measure)
+    monkeypatch.setattr(cost, "keep", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for line in re.findall(r"^python benchmarks/(cost.py .*--models.*)", page, re.MULTILINE):
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        assert cost.main() == 0
+    for row in json.loads((BENCHMARKS / "cost.json").read_text())["rows"]:
+        model, batch, name, device = script("compare").key_of(row)
+        name = name.removeprefix("textbook ").partition(",")[0]
+        if name in tt.methods():
+            assert (model, batch, name, device) in made
+
+
+@pytest.mark.parametrize(("there", "devices"), [(False, ["cpu"]), (True, ["cpu", "cuda"])])
+def test_a_gpu_is_measured_where_there_is_one(there, devices, cost, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cost, "measure", lambda *args: seen.append(args[-1]) or [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(sys, "argv", ["cost.py", "--models", "embedded"])
+    assert cost.main() == 0
+    assert seen == devices

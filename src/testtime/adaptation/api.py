@@ -65,9 +65,10 @@ def adapt(
         deferred: whether an answer leaves before its update, which then runs behind it. The next
             call waits for it, so that all results are the same to the last bit; see
             `Adapter.flush`.
-        every: learns from the first of so many batches, and answers the others at the cost of plain
-            inference; None: learns from each. RoTTA has an option of this name of its own, and
-            takes it: it learns seldom by itself.
+        every: learns from the first of so many batches, and answers the others as `predict` does:
+            one forward, or as many as an answer takes where that is made of views or a teacher;
+            None: learns from each. RoTTA has an option of this name of its own, and takes it: it
+            learns seldom by itself.
         gate: says when to learn. While it sees no shift, the source model answers, at the cost of
             plain inference. True is `SourceLike()`; a monitor of `testtime.guard` will do. Before
             a shift a batch is asked for each time, after it every fourth time.
@@ -78,8 +79,8 @@ def adapt(
             It costs a forward of the source model on all of the first 512 samples and while it does
             not know, and on a quarter of those after; while it sees harm an answer of each model is
             all that a batch costs.
-        budget: what adapting may cost beyond plain inference, as a share of a forward: 0.5 is half
-            a forward for each batch. Layers are left out by counting, then updates by the clock, so
+        budget: what adapting may cost beyond answering as `predict` does, as a share of that: 0.5 is
+            half a forward for each batch where an answer takes one. Layers are left out by counting, then updates by the clock, so
             that runs repeat only as far as their times do; `plan().spending` tells what was chosen
             and measured. SimATTA has an option of this name of its own, and takes it.
         options: of the method, when it is named.

@@ -202,7 +202,7 @@ class Engine:
         return self.settled(done, x, state)
 
     def spared(self, x: Tensor, state: State) -> Step:
-        """Answers a batch at the cost of plain inference, and learns nothing from it."""
+        """Answers a batch as `predict` does, and learns nothing from it."""
         output, logits = self.predict(x, state)
         measured: dict[str, Any] = {"entropy": entropy(logits).mean(), "used": 0}
         return self.settled(Step(output, logits, state, Outcome.NOT_DUE, measured), x, state)

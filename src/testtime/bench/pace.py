@@ -5,7 +5,7 @@ so that the same times give the same score.
 
     batch n comes at n tau, tau being the time of plain inference
     it is learnt from if the method is free before batch n + 1 comes: from max(n tau, free) on, for s
-    else it is answered with the state there is
+    else it is answered with the state there is, which takes no time here
 
 Reference: Alfarra, Itani, Pardo, Alhuwaider, Ramazanova, Pérez, Cai, Müller, Ghanem, Evaluation of
 Test-Time Adaptation Under Computational Time Constraints, ICML 2024; there a method that is late
