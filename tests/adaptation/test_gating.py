@@ -286,3 +286,33 @@ def test_no_gate_is_refused():
     for options in ({"effect": -1}, {"samples": 3}):
         with pytest.raises(OptionError):
             SourceLike(**options)
+
+
+def test_a_mild_shift_opens_the_gate_once_many_samples_show_it():
+    x, gate, model = clean(1)[0], SourceLike(), tiny()
+    known = tt.fit_source(model, clean(16, seed=8), gate=True)["signals"]
+    gate.begin(norm_layers(model), known)
+    spread = torch.linspace(-math.sqrt(3), math.sqrt(3), 64)  # of mean 0 and variance 1
+
+    def said(shift: float, count: int) -> list[bool]:
+        found = []
+        for _ in range(count):
+            with gate.watching():
+                model(x)
+            entropies = known["entropy.mean"] + (shift + spread) * known["entropy.var"].sqrt()
+            found.append(gate.update(entropies))
+        return found
+
+    assert said(0.0, 6) == [False] * 6
+    mild = said(0.35, 10)
+    assert not any(mild[:3])
+    assert all(mild[6:])
+    assert said(0.0, 12)[-1] is False
+    assert said(3.0, 2) == [True, True]
+    assert said(0.0, 2) == [False, False]  # what lies far away is forgotten at once
+
+
+def test_what_another_version_kept_is_refused():
+    gate = SourceLike()
+    with pytest.raises(StateError, match="another version"):
+        gate.load_state_dict({"recent": {}, "calm": None})

@@ -146,7 +146,8 @@ def fit_source(
         features: name of the layer whose input are the features; None is the layer that gives the
             logits, or else the linear layer that runs last. Adapters with what is found read the
             same.
-        gate: whether also what `tt.adapt(..., gate=True)` compares with.
+        gate: whether also what `tt.adapt(..., gate=True)` compares with. Give samples that the model was not
+            trained on: it is surer of those that it was, so that other data never look like them.
 
     Raises:
         InputError: when the loader gives no batch, one that is not fit for the model, or no labels

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from testtime._core.arrays import at_least_single
-from testtime._core.errors import NeedsSource
+from testtime._core.errors import NeedsSource, StateError
 from testtime._core.options import in_range, whole
 from testtime.adaptation.kernels.batch_statistics import row_sums
 from testtime.adaptation.layers import NormLayer, hooked, norm_layers, on_input
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LAYERS = 4
 """Normalisation layers that are watched: the first, the last, and between them at equal steps."""
+LONG = 4
+"""How many times as many samples are judged as well, whose mean is twice as certain: by half the bound."""
 CALM = 256
 """Samples that looked like the source's from which their entropy is known, where nobody told it."""
 Sums = dict[str, Any]
@@ -100,6 +102,9 @@ class SourceLike:
     statistics that batch normalisation stored in training, and for the entropy the first samples
     that looked like the source by these.
 
+    Four times as many samples are judged, too, with half the bound, which shows milder shifts and is
+    as rarely wrong. Of these the older are forgotten where the latest lie apart from them.
+
     Args:
         effect: d from which a shift counts; 0.5 is what Cohen calls a medium effect.
         samples: that are judged together, the latest ones; larger batches are judged alone. A
@@ -113,7 +118,8 @@ class SourceLike:
         whole(8, samples=samples)
         self.effect, self.samples = effect, samples
         self.found = 0.0
-        self._watched: list[tuple[NormLayer, Tensor, Tensor | None, Tensor]] = []
+        self._layers: list[NormLayer] = []
+        self._watched: list[tuple[str, Tensor, Tensor | None, Tensor]] = []
         self._entropy: tuple[Tensor, Tensor] | None = None
         self._seen: dict[str, Tensor] = {}
         self.reset()
@@ -141,7 +147,8 @@ class SourceLike:
             )
         steps = min(LAYERS, len(layers))
         places = [round(i * (len(layers) - 1) / max(steps - 1, 1)) for i in range(steps)]
-        self._watched = [_reference(layers[place], known) for place in dict.fromkeys(places)]
+        self._layers = [layers[place] for place in dict.fromkeys(places)]
+        self._watched = [(layer.name, *_reference(layer, known)) for layer in self._layers]
         if known:
             self._entropy = known["entropy.mean"], known["entropy.var"]
 
@@ -149,7 +156,7 @@ class SourceLike:
     def watching(self) -> Iterator[None]:
         """The forward inside is the one that the next `update` judges."""
         self._seen = {}
-        with summarised([layer for layer, *_ in self._watched], self._seen):
+        with summarised(self._layers, self._seen):
             yield
 
     def update(self, values: Tensor, /) -> bool:
@@ -158,29 +165,40 @@ class SourceLike:
         One that holds what is no number does, and is not remembered.
         """
         seen = {**self._seen, "entropy": at_least_single(values)[:, None]}
-        before = self._recent
-        self._recent = {
-            name: pooled(before.get(name), own, self.samples) for name, own in seen.items()
-        }
-        apart = [
-            effect(self._recent[layer.name], mean, variance, floor)
-            for layer, mean, variance, floor in self._watched
-            if layer.name in self._recent and self._recent[layer.name]["count"] > 1
-        ]
+        latest, longer = (
+            {name: pooled(old.get(name), own, most) for name, own in seen.items()}
+            for old, most in zip(self._recent, (self.samples, LONG * self.samples), strict=True)
+        )
         told = self._told()
-        if told is not None and self._recent["entropy"]["count"] > 1:
-            apart.append(effect(self._recent["entropy"], *told, 1e-6))
+        references = [*self._watched, *([] if told is None else [("entropy", *told, 1e-6)])]
+        references = [ref for ref in references if latest.get(ref[0], {"count": 0})["count"] > 1]
         nought = 0 * seen["entropy"].sum()  # no number where an entropy is none
-        most = max(float(torch.stack([*apart, nought]).max()), 0.0)
-        self.found = math.sqrt(most) if apart or math.isnan(most) else math.inf
-        if math.isnan(self.found):
-            self._recent = before
+        moved = [
+            effect(latest[name], longer[name]["sum"] / longer[name]["count"], variance, floor)
+            for name, _, variance, floor in references
+        ]
+        apart = [
+            [self._apart(own[name], *reference) for name, *reference in references]
+            for own in (latest, longer)
+        ]
+        most = torch.stack([torch.stack([*each, nought]).max() for each in (moved, *apart)])
+        away, now, most = most.tolist()  # in one wait for the device
+        if away > self.effect**2:
+            longer, most = latest, now
+        self.found = math.sqrt(max(now, most, 0.0)) if references else math.inf
+        if math.isnan(now):
             return True
-        few = self._recent["entropy"]["count"] < self.samples / 4
+        self._recent = latest, longer
+        few = latest["entropy"]["count"] < self.samples / 4
         opened = few or self.found > self.effect
         if not opened and self._entropy is None and (self._calm or {"count": 0})["count"] < CALM:
             self._calm = pooled(self._calm, seen["entropy"], CALM + len(values))
         return opened
+
+    def _apart(self, found: Sums, mean: Tensor, variance: Tensor | None, floor: Any) -> Tensor:
+        """The squared effect, in units of what `samples` may show."""
+        more = min(max(found["count"] / self.samples, 1.0), LONG)
+        return more * effect(found, mean, variance, floor)
 
     def _told(self) -> tuple[Tensor, Tensor] | None:
         """Mean and variance of the source's entropy, once they are known."""
@@ -193,30 +211,41 @@ class SourceLike:
 
     def reset(self) -> None:
         """Forgets the stream."""
-        self._recent: dict[str, Sums] = {}
+        self._recent: tuple[dict[str, Sums], dict[str, Sums]] = {}, {}
         self._calm: Sums | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The samples that are judged together, and the entropy of those that were calm."""
-        return {"recent": self._recent, "calm": self._calm}
+        return {"recent": list(self._recent), "calm": self._calm}
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
-        """Goes on where `state_dict` was taken."""
-        self._recent, self._calm = state["recent"], state["calm"]
+        """Goes on where `state_dict` was taken.
+
+        Raises:
+            StateError: another version kept other things.
+        """
+        if not isinstance(state["recent"], list | tuple) or len(state["recent"]) != 2:
+            raise StateError(
+                "recent holds one sum; expected two, of the latest samples and of more. It was kept by "
+                "another version of testtime. Begin anew: reset()."
+            )
+        latest, longer = state["recent"]
+        self._recent, self._calm = (latest, longer), state["calm"]
 
 
 def _reference(
     layer: NormLayer, known: dict[str, Tensor] | None
-) -> tuple[NormLayer, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Mean and variance of summaries on source data, and what is added to the variance."""
     if known:
         variance = known[f"{layer.name}.var"]
-        return layer, known[f"{layer.name}.mean"], variance, 1e-6 + 1e-3 * variance.mean()
+        return known[f"{layer.name}.mean"], variance, 1e-6 + 1e-3 * variance.mean()
     buffers = layer.module._buffers
     mean, var = (at_least_single(buffers[f"running_{what}"]) for what in ("mean", "var"))  # pyright: ignore[reportArgumentType]
     energy = var + mean.square()
     # channels that are nearly constant in training: a deviation of the layer's own eps is none
     floor = torch.cat([1e-3 * var + layer.eps, 1e-3 * energy.square() + layer.eps])
-    return layer, torch.cat([mean, energy]), None, floor
+    return torch.cat([mean, energy]), None, floor
 
 
 @dataclass(frozen=True, kw_only=True)
