@@ -84,10 +84,35 @@ class Queue(Net):
         self.kept.append(x)
 
 
+class Hooked(Net):
+    """Hooks a layer when it first runs."""
+
+    def write(self, x: Tensor) -> None:
+        if not self.size:
+            self.head.register_forward_hook(lambda _, args, output: 2 * output)
+            self.head.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+            self.size = 1
+
+
+class HookedAndBuilt(Hooked):
+    """And makes what it needs."""
+
+    def write(self, x: Tensor) -> None:
+        if not self.size:
+            self.place = torch.ones(1)
+        super().write(x)
+
+
 def held(model: nn.Module) -> str:
-    """All that a model holds itself."""
+    """All that a model holds itself, and the hooks of its layers."""
     own = {key: value for key, value in vars(model).items() if key not in TORCHS}
-    return repr((own, model._buffers))
+    hooks = [
+        value
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if "_hooks" in key
+    ]
+    return repr((own, model._buffers, hooks))
 
 
 def images() -> list[Tensor]:
@@ -98,7 +123,9 @@ def images() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("method", ["source", "bn-adapt", "tent"])
-@pytest.mark.parametrize("kind", [Sized, Built, Registered, Pairs, Deep, Queue])
+@pytest.mark.parametrize(
+    "kind", [Sized, Built, Registered, Pairs, Deep, Queue, Hooked, HookedAndBuilt]
+)
 def test_a_model_stays_as_it_was(kind, method):
     torch.manual_seed(0)
     model = kind().eval()

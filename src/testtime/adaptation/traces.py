@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 TORCHS = frozenset(vars(nn.Module()))
 """Attributes that every module has: registered tensors, hooks, modes."""
+HOOKS = tuple(sorted(key for key in TORCHS if "_hooks" in key))
+"""Those of them that hold hooks."""
 MUTABLE = list, dict, set, deque
 ABSENT = object()
 """Stands for what a dictionary did not hold, where None may be held."""
@@ -38,7 +40,8 @@ class Traces:
 
     Attributes:
         own: (module, attribute) of tensors, of what holds tensors, as lists of tuples, and of whatever
-            else their module changes with them.
+            else their module changes with them; and of hooks that a forward registers, and of all
+            that it changes with these.
         caches: those of them that begin empty, since they are filled again.
         buffers: (module, buffer).
         asleep: modules that no look saw run, as an expert that few samples go to; they are watched.
@@ -106,6 +109,12 @@ class Traces:
             for name, module in modules.items()
             if name not in lent
         }
+        hooks = {
+            (name, key): dict(vars(module)[key])
+            for name, module in modules.items()
+            for key in HOOKS
+            if key in vars(module)
+        }
         version = x._version
         try:
             yield
@@ -113,13 +122,29 @@ class Traces:
         finally:
             self._looking = False
             self.batch |= x._version != version
-            self._take_back(modules, attributes, buffers)
+            hooked = self._unhook(modules, hooks)
+            self._take_back(modules, attributes, buffers, hooked)
+
+    def _unhook(
+        self, modules: dict[str, nn.Module], hooks: dict[tuple[str, str], dict[Any, Any]]
+    ) -> bool:
+        """Takes back hooks that came or went; gives whether there were any."""
+        hooked = False
+        for (name, key), before in hooks.items():
+            holder = vars(modules[name])[key]
+            if holder.keys() != before.keys():
+                self.own.add((name, key))
+                holder.clear()
+                holder.update(before)
+                hooked = True
+        return hooked
 
     def _take_back(
         self,
         modules: dict[str, nn.Module],
         attributes: dict[str, dict[str, tuple[Any, Any]]],
         buffers: dict[str, dict[str, tuple[Tensor, int, Tensor] | None]],
+        hooked: bool,
     ) -> None:
         for name, module in modules.items():
             kept, holder = buffers.get(name, {}), module._buffers
@@ -127,8 +152,9 @@ class Traces:
             written = [key for key in names if _written(holder, key, kept.get(key, ABSENT))]
             self.buffers.update((name, key) for key in written)
             changed = list(_changed(module.__dict__, attributes[name]))
-            # with a tensor goes what says that it is there: a flag, or the size that it is for
-            if written or any(tensors for *_, tensors in changed):
+            # with a tensor goes what says that it is there: a flag, or the size that it is for; with a
+            # hook too, and the flag may be of another module than the hook
+            if hooked or written or any(tensors for *_, tensors in changed):
                 for key, old, held, tensors in changed:
                     if tensors or not callable(module.__dict__[key]):  # such are dear to make again
                         self.own.add((name, key))
