@@ -133,6 +133,19 @@ class HookedAndBuilt(Hooked):
         super().write(x)
 
 
+class Unhooked(Net):
+    """Drops a hook when it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.handle = self.head.register_forward_hook(lambda _, args, output: 2 * output)
+
+    def write(self, x: Tensor) -> None:
+        if not self.size:
+            self.handle.remove()
+            self.size = 1
+
+
 def held(model: nn.Module) -> str:
     """All that a model and its layers hold themselves, and their hooks."""
     own = [
@@ -158,7 +171,20 @@ def images() -> list[Tensor]:
 @pytest.mark.parametrize("method", ["source", "bn-adapt", "tent"])
 @pytest.mark.parametrize(
     "kind",
-    [Sized, Built, Registered, Pairs, Deep, Queue, Counting, Scaled, Below, Hooked, HookedAndBuilt],
+    [
+        Sized,
+        Built,
+        Registered,
+        Pairs,
+        Deep,
+        Queue,
+        Counting,
+        Scaled,
+        Below,
+        Hooked,
+        HookedAndBuilt,
+        Unhooked,
+    ],
 )
 def test_a_model_stays_as_it_was(kind, method):
     torch.manual_seed(0)

@@ -133,11 +133,8 @@ class Traces:
         """Takes back hooks that came or went; gives whether there were any."""
         hooked = False
         for (name, key), before in hooks.items():
-            holder = vars(modules[name])[key]
-            if holder.keys() != before.keys():
+            if _rehook(vars(modules[name])[key], before):
                 self.own.add((name, key))
-                holder.clear()
-                holder.update(before)
                 hooked = True
         return hooked
 
@@ -204,10 +201,14 @@ class Traces:
     def hidden(self, modules: dict[str, nn.Module]) -> Iterator[None]:
         """Whatever a forward within writes is gone afterwards."""
         kept: list[tuple[dict[str, Any], str, Any]] = []
+        hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         for name, key in self.own:
             if name in modules:
                 holder: dict[str, Any] = modules[name].__dict__
                 value = holder.get(key, ABSENT)
+                if key in HOOKS:  # no copy, which who removes a hook would not know
+                    hooks.append((value, dict(value)))
+                    continue
                 kept.append((holder, key, value))
                 if value is ABSENT:
                     continue
@@ -230,12 +231,23 @@ class Traces:
         finally:
             for holder, key, value in kept:
                 _give_back(holder, key, value)
+            for now, before in hooks:
+                _rehook(now, before)
 
     def forget(self, copied: nn.Module) -> None:
         """Empties the caches of a copy of the model, whose tensors are others."""
         modules = dict(copied.named_modules())
         for name, key in self.caches:
             modules[name].__dict__[key] = type(modules[name].__dict__[key])()
+
+
+def _rehook(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    """Makes hooks those that there were; gives whether they were others."""
+    others = now.keys() != before.keys()
+    if others:
+        now.clear()
+        now.update(before)
+    return others
 
 
 def _kind(x: Tensor) -> Any:
