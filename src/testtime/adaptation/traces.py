@@ -10,15 +10,17 @@ import copy
 import operator
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 TORCHS = frozenset(vars(nn.Module()))
 """Attributes that every module has: registered tensors, hooks, modes."""
+HOOKS = tuple(sorted(key for key in TORCHS if "_hooks" in key))
+"""Those of them that hold hooks."""
 MUTABLE = list, dict, set, deque
 ABSENT = object()
 """Stands for what a dictionary did not hold, where None may be held."""
@@ -38,7 +40,9 @@ class Traces:
 
     Attributes:
         own: (module, attribute) of tensors, of what holds tensors, as lists of tuples, and of whatever
-            else their module changes with them.
+            else their module changes with them; and of hooks that a forward registers, and of all
+            that it changes with these.
+        inked: those of them whose tensors it writes to in place, as a count; a run gets copies.
         caches: those of them that begin empty, since they are filled again.
         buffers: (module, buffer).
         asleep: modules that no look saw run, as an expert that few samples go to; they are watched.
@@ -54,6 +58,7 @@ class Traces:
             for key in flat
             if key in module.__dict__
         }
+        self.inked: set[tuple[str, str]] = set()
         self.caches: set[tuple[str, str]] = set()
         # observers of quantisation write now and then, and without a trace in their versions
         self.buffers: set[tuple[str, str]] = {
@@ -92,7 +97,7 @@ class Traces:
         self._looking = True
         attributes = {
             name: {
-                key: (value, held_by(value))
+                key: _Was(value, held_by(value), _written_down(value))
                 for key, value in module.__dict__.items()
                 if key not in TORCHS
             }
@@ -106,6 +111,12 @@ class Traces:
             for name, module in modules.items()
             if name not in lent
         }
+        hooks = {
+            (name, key): dict(vars(module)[key])
+            for name, module in modules.items()
+            for key in HOOKS
+            if key in vars(module)
+        }
         version = x._version
         try:
             yield
@@ -113,26 +124,51 @@ class Traces:
         finally:
             self._looking = False
             self.batch |= x._version != version
-            self._take_back(modules, attributes, buffers)
+            hooked = self._unhook(modules, hooks)
+            self._take_back(modules, attributes, buffers, hooked)
+
+    def _unhook(
+        self, modules: dict[str, nn.Module], hooks: dict[tuple[str, str], dict[Any, Any]]
+    ) -> bool:
+        """Takes back hooks that came or went; gives whether there were any."""
+        hooked = False
+        for (name, key), before in hooks.items():
+            if _rehook(vars(modules[name])[key], before):
+                self.own.add((name, key))
+                hooked = True
+        return hooked
 
     def _take_back(
         self,
         modules: dict[str, nn.Module],
-        attributes: dict[str, dict[str, tuple[Any, Any]]],
+        attributes: dict[str, dict[str, "_Was"]],
         buffers: dict[str, dict[str, tuple[Tensor, int, Tensor] | None]],
+        hooked: bool,
     ) -> None:
+        changed: list[tuple[str, str, _Was, bool]] = []
         for name, module in modules.items():
             kept, holder = buffers.get(name, {}), module._buffers
             names = kept.keys() | holder.keys() if name in buffers else ()
-            written = [key for key in names if _written(holder, key, kept.get(key, ABSENT))]
+            known = {key for key in names if (name, key) in self.buffers}
+            written = [
+                key
+                for key in names
+                if _written(holder, key, kept.get(key, ABSENT), copied=key in known)
+            ]
             self.buffers.update((name, key) for key in written)
-            changed = list(_changed(module.__dict__, attributes[name]))
-            # with a tensor goes what says that it is there: a flag, or the size that it is for
-            if written or any(tensors for *_, tensors in changed):
-                for key, old, held, tensors in changed:
-                    if tensors or not callable(module.__dict__[key]):  # such are dear to make again
-                        self.own.add((name, key))
-                        _put_back(module.__dict__, key, old, held)
+            hooked |= bool(written)
+            changed += [(name, *each) for each in _changed(module.__dict__, attributes[name])]
+        # with a tensor, or a hook, goes what says that it is there: a flag, or the size that it is for,
+        # and it may be of the module above
+        if hooked or any(tensors for *_, tensors in changed):
+            for name, key, was, tensors in changed:
+                holder = modules[name].__dict__
+                if tensors or not callable(holder[key]):  # such are dear to make again
+                    self.own.add((name, key))
+                    was.put_back(holder, key)
+                    if was.inked and (name, key) not in self.inked:
+                        _rewrite(was.inked)
+                        self.inked.add((name, key))
 
     @contextmanager
     def emptied(self, model: nn.Module) -> Iterator[bool]:
@@ -165,17 +201,24 @@ class Traces:
     def hidden(self, modules: dict[str, nn.Module]) -> Iterator[None]:
         """Whatever a forward within writes is gone afterwards."""
         kept: list[tuple[dict[str, Any], str, Any]] = []
+        hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         for name, key in self.own:
             if name in modules:
                 holder: dict[str, Any] = modules[name].__dict__
                 value = holder.get(key, ABSENT)
+                if key in HOOKS:  # no copy, which who removes a hook would not know
+                    hooks.append((value, dict(value)))
+                    continue
                 kept.append((holder, key, value))
                 if value is ABSENT:
                     continue
                 if (name, key) in self.caches:
                     holder[key] = type(value)()
-                elif not isinstance(value, Tensor):
-                    holder[key] = copy.deepcopy(value, {id(each): each for each in inside(value)})
+                    continue
+                kept_ones = {id(each): each for each in inside(value)}
+                if (name, key) in self.inked:
+                    kept_ones |= {id(each): each.clone() for each in _tensors(value)}
+                holder[key] = copy.deepcopy(value, kept_ones)
         for name, key in self.buffers:
             if name in modules:
                 holder = modules[name]._buffers
@@ -188,6 +231,8 @@ class Traces:
         finally:
             for holder, key, value in kept:
                 _give_back(holder, key, value)
+            for now, before in hooks:
+                _rehook(now, before)
 
     def forget(self, copied: nn.Module) -> None:
         """Empties the caches of a copy of the model, whose tensors are others."""
@@ -196,36 +241,67 @@ class Traces:
             modules[name].__dict__[key] = type(modules[name].__dict__[key])()
 
 
+def _rehook(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    """Makes hooks those that there were; gives whether they were others."""
+    others = now.keys() != before.keys()
+    if others:
+        now.clear()
+        now.update(before)
+    return others
+
+
 def _kind(x: Tensor) -> Any:
     return x.shape[1:], x.dtype, torch.is_grad_enabled()
 
 
-def _changed(
-    now: dict[str, Any], before: dict[str, tuple[Any, Any]]
-) -> Iterator[tuple[str, Any, Any, bool]]:
-    """Attributes that changed: name, what it was, what that held; and whether tensors come or go."""
+class _Was(NamedTuple):
+    """An attribute as it was, what its lists and dictionaries held, and what its tensors."""
+
+    value: Any
+    held: Sequence[tuple[Any, Any]] = ()
+    tensors: Sequence[tuple[Tensor, int, Tensor]] = ()
+
+    def put_back(self, holder: dict[str, Any], key: str) -> None:
+        """Makes it, and what it held, that again."""
+        _give_back(holder, key, self.value)
+        for each, before in self.held:
+            each.clear()
+            each.update(before) if isinstance(each, dict | set) else each.extend(before)
+
+    @property
+    def inked(self) -> list[tuple[Tensor, Tensor]]:
+        """Its tensors that were written to since, and what they held."""
+        return [
+            (each, values) for each, version, values in self.tensors if each._version != version
+        ]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """What a value holds of tensors that somebody may write to, but for parameters."""
+    found = [each for each in inside(value) if isinstance(each, Tensor)]
+    return [each for each in found if not (isinstance(each, nn.Parameter) or each.is_inference())]
+
+
+def _written_down(value: Any) -> list[tuple[Tensor, int, Tensor]]:
+    return [(each, each._version, each.detach().clone()) for each in _tensors(value)]
+
+
+def _changed(now: dict[str, Any], before: dict[str, _Was]) -> Iterator[tuple[str, _Was, bool]]:
+    """Attributes that changed: name, what it was; and whether tensors come, go or change."""
     for key in [each for each in now if each not in TORCHS]:
-        value, (old, held) = now[key], before.get(key, (ABSENT, []))
-        if value is not old or not all(_alike(each, kept) for each, kept in held):
-            gone = [each for _, kept in held for each in inside(kept)]
-            yield (
-                key,
-                old,
-                held,
-                any(isinstance(each, Tensor) for each in (*inside(value), *inside(old), *gone)),
-            )
+        value, was = now[key], before.get(key, _Was(ABSENT))
+        same = value is was.value and all(_alike(each, kept) for each, kept in was.held)
+        if not same or was.inked:
+            gone = [each for _, kept in was.held for each in inside(kept)]
+            met = (*inside(value), *inside(was.value), *gone)
+            yield key, was, any(isinstance(each, Tensor) for each in met)
 
 
-def _put_back(holder: dict[str, Any], key: str, value: Any, held: list[tuple[Any, Any]]) -> None:
-    """An attribute as it was, and whatever it holds."""
-    _give_back(holder, key, value)
-    for each, before in held:
-        each.clear()
-        each.update(before) if isinstance(each, dict | set) else each.extend(before)
+def _written(holder: dict[str, Any], key: str, kept: Any, *, copied: bool) -> bool:
+    """Whether a buffer is no longer what it was; then it is that again.
 
-
-def _written(holder: dict[str, Any], key: str, kept: Any) -> bool:
-    """Whether a buffer is no longer what it was; then it is that again."""
+    One that was copied for the run keeps its values: a graph may need them, and the copy goes.
+    """
     now = holder.get(key, ABSENT)
     if not isinstance(kept, tuple):
         if now is not kept:
@@ -235,9 +311,16 @@ def _written(holder: dict[str, Any], key: str, kept: Any) -> bool:
     if now is buffer and buffer._version == version:
         return False
     holder[key] = buffer
-    with torch.no_grad():
-        buffer.resize_(values.shape).copy_(values)
+    if not copied:
+        _rewrite([(buffer, values)])
     return True
+
+
+def _rewrite(tensors: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Gives tensors these values."""
+    with torch.no_grad():
+        for each, values in tensors:
+            each.resize_(values.shape).copy_(values)
 
 
 def _give_back(holder: dict[str, Any], key: str, value: Any) -> None:
