@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from testtime.adaptation.lent import ABSENT, Lent, lending
+
 TORCHS = frozenset(vars(nn.Module()))
 """Attributes that every module has: registered tensors, hooks, modes."""
 MUTABLE = list, dict, set, deque
-ABSENT = object()
-"""Stands for what a dictionary did not hold, where None may be held."""
 _known: "weakref.WeakKeyDictionary[nn.Module, Traces]" = weakref.WeakKeyDictionary()
 
 
@@ -109,11 +109,15 @@ class Traces:
         version = x._version
         try:
             yield
-            self.kinds.add(_kind(x))
         finally:
             self._looking = False
             self.batch |= x._version != version
-            self._take_back(modules, attributes, buffers)
+            try:
+                self._take_back(modules, attributes, buffers)
+            except BaseException:  # an interrupt that falls in there waits until all is taken back
+                self._take_back(modules, attributes, buffers)
+                raise
+        self.kinds.add(_kind(x))
 
     def _take_back(
         self,
@@ -140,6 +144,7 @@ class Traces:
 
         Gives whether there were any.
         """
+        modules = dict(model.named_modules())
         taken = {
             (name, key): value
             for name, module in model.named_modules()
@@ -147,29 +152,22 @@ class Traces:
             if key not in TORCHS and isinstance(value, dict) and value
             if all(isinstance(each, Tensor) for each in value.values())
         }
-        modules = dict(model.named_modules())
-        for (name, key), value in taken.items():
-            modules[name].__dict__[key] = type(value)()
-        try:
+        with lending() as lent:
+            for (name, key), value in taken.items():
+                lent.put(modules[name].__dict__, key, type(value)())
             yield bool(taken)
             for (name, key), value in taken.items():
                 now = modules[name].__dict__.get(key)
                 if isinstance(now, dict) and now.keys() & value.keys():
                     self.own.add((name, key))
                     self.caches.add((name, key))
-        finally:
-            for (name, key), value in taken.items():
-                modules[name].__dict__[key] = value
 
-    @contextmanager
-    def hidden(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """Whatever a forward within writes is gone afterwards."""
-        kept: list[tuple[dict[str, Any], str, Any]] = []
+    def hide(self, modules: dict[str, nn.Module], lent: Lent) -> None:
+        """Whatever a forward writes from now on is gone once all is given back."""
         for name, key in self.own:
             if name in modules:
                 holder: dict[str, Any] = modules[name].__dict__
-                value = holder.get(key, ABSENT)
-                kept.append((holder, key, value))
+                value = lent.keep(holder, key)
                 if value is ABSENT:
                     continue
                 if (name, key) in self.caches:
@@ -179,15 +177,9 @@ class Traces:
         for name, key in self.buffers:
             if name in modules:
                 holder = modules[name]._buffers
-                buffer = holder.get(key, ABSENT)
-                kept.append((holder, key, buffer))
+                buffer = lent.keep(holder, key)
                 if isinstance(buffer, Tensor):
                     holder[key] = buffer.clone()
-        try:
-            yield
-        finally:
-            for holder, key, value in kept:
-                _give_back(holder, key, value)
 
     def forget(self, copied: nn.Module) -> None:
         """Empties the caches of a copy of the model, whose tensors are others."""
