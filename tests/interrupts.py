@@ -28,7 +28,7 @@ class Signal:
 
     def _within(self, code: CodeType) -> Callable[..., Any]:
         names = {each.offset: each.opname for each in dis.get_instructions(code)}
-        covered = dis._parse_exception_table(code)
+        covered = dis._parse_exception_table(code)  # pyright: ignore[reportAttributeAccessIssue]
         before = -1
 
         def handler(place: int) -> Any:
