@@ -121,10 +121,9 @@ class Adapter(NoModule):
             event = None
 
             def book(step: Step) -> Event:
-                engine, (forwards, backwards) = self._engine, before
                 counts = self._counts.after(
-                    step.outcome, samples=len(x), forwards=engine.forwards - forwards,
-                    backwards=engine.backwards - backwards, restored=state is not was,
+                    step.outcome, samples=len(x), forwards=self._engine.forwards - before[0],
+                    backwards=self._engine.backwards - before[1], restored=state is not was,
                     distrusted=distrusted(step.state),
                 )  # fmt: skip
                 event = Event(counts.steps, step.outcome, len(x), step.measured)
