@@ -83,6 +83,8 @@ def test_an_interrupt_leaves_all_before_a_step_or_after_it(method, seen, kind, m
         adapter.flush()
         assert told(model) == was, at
         assert free(model), at
+        assert torch.is_autocast_cache_enabled(), at
+        assert torch.is_grad_enabled(), at
         steps = adapter.counts.steps
         assert len(adapter.events) == steps, at
         if kind != "budget":  # whose account tells of times
