@@ -342,3 +342,39 @@ def test_a_dropped_adapter_leaves_no_thread():
     del adapter
     own.join(30)
     assert not own.is_alive()
+
+
+def test_an_update_is_waited_for_though_an_interrupt_fell_when_it_had_begun(monkeypatch):
+    go, told, submit = threading.Event(), [], ThreadPoolExecutor.submit
+
+    def job(give):
+        assert go.wait(30)
+        told.append(give(1))
+
+    def submitted(pool, *args):
+        submit(pool, *args)
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+        raise KeyboardInterrupt
+
+    behind = Behind()
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submitted)
+    with pytest.raises(KeyboardInterrupt):
+        behind.ask(job)
+    assert behind.busy
+    threading.Timer(0.1, go.set).start()
+    behind.wait()
+    assert told == [False]
+    assert not behind.busy
+
+
+def test_an_interrupt_before_an_update_begins_leaves_nobody_waiting(monkeypatch):
+    def refused(pool, *args):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    behind = Behind()
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refused)
+    with pytest.raises(KeyboardInterrupt):
+        behind.ask(lambda give: give(1))
+    behind.wait()
+    assert behind.ask(lambda give: give(2)) == 2

@@ -1,10 +1,31 @@
-"""The figures of the page on deploying that no clock measures."""
+"""The figures of the pages on deploying and on the engine: those of the files, or measured again."""
 
+import json
 import re
+import shutil
 
 import pytest
 
 from scripts import BENCHMARKS, script
+
+DOCS = BENCHMARKS.parent / "docs"
+
+
+@pytest.mark.parametrize(("name", "page"), [("deploying", "deploying.md"), ("pieces", "engine.md")])
+def test_figures_of_a_page_are_those_of_the_file(name, page, tmp_path):
+    found = json.loads((BENCHMARKS / f"{name}.json").read_text())
+    written = shutil.copy(DOCS / page, tmp_path)
+    script(name).write_page(found, tmp_path / page)
+    assert written.read_text() == (DOCS / page).read_text()
+
+
+def test_a_run_takes_the_place_of_one_of_the_same_settings(tmp_path):
+    deploying, path = script("deploying"), tmp_path / "rows.json"
+    row = dict.fromkeys(deploying.SETTINGS, "a")
+    other = row | {"memory": "kept"}
+    for each in (row | {"inference": 1}, other, row | {"inference": 2}):
+        deploying.keep(path, each)
+    assert json.loads(path.read_text()) == [other, row | {"inference": 2}]
 
 
 @pytest.mark.slow

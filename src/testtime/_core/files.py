@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ def atomic(path: str | Path) -> Generator[Path, None, None]:
     the new one, never a part. When the block raises, nothing changes.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with atomic(Path(folder, "a.txt")) as part:
         ...         _ = part.write_text("whole")
@@ -42,16 +44,15 @@ def atomic(path: str | Path) -> Generator[Path, None, None]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    mask = os.umask(0)
-    os.umask(mask)
-    part = Path(name)
+    # known before it is made, so that an interrupt cannot leave it there
+    part = path.parent / f".{path.name}.{secrets.token_hex(8)}.part"
     try:
+        part.touch(exist_ok=False)
+        mode = stat.S_IMODE(part.stat().st_mode)
         yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())
-        part.chmod(0o666 & ~mask)  # mkstemp keeps a file to its owner
+        part.chmod(mode)  # who wrote may have put a file of its owner's alone in its place
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from testtime.adaptation.building import build, check_source, feature_layer_name
 from testtime.adaptation.checks import check_held, check_input, check_model, taking
 from testtime.adaptation.deferred import Behind, Give, Job, Lane, check_deferred
 from testtime.adaptation.engine import Engine
-from testtime.adaptation.events import Counts, Event, note
+from testtime.adaptation.events import Counts, Event, thin
 from testtime.adaptation.export import copied, exported
 from testtime.adaptation.gating import check_gate, judge
 from testtime.adaptation.guarding import check_guard, distrusted, foretold, guarded, vouched
@@ -87,7 +88,7 @@ class Adapter(NoModule):
         with lock_of(model), computing():
             check_source(source, recipe, model)
             self._features = feature_layer_name(model, features, source, recipe)
-            self._engine = self._build(order=[])
+            self._engine, self._gate = self._build([], self._ration)
             self._state = self._engine.fresh()
         self._lane = Lane(self._engine.device)
         self._seen: tuple[torch.Size, torch.dtype] | None = None  # kind of batch the model took
@@ -120,15 +121,17 @@ class Adapter(NoModule):
             event = None
 
             def book(step: Step) -> Event:
-                self._state = self._lane.own = step.state
-                engine, (forwards, backwards) = self._engine, before
-                self._counts = self._counts.after(
-                    step.outcome, samples=len(x), forwards=engine.forwards - forwards,
-                    backwards=engine.backwards - backwards, restored=state is not was,
+                counts = self._counts.after(
+                    step.outcome, samples=len(x), forwards=self._engine.forwards - before[0],
+                    backwards=self._engine.backwards - before[1], restored=state is not was,
                     distrusted=distrusted(step.state),
                 )  # fmt: skip
-                event = Event(self._counts.steps, step.outcome, len(x), step.measured)
-                note(event, self._events)
+                event = Event(counts.steps, step.outcome, len(x), step.measured)
+                thin(self._events)
+                # nothing is called from here on, so that an interrupt falls before or after all of it
+                self._state = self._lane.own = step.state
+                self._counts = counts
+                self._events += (event,)
                 return event
 
             if later:
@@ -232,12 +235,13 @@ class Adapter(NoModule):
         The source is the model as it now is: weights and modules may have been replaced.
         """
         with self._settled(), self._engine.loan.lock:
-            if self._ration is not None:
-                self._ration.before.clear()
-            self._engine, self._seen = self._build(order=[]), None
-            self._state = self._engine.fresh()
-            self._lane = Lane(self._engine.device)
-            self._counts = self._counts._replace(resets=self._counts.resets + 1)
+            ration = None if self._ration is None else Ration(self._ration.budget)
+            engine, gate = self._build([], ration)
+            state, lane = engine.fresh(), Lane(engine.device)
+            counts = self._counts._replace(resets=self._counts.resets + 1)
+            # nothing is called from here on, so that an interrupt falls before or after all of it
+            self._engine, self._gate, self._ration, self._lane = engine, gate, ration, lane
+            self._state, self._counts, self._seen = state, counts, None
 
     def snapshot(self) -> State:
         """A mark to which `restore` returns. Costs nothing: steps never write to an old state."""
@@ -326,12 +330,17 @@ class Adapter(NoModule):
                         yield
                     return
 
-    def _build(self, order: list[str], feature_layer: nn.Module | None = None) -> Engine:
-        return build(
+    def _build(
+        self, order: list[str], ration: Ration | None, feature_layer: nn.Module | None = None
+    ) -> tuple[Engine, Gate | None]:
+        """An engine, and a gate that took up its work with it; those at work are left alone."""
+        gate = check_gate(self._gate)
+        engine = build(
             self.model, self.recipe, order,
-            source=self._source, gate=self._gate, ration=self._ration, seed=self._seed,
+            source=self._source, gate=gate, ration=ration, seed=self._seed,
             ranks=self._ranks, feature_layer=feature_layer,
         )  # fmt: skip
+        return engine, gate
 
     def _admit(self, x: Tensor, *, teaches: bool = False) -> Tensor:
         """The batch, checked; the first one is also used to see the model run."""
@@ -366,17 +375,20 @@ class Adapter(NoModule):
     def _look(self, x: Tensor) -> None:
         """Builds the engine anew, with the order in which layers run; the source model is run for it."""
         found = first_look(self._engine, x, features=self._features)
-        if self._ration is not None:
-            self._ration.count(x, norm_layers(self.model, found.order))
-        engine = self._build(found.order, found.feature_layer)
+        ration = copy(self._ration)
+        if ration is not None:
+            ration.count(x, norm_layers(self.model, found.order))
+        engine, gate = self._build(found.order, ration, found.feature_layer)
         engine.dense, engine.loan.size = found.dense, self._engine.loan.size
         if self.recipe.asks_for("features") and found.feature_layer is None:
             with engine.loan.recording(None, []):
                 pass
-        if not self._state.steps and engine.names != self._engine.names:
-            self._state = replace(engine.fresh(), generator=self._state.generator)
-        check_names(self._state, engine.names, "the state that was given")
-        self._engine = engine
+        state = self._state
+        if not state.steps and engine.names != self._engine.names:
+            state = replace(engine.fresh(), generator=state.generator)
+        check_names(state, engine.names, "the state that was given")
+        # nothing is called from here on, so that an interrupt falls before or after all of it
+        self._engine, self._gate, self._ration, self._state = engine, gate, ration, state
 
     def _taking(self, x: Tensor, run: Callable[[], Any]) -> Any:
         return taking(self.model, x, run, met=self._seen == (x.shape[1:], x.dtype))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from testtime._core.devices import wait_for
 from testtime._core.options import in_range
 from testtime.adaptation.engine import Engine
-from testtime.adaptation.layers import NormLayer, hooked
+from testtime.adaptation.layers import Hook, NormLayer, hooked
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.look import source_output
 from testtime.adaptation.state import State
@@ -81,8 +81,8 @@ def executed(loan: Loan, x: Tensor, norms: Sequence[NormLayer]) -> dict[str, flo
                     channels = output.shape[1 if weight.dim() > 2 and output.dim() > 1 else -1]
                     total += output.numel() / max(channels, 1) * weight.numel()
 
-    first = (layer.module.register_forward_pre_hook(see(layer.name)) for layer in norms)
-    hooks = chain(first, (module.register_forward_hook(count) for module in loan.modules))
+    first = (Hook(layer.module, see(layer.name)) for layer in norms)
+    hooks = chain(first, (Hook(module, count, after=True) for module in loan.modules))
     with hooked(hooks), loan.in_full():  # as a backward will find it
         source_output(loan, loan.some(x))
     return {name: done / max(total, 1.0) for name, done in before.items()}

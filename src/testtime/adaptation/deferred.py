@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,23 +110,28 @@ class Behind:
         Errors before the answer are raised here, later ones by `wait`. Where the caller is
         interrupted while he waits, `give` tells the job that nobody does.
         """
-        answer: Future[Any] = Future()
-        context = contextvars.copy_context()
+        answer, ended = Future[Any](), Future[None]()
+        context: Any = contextvars.copy_context()
+        run = partial(context.run, self._run, job, answer, ended)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="testtime")
         try:
-            self._pending = self._pool.submit(context.run, self._run, job, answer)
-        except RuntimeError:  # the interpreter ends, or the system has no thread left
-            self._pending = Future()
-            try:
-                context.run(self._run, job, answer)
-                self._pending.set_result(None)
-            except Exception as error:
-                self._pending.set_exception(error)
-        try:
+            self._pending = ended
+            self._start(run)
             return answer.result()
+        except BaseException:
+            # whether the job was taken is not known where an interrupt fell: what comes behind it is
+            self._start(lambda: ended.done() or ended.set_result(None))
+            raise
         finally:
             answer.cancel()
+
+    def _start(self, run: Callable[[], Any]) -> None:
+        assert self._pool is not None
+        try:
+            self._pool.submit(run)
+        except RuntimeError:  # the interpreter ends, or the system has no thread left
+            run()
 
     def keep(self, error: Exception) -> None:
         """Keeps an error that came after an answer, for `wait` to raise."""
@@ -156,7 +162,7 @@ class Behind:
         if pending is not None and not self.inside:
             wait([pending])
 
-    def _run(self, job: Job, answer: Future[Any]) -> None:
+    def _run(self, job: Job, answer: Future[Any], ended: Future[None]) -> None:
         def give(value: Any) -> bool:
             awaited = answer.set_running_or_notify_cancel()
             if awaited:
@@ -167,11 +173,15 @@ class Behind:
         try:
             job(give)
         except BaseException as error:
-            if answer.done():
-                raise
-            answer.set_exception(error)
-        finally:
             self._thread = None
+            if answer.done() or not (answer.running() or answer.set_running_or_notify_cancel()):
+                ended.set_exception(error)  # nobody waits for the answer
+                return
+            answer.set_exception(error)
+            ended.set_result(None)
+        else:
+            self._thread = None
+            ended.set_result(None)
 
     def _forked(self) -> None:
         self._pool, self._thread, self._hearing = None, None, threading.Lock()

@@ -96,16 +96,16 @@ class Event:
         return None if value is None else float(value)
 
 
-def note(event: Event, events: deque[Event]) -> None:
-    """Adds an event; the one before it loses what is larger than `MANY` values.
+def thin(events: deque[Event]) -> None:
+    """The last event loses what is larger than `MANY` values.
 
     Example:
         >>> import torch
-        >>> events = deque[Event]()
-        >>> for step in range(2):
-        ...     note(Event(step, Outcome.ADAPTED, 1, {"outlier": torch.zeros(9999)}), events)
-        >>> [list(event.measured) for event in events]
-        [[], ['outlier']]
+        >>> large = {"outlier": torch.zeros(9999), "used": 3}
+        >>> events = deque([Event(1, Outcome.ADAPTED, 1, large)])
+        >>> thin(events)
+        >>> list(events[0].measured)
+        ['used']
     """
     if events:
         large = {
@@ -116,4 +116,3 @@ def note(event: Event, events: deque[Event]) -> None:
         if large:
             kept = {n: value for n, value in events[-1].measured.items() if n not in large}
             events[-1] = replace(events[-1], measured=kept)
-    events.append(event)

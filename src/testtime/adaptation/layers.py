@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils.hooks import RemovableHandle
 
 Kind = Literal["batch", "instance", "group", "layer"]
 NORMS: tuple[tuple[type, Kind], ...] = (
@@ -163,9 +162,56 @@ def norm_layers(model: nn.Module, order: Sequence[str] = ()) -> list[NormLayer]:
     return sorted(found, key=lambda layer: place.get(layer.name, len(place)))
 
 
+class Hook:
+    """A hook of a layer, known before it is registered, so that an interrupt cannot leave it there.
+
+    Args:
+        module: the layer.
+        see: the hook, as torch takes it.
+        after: whether it sees the output.
+        named: whether it takes arguments by name.
+        prepend: before the hooks that are there.
+
+    Example:
+        >>> layer = nn.ReLU()
+        >>> hook = Hook(layer, lambda *_: None)
+        >>> hook.register()
+        >>> len(layer._forward_pre_hooks)
+        1
+        >>> hook.remove()
+        >>> len(layer._forward_pre_hooks)
+        0
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        see: Callable[..., Any],
+        *,
+        after: bool = False,
+        named: bool = False,
+        prepend: bool = False,
+    ) -> None:
+        self.module, self.see = module, see
+        self.after, self.named, self.prepend = after, named, prepend
+
+    def register(self) -> None:
+        """From now on the layer calls it."""
+        name = "register_forward_hook" if self.after else "register_forward_pre_hook"
+        getattr(self.module, name)(self.see, with_kwargs=self.named, prepend=self.prepend)
+
+    def remove(self) -> None:
+        """The layer calls it no more, if it did."""
+        kind = "_forward_hooks" if self.after else "_forward_pre_hooks"
+        hooks = getattr(self.module, kind)
+        for number in [number for number, hook in hooks.items() if hook is self.see]:
+            getattr(self.module, f"{kind}_with_kwargs").pop(number, None)
+            hooks.pop(number, None)
+
+
 def on_input(
     module: nn.Module, see: Callable[[nn.Module, tuple[Any, ...]], Any], *, prepend: bool = False
-) -> RemovableHandle:
+) -> Hook:
     """A hook that sees what enters a layer, whether it is called layer(x) or layer(input=x).
 
     Args:
@@ -175,7 +221,7 @@ def on_input(
 
     Example:
         >>> layer, seen = nn.ReLU(), []
-        >>> hook = on_input(layer, lambda _, args: seen.append(args[0]))
+        >>> on_input(layer, lambda _, args: seen.append(args[0])).register()
         >>> _ = layer(torch.ones(1)), layer(input=torch.zeros(1))
         >>> seen
         [tensor([1.]), tensor([0.])]
@@ -188,7 +234,7 @@ def on_input(
             return None
         return (said, kwargs) if name is None else (args, {**kwargs, name: said[0]})
 
-    return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=prepend)
+    return Hook(module, hook, named=True, prepend=prepend)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -203,11 +249,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """While it lasts, the hooks stay; then they are gone, also after an error.
+def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
+    """While it lasts, the hooks are registered; then they are gone, also after an error.
 
     Args:
-        hooks: of a generator, those that it had registered are gone, too, when it is interrupted.
+        hooks: that nobody has registered.
 
     Example:
         >>> layer = nn.ReLU()
@@ -217,13 +263,19 @@ def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
         >>> len(layer._forward_pre_hooks)
         0
     """
-    held: list[RemovableHandle] = []
+    held = list(hooks)
     try:
-        held.extend(hooks)
+        for hook in held:
+            hook.register()
         yield
     finally:
-        for hook in held:
-            hook.remove()
+        try:
+            for hook in held:
+                hook.remove()
+        except BaseException:  # an interrupt that falls in there waits until all are gone
+            for hook in held:
+                hook.remove()
+            raise
 
 
 def named_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -273,6 +325,11 @@ def _try(module: _BatchNorm) -> bool:
     if sides is None or mean is None:
         return False
     kept = dict(buffers)
+
+    def give_back() -> None:
+        module.training = training
+        buffers.update(kept)
+
     try:
         module.training = False
         buffers["running_mean"] = buffers["running_var"] = None
@@ -281,8 +338,11 @@ def _try(module: _BatchNorm) -> bool:
     except Exception:
         return False
     finally:
-        module.training = training
-        buffers.update(kept)
+        try:
+            give_back()
+        except BaseException:  # an interrupt that falls in there waits until all is given back
+            give_back()
+            raise
     return True
 
 

@@ -4,7 +4,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from testtime.adaptation.kernels.linear import forward_of_linear, linear_layers
 from testtime.adaptation.kernels.normaliser import Normaliser
 from testtime.adaptation.kernels.replay import dear_layers
 from testtime.adaptation.layers import NormLayer, bound, hooked, on_input
+from testtime.adaptation.lent import Lent
 from testtime.adaptation.modes import learnable
 from testtime.adaptation.monitors import is_aside
 from testtime.adaptation.parts.statistics import (
@@ -32,7 +33,7 @@ from testtime.adaptation.parts.statistics import (
     Statistics,
 )
 from testtime.adaptation.ranks import Ranks
-from testtime.adaptation.traces import ABSENT, traces_of
+from testtime.adaptation.traces import traces_of
 
 _locks: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 _making = threading.Lock()
@@ -53,8 +54,10 @@ class Together:
         self.locks = sorted(locks, key=id)
 
     def __enter__(self) -> None:
-        for lock in self.locks:
-            lock.acquire()
+        with ExitStack() as taken:  # gone again where one that is waited for is interrupted
+            for lock in self.locks:
+                taken.enter_context(lock)
+            taken.pop_all()
 
     def __exit__(self, *error: Any) -> None:
         for lock in self.locks:
@@ -204,19 +207,30 @@ class Loan:
         of_batch = self.own_functions and isinstance(statistics, BatchStatistics)
         quick = of_batch and x.is_cpu and x.numel() >= groups * MANY  # as each batch would alone
         swift = self.own_functions and x.is_cpu and not exact
-        lent = self._lent(tensors, statistics, averages, fresh, learn, ranks, x, quick, swift)
-        with self.lock, self.traces.hidden(self.named_modules), lent as by_layers:
-            worth_it = lean and self.own_functions and x.numel() >= MANY
-            keeping = Lean() if worth_it else nullcontext()
-            by_calls = Quick() if quick and not by_layers else nullcontext()
-            shorter = activations is not None and self.own_functions and torch.is_grad_enabled()
-            short = kept_as(activations, self.parameters) if shorter else nullcontext()  # pyright: ignore[reportArgumentType]
-            apart = InGroups(groups) if groups > 1 else nullcontext()
-            others = () if isinstance(statistics, SourceStatistics) else self.lent_statistics
-            watched = self.traces.watched_once(self.named_modules, x, others)
-            tapped = tap() if tap is not None else nullcontext()
-            with by_calls, short, apart, tapped, keeping, watched, self._heard(), learnable():
-                return self._answered(x), fresh
+        lent = Lent()
+        with self.lock:
+            try:
+                self.traces.hide(self.named_modules, lent)
+                by_layers = self._lend(
+                    lent, tensors, statistics, averages, fresh, learn, ranks, x, quick, swift
+                )
+                worth_it = lean and self.own_functions and x.numel() >= MANY
+                keeping = Lean() if worth_it else nullcontext()
+                by_calls = Quick() if quick and not by_layers else nullcontext()
+                shorter = activations is not None and self.own_functions and torch.is_grad_enabled()
+                short = kept_as(activations, self.parameters) if shorter else nullcontext()  # pyright: ignore[reportArgumentType]
+                apart = InGroups(groups) if groups > 1 else nullcontext()
+                others = () if isinstance(statistics, SourceStatistics) else self.lent_statistics
+                watched = self.traces.watched_once(self.named_modules, x, others)
+                tapped = tap() if tap is not None else nullcontext()
+                with by_calls, short, apart, tapped, keeping, watched, self._heard(), learnable():
+                    return self._answered(x), fresh
+            finally:  # not left to a context manager, at whose doors an interrupt may fall
+                try:
+                    lent.give_back()
+                except BaseException:  # one that falls in there waits until all is given back
+                    lent.give_back()
+                    raise
 
     def _answered(self, x: Tensor) -> Any:
         """What the model returns; of one with batches of one size, an error for others is told as such."""
@@ -261,9 +275,9 @@ class Loan:
         with hooked([on_input(layer, lambda _, args: into.append(args[0]))]):
             yield
 
-    @contextmanager
-    def _lent(  # noqa: PLR0912  (one branch for each kind of thing that is lent)
+    def _lend(  # noqa: PLR0912  (one branch for each kind of thing that is lent)
         self,
+        lent: Lent,
         tensors: Mapping[str, Tensor],
         statistics: Statistics,
         averages: Averages | None,
@@ -273,77 +287,57 @@ class Loan:
         x: Tensor,
         quick: bool,
         swift: bool,
-    ) -> Iterator[bool]:
-        """Gives whether it is layers that take the quick way, and not whoever calls torch."""
-        swapped: list[tuple[dict[str, Any], str, Any]] = []
-        hooks: list[Any] = []
+    ) -> bool:
+        """Puts all in its place. Says whether layers take the quick way, and not whoever calls torch."""
         training = [module for module in self.modules if module.training]
         # without a gradient too, or torch multiplies otherwise than it did with one
         # each call of torch pays for a mode, together a fiftieth of a ResNet-50's inference
         by_layers = quick and all(map(as_torch, self.batch_norms))
         plain_inference = isinstance(statistics, SourceStatistics) and not torch.is_grad_enabled()
         wanting = [] if plain_inference else [p for p in self.parameters if p.requires_grad]
-
-        def put(holder: dict[str, Any], key: str, value: Any) -> None:
-            swapped.append((holder, key, holder.get(key, ABSENT)))
-            holder[key] = value
-
-        try:
-            for module in training:
-                module.training = False
-            for parameter in wanting:
-                parameter.requires_grad = False
-            for name, tensor in tensors.items():
-                for holder, key in self.places[name]:
-                    put(holder, key, as_was(holder[key], tensor))
-            if isinstance(statistics, BatchStatistics | RunningStatistics):
-                for module in self.tracked:
-                    put(module.__dict__, "track_running_stats", False)
-                    for key in ("running_mean", "running_var"):  # torch would write to them
-                        put(module._buffers, key, None)
-            of_batch = isinstance(statistics, BatchStatistics | RunningStatistics) and not averages
-            plain = of_batch and ranks.alone and len(x) > 1
-            for layer in () if isinstance(statistics, SourceStatistics) else self.norms:
-                buffers = layer.module._buffers
-                source = self.source_moments(layer)
-                put(buffers, "running_mean", source.mean)
-                put(buffers, "running_var", source.var)
-                own = isinstance(layer.module, nn.modules.batchnorm._NormBase)
-                if plain and own and layer.module not in self.bound:
-                    buffers["running_mean"] = buffers["running_var"] = None
-                elif isinstance(statistics, RunningStatistics) and averages and not learn:
-                    for key, moment in (("running_mean", "mean"), ("running_var", "var")):
-                        buffers[key] = averages[f"{layer.name}.{moment}"].to(source.mean.dtype)
-                    if statistics.robust and self.own_functions and as_torch(layer.module):
-                        put(vars(layer.module), "forward", partial(infer_as_written, layer.module))
+        for module in training:
+            lent.turn(module, "training", False)
+        for parameter in wanting:
+            lent.turn(parameter, "requires_grad", False)
+        for name, tensor in tensors.items():
+            for holder, key in self.places[name]:
+                lent.put(holder, key, as_was(holder[key], tensor))
+        if isinstance(statistics, BatchStatistics | RunningStatistics):
+            for module in self.tracked:
+                lent.put(module.__dict__, "track_running_stats", False)
+                for key in ("running_mean", "running_var"):  # torch would write to them
+                    lent.put(module._buffers, key, None)
+        of_batch = isinstance(statistics, BatchStatistics | RunningStatistics) and not averages
+        plain = of_batch and ranks.alone and len(x) > 1
+        for layer in () if isinstance(statistics, SourceStatistics) else self.norms:
+            buffers = layer.module._buffers
+            source = self.source_moments(layer)
+            lent.put(buffers, "running_mean", source.mean)
+            lent.put(buffers, "running_var", source.var)
+            own = isinstance(layer.module, nn.modules.batchnorm._NormBase)
+            if plain and own and layer.module not in self.bound:
+                buffers["running_mean"] = buffers["running_var"] = None
+            elif isinstance(statistics, RunningStatistics) and averages and not learn:
+                for key, moment in (("running_mean", "mean"), ("running_var", "var")):
+                    buffers[key] = averages[f"{layer.name}.{moment}"].to(source.mean.dtype)
+                if statistics.robust and self.own_functions and as_torch(layer.module):
+                    lent.put(vars(layer.module), "forward", partial(infer_as_written, layer.module))
+            else:
+                normalise = Normaliser(
+                    layer.module, layer.name, layer.eps, source, statistics, averages, fresh,
+                    len(x), ranks,
+                )  # fmt: skip
+                if self.own_functions and as_torch(layer.module):
+                    lent.put(layer.module.__dict__, "forward", normalise.in_place_of(layer.module))
                 else:
-                    normalise = Normaliser(
-                        layer.module, layer.name, layer.eps, source, statistics, averages, fresh,
-                        len(x), ranks,
-                    )  # fmt: skip
-                    if self.own_functions and as_torch(layer.module):
-                        put(layer.module.__dict__, "forward", normalise.in_place_of(layer.module))
-                    else:
-                        hooks.append(on_input(layer.module, normalise))
-            for module in self.linear_layers if swift else ():
-                if "forward" not in vars(module):
-                    put(vars(module), "forward", partial(forward_of_linear, module))
-            for module in self.batch_norms if by_layers else ():
-                if module._buffers.get("running_mean") is None:
-                    put(vars(module), "forward", partial(forward_of_batch, module))
-            yield by_layers
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for holder, key, value in reversed(swapped):
-                if value is ABSENT:
-                    holder.pop(key, None)  # an interrupt may have come before it was put there
-                else:
-                    holder[key] = value
-            for parameter in wanting:
-                parameter.requires_grad = True
-            for module in training:
-                module.training = True
+                    lent.hook(on_input(layer.module, normalise))
+        for module in self.linear_layers if swift else ():
+            if "forward" not in vars(module):
+                lent.put(vars(module), "forward", partial(forward_of_linear, module))
+        for module in self.batch_norms if by_layers else ():
+            if module._buffers.get("running_mean") is None:
+                lent.put(vars(module), "forward", partial(forward_of_batch, module))
+        return by_layers
 
 
 def places(model: nn.Module) -> tuple[Places, dict[str, str]]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from testtime._core.errors import InputError, ScopeError, TesttimeError, TesttimeWarning, unknown
-from testtime.adaptation.layers import hooked, norm_kind, on_input
+from testtime.adaptation.layers import Hook, hooked, norm_kind, on_input
+from testtime.adaptation.lent import lending
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.modes import without_hooks
 from testtime.adaptation.outputs import read_logits
@@ -82,13 +82,13 @@ def look(
     def taking(module: Any, args: tuple[Any, ...]) -> None:
         single.append(args[0].dim() == x.dim() == 1 + len(module.kernel_size))
 
-    def hooks() -> Iterator[RemovableHandle]:
+    def hooks() -> Iterator[Hook]:
         for name, module in model.named_modules():
-            yield module.register_forward_pre_hook(place(name))
+            yield Hook(module, place(name))
             if norm_kind(module) is not None:
                 yield on_input(module, scale)
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                yield module.register_forward_hook(head)
+                yield Hook(module, head, after=True)
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 yield on_input(module, taking)
 
@@ -251,12 +251,11 @@ def check_statistics(loan: Loan, x: Tensor, order: Collection[str], statistics: 
     silent = [layer for layer in loan.norms if layer.name not in order]
     if isinstance(statistics, SourceStatistics) or not silent:
         return
-    holders = [layer.module._buffers for layer in silent]
-    kept = [dict(holder) for holder in holders]
-    with loan.lock, torch.no_grad():
+    with loan.lock, torch.no_grad(), lending() as lent:
         try:
-            for holder in holders:
-                holder["running_mean"] = holder["running_var"] = None
+            for layer in silent:
+                for key in ("running_mean", "running_var"):
+                    lent.put(layer.module._buffers, key, None)
             loan.run(_ends(loan, x), {}, SourceStatistics(), ranks=Ranks())
         except Exception as error:
             names = ", ".join(layer.name for layer in silent[:3])
@@ -266,9 +265,6 @@ def check_statistics(loan: Loan, x: Tensor, order: Collection[str], statistics: 
                 "layer(x); or leave statistics alone: tt.adapt(model, dataclasses.replace(recipe, "
                 "statistics=SourceStatistics())), lame, source."
             ) from error
-        finally:
-            for holder, values in zip(holders, kept, strict=True):
-                holder.update(values)
 
 
 def answers_alone(loan: Loan, x: Tensor) -> bool | None:

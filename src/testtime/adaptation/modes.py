@@ -17,9 +17,9 @@ def computing() -> Iterator[None]:
     of every tensor that ever adapted.
     """
     cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
     inside = torch.is_inference_mode_enabled()
     try:
+        torch.set_autocast_cache_enabled(False)
         with torch.inference_mode(False) if inside else nullcontext(), torch.no_grad():
             yield
     finally:

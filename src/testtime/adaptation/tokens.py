@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from testtime._core.errors import ScopeError
-from testtime.adaptation.layers import hooked, norm_kind
+from testtime.adaptation.layers import Hook, hooked, norm_kind
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.look import source_output
 
@@ -65,14 +64,14 @@ class Blocks:
         def see(_: nn.Module, __: Any, tokens: Tensor) -> None:
             into.append(tokens[:, 0].detach())
 
-        def hooks() -> Iterator[RemovableHandle]:
+        def hooks() -> Iterator[Hook]:
             for norm in self.norms:
-                yield norm.register_forward_hook(see)
+                yield Hook(norm, see, after=True)
             if count:
-                yield self.first.register_forward_pre_hook(put_in, with_kwargs=True)
-                yield self.norms[-1].register_forward_pre_hook(take_out, with_kwargs=True)
+                yield Hook(self.first, put_in, named=True)
+                yield Hook(self.norms[-1], take_out, named=True)
             if shift is not None:
-                yield self.norms[-1].register_forward_hook(move)
+                yield Hook(self.norms[-1], move, after=True)
 
         with hooked(hooks()):
             yield
@@ -120,13 +119,13 @@ def _seen_to_run(loan: Loan, x: Tensor) -> Blocks:
             (what, module, _tokens([*args, *kwargs.values()]))
         )
 
-    def hooks() -> Iterator[RemovableHandle]:
+    def hooks() -> Iterator[Hook]:
         for module in loan.model.modules():
             if module in members:
-                yield module.register_forward_pre_hook(note("block"), with_kwargs=True)
-                yield module.register_forward_hook(note("end"), with_kwargs=True)
+                yield Hook(module, note("block"), named=True)
+                yield Hook(module, note("end"), after=True, named=True)
             elif norm_kind(module) == "layer":
-                yield module.register_forward_pre_hook(note("norm"), with_kwargs=True)
+                yield Hook(module, note("norm"), named=True)
 
     with hooked(hooks()), torch.no_grad():
         source_output(loan, torch.cat([x[:1], x[:1] + 1]))

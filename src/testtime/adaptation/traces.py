@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from testtime.adaptation.lent import ABSENT, Lent, lending, refilled
+
 TORCHS = frozenset(vars(nn.Module()))
 """Attributes that every module has: registered tensors, hooks, modes."""
 HOOKS = tuple(sorted(key for key in TORCHS if "_hooks" in key))
 """Those of them that hold hooks."""
 MUTABLE = list, dict, set, deque
-ABSENT = object()
-"""Stands for what a dictionary did not hold, where None may be held."""
 _known: "weakref.WeakKeyDictionary[nn.Module, Traces]" = weakref.WeakKeyDictionary()
 
 
@@ -120,12 +120,18 @@ class Traces:
         version = x._version
         try:
             yield
-            self.kinds.add(_kind(x))
         finally:
             self._looking = False
             self.batch |= x._version != version
-            hooked = self._unhook(modules, hooks)
-            self._take_back(modules, attributes, buffers, hooked)
+            hooked = False
+            try:
+                hooked = self._unhook(modules, hooks)
+                self._take_back(modules, attributes, buffers, hooked)
+            except BaseException:  # an interrupt that falls in there waits until all is taken back
+                hooked |= self._unhook(modules, hooks)
+                self._take_back(modules, attributes, buffers, hooked)
+                raise
+        self.kinds.add(_kind(x))
 
     def _unhook(
         self, modules: dict[str, nn.Module], hooks: dict[tuple[str, str], dict[Any, Any]]
@@ -133,7 +139,7 @@ class Traces:
         """Takes back hooks that came or went; gives whether there were any."""
         hooked = False
         for (name, key), before in hooks.items():
-            if _rehook(vars(modules[name])[key], before):
+            if refilled(vars(modules[name])[key], before):
                 self.own.add((name, key))
                 hooked = True
         return hooked
@@ -176,6 +182,7 @@ class Traces:
 
         Gives whether there were any.
         """
+        modules = dict(model.named_modules())
         taken = {
             (name, key): value
             for name, module in model.named_modules()
@@ -183,33 +190,25 @@ class Traces:
             if key not in TORCHS and isinstance(value, dict) and value
             if all(isinstance(each, Tensor) for each in value.values())
         }
-        modules = dict(model.named_modules())
-        for (name, key), value in taken.items():
-            modules[name].__dict__[key] = type(value)()
-        try:
+        with lending() as lent:
+            for (name, key), value in taken.items():
+                lent.put(modules[name].__dict__, key, type(value)())
             yield bool(taken)
             for (name, key), value in taken.items():
                 now = modules[name].__dict__.get(key)
                 if isinstance(now, dict) and now.keys() & value.keys():
                     self.own.add((name, key))
                     self.caches.add((name, key))
-        finally:
-            for (name, key), value in taken.items():
-                modules[name].__dict__[key] = value
 
-    @contextmanager
-    def hidden(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """Whatever a forward within writes is gone afterwards."""
-        kept: list[tuple[dict[str, Any], str, Any]] = []
-        hooks: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+    def hide(self, modules: dict[str, nn.Module], lent: Lent) -> None:
+        """Whatever a forward writes from now on is gone once all is given back."""
         for name, key in self.own:
             if name in modules:
                 holder: dict[str, Any] = modules[name].__dict__
-                value = holder.get(key, ABSENT)
                 if key in HOOKS:  # no copy, which who removes a hook would not know
-                    hooks.append((value, dict(value)))
+                    lent.keep_all(holder[key])
                     continue
-                kept.append((holder, key, value))
+                value = lent.keep(holder, key)
                 if value is ABSENT:
                     continue
                 if (name, key) in self.caches:
@@ -222,32 +221,15 @@ class Traces:
         for name, key in self.buffers:
             if name in modules:
                 holder = modules[name]._buffers
-                buffer = holder.get(key, ABSENT)
-                kept.append((holder, key, buffer))
+                buffer = lent.keep(holder, key)
                 if isinstance(buffer, Tensor):
                     holder[key] = buffer.clone()
-        try:
-            yield
-        finally:
-            for holder, key, value in kept:
-                _give_back(holder, key, value)
-            for now, before in hooks:
-                _rehook(now, before)
 
     def forget(self, copied: nn.Module) -> None:
         """Empties the caches of a copy of the model, whose tensors are others."""
         modules = dict(copied.named_modules())
         for name, key in self.caches:
             modules[name].__dict__[key] = type(modules[name].__dict__[key])()
-
-
-def _rehook(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
-    """Makes hooks those that there were; gives whether they were others."""
-    others = now.keys() != before.keys()
-    if others:
-        now.clear()
-        now.update(before)
-    return others
 
 
 def _kind(x: Tensor) -> Any:

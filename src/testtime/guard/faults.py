@@ -18,7 +18,7 @@ from testtime._core.arrays import check_tensors
 from testtime._core.errors import InputError, OptionError
 from testtime._core.options import in_range
 from testtime._core.seeds import check_generator, generator
-from testtime.adaptation.layers import hooked
+from testtime.adaptation.layers import Hook, hooked
 from testtime.adaptation.outputs import map_tensors
 
 Fault = Callable[[Tensor, torch.Generator], Tensor]
@@ -192,7 +192,7 @@ def faulty_activations(
         return map_tensors(spoil, output)
 
     innermost = [module for module in model.modules() if not [*module.children()]]
-    with hooked(module.register_forward_hook(disturb) for module in innermost):
+    with hooked(Hook(module, disturb, after=True) for module in innermost):
         yield
 
 

@@ -15,10 +15,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from testtime._core.errors import InputError
-from testtime.adaptation.layers import NormLayer, hooked, norm_layers, on_input
+from testtime.adaptation.layers import Hook, NormLayer, hooked, norm_layers, on_input
 from testtime.adaptation.look import named_layer
 from testtime.adaptation.outputs import read_logits
 from testtime.guard.borrow import borrowed
@@ -61,7 +60,7 @@ def read_signals(model: nn.Module, x: Tensor, *, features: str | None = None) ->
     def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         entered.append(args[0].detach())
 
-    def hooks() -> Iterator[RemovableHandle]:
+    def hooks() -> Iterator[Hook]:
         for layer in norm_layers(model):
             if layer.has_statistics or layer.kind != "batch":
                 yield on_input(layer.module, partial(see, layer))

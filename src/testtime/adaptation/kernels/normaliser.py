@@ -59,20 +59,23 @@ class Normaliser:
     ranks: Ranks
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = args[0]
+        into, x, stored = module._buffers, *self._restated(args[0])
+        into["running_mean"], into["running_var"] = stored
+        return (x, *args[1:])
+
+    def _restated(self, x: Tensor) -> tuple[Tensor, Moments]:
+        """What the layer is given, and what it has to hold as running statistics then."""
         used = self.choose(x)
-        buffers = module._buffers
         learnt_through = torch.is_grad_enabled() and used.mean.requires_grad
         learnt_through |= transformed(x, *used)  # torch's kernel takes moments for constants
         # batch statistics take one path with and without a gradient: methods that compare two
         # forwards (OSTTA) must not see rounding in place of a difference
         if not learnt_through and not isinstance(self.statistics, BatchStatistics):
-            for key, value in (("running_mean", used.mean), ("running_var", used.var)):
-                buffers[key] = value.detach().to(self.source.mean.dtype)
-            return args
-        buffers["running_mean"] = torch.zeros_like(self.source.mean)
-        buffers["running_var"] = torch.ones_like(self.source.var) - self.eps
-        return (normalise(x, used, self.eps), *args[1:])
+            held = (value.detach().to(self.source.mean.dtype) for value in used)
+            return x, Moments(*held)
+        mean = torch.zeros_like(self.source.mean)
+        var = torch.ones_like(self.source.var) - self.eps
+        return normalise(x, used, self.eps), Moments(mean, var)
 
     def in_place_of(self, module: Any) -> Callable[[Tensor], Tensor]:
         """The forward of torch's own layer, also for those who call it without the hooks.
@@ -94,7 +97,9 @@ class Normaliser:
                 return F.batch_norm(x, mean, var, weight, bias, True, share, self.eps)
             as_written = alike and x.is_cpu and getattr(self.statistics, "robust", False)
             if not (as_written or (alike and torch.is_grad_enabled() and x.requires_grad)):
-                return type(module).forward(module, *self(module, (x,)))
+                # not by the buffers: a model may run a layer in two threads at once
+                x, stored = self._restated(x)
+                return F.batch_norm(x, *stored, weight, bias, False, 0.0, self.eps)
             blend = partial(self.blend, x, values=values)
             function = normalise_as_written if as_written else normalise_blended
             return function(x, weight, bias, blend, self.eps)

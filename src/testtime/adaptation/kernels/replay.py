@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from testtime.adaptation.kernels.calls import Call, Watching
 from testtime.adaptation.kernels.layout import Shape
 from testtime.adaptation.kernels.linear import is_ours, linear, to_input
+from testtime.adaptation.lent import lending
 
 DEAR = 256
 """Multiplications for a value of an output from which on it is kept: these took most of the time."""
@@ -67,18 +68,10 @@ class _Known(torch.autograd.Function):
 @contextmanager
 def _instead(layers: Iterable[Any], stand_in: Call) -> Iterator[None]:
     """While it lasts, layers run `stand_in`, of the layer, of their own forward and of the input."""
-    below: list[tuple[dict[str, Any], Any]] = []
-    try:
+    with lending() as lent:
         for layer in layers:
-            own, forward = vars(layer), partial(stand_in, layer, layer.forward)
-            below.append((own, own.get("forward")))
-            own["forward"] = forward
+            lent.put(vars(layer), "forward", partial(stand_in, layer, layer.forward))
         yield
-    finally:
-        for own, before in below:
-            own.pop("forward", None)
-            if before is not None:
-                own["forward"] = before
 
 
 class Recorded(Watching):

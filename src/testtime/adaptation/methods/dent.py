@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils.hooks import RemovableHandle
 
 from testtime._core.errors import ScopeError
 from testtime._core.options import whole
@@ -28,7 +27,7 @@ from testtime._core.outcomes import Outcome
 from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
-from testtime.adaptation.layers import Kind, NormLayer, hooked, named_input, norm_layers
+from testtime.adaptation.layers import Hook, Kind, NormLayer, hooked, named_input, norm_layers
 from testtime.adaptation.learning import finite, gradients
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.objective import Diversity, entropy
@@ -255,17 +254,17 @@ class EachItsOwn:
         return output
 
 
-def _given(engine: Engine, own: Tensors) -> Iterator[RemovableHandle]:
+def _given(engine: Engine, own: Tensors) -> Iterator[Hook]:
     """Hooks by which layers scale and shift each sample by its own."""
     for layer in norm_layers(engine.loan.model):
         held = {key: engine.loan.canonical[name] for key, name in _keys(layer).items()}
         mine = {key: own[name] for key, name in held.items() if name in own}
         if mine and affine_last(layer):
             hook = OwnAffine(kind=layer.kind, scale=mine.get("weight"), shift=mine.get("bias"))
-            yield layer.module.register_forward_hook(hook)
+            yield Hook(layer.module, hook, after=True)
         elif mine:
             each = OwnForward(own=mine)
-            yield layer.module.register_forward_hook(each, with_kwargs=True)
+            yield Hook(layer.module, each, after=True, named=True)
 
 
 @register("method", paper="dent")

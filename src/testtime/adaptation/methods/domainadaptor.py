@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from testtime._core.errors import OptionError
 from testtime._core.options import whole
@@ -25,7 +24,7 @@ from testtime._core.registry import register
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.evidence import Evidence
 from testtime.adaptation.kernels.moments import moments
-from testtime.adaptation.layers import NormLayer, hooked, on_input
+from testtime.adaptation.layers import Hook, NormLayer, hooked, on_input
 from testtime.adaptation.loan import Places
 from testtime.adaptation.outputs import read_logits, rows
 from testtime.adaptation.parts.objective import (
@@ -115,7 +114,7 @@ class Fold:
                 holder[key] = (self.tensors[name] + self.folds[name]).to(holder[key].dtype)
 
 
-def folding(engine: Engine, tensors: Tensors, folds: Tensors) -> Iterator[RemovableHandle]:
+def folding(engine: Engine, tensors: Tensors, folds: Tensors) -> Iterator[Hook]:
     """Hooks by which layers fold the mixture into their scales and shifts, and note it."""
     loan = engine.loan
     for layer in loan.norms:
