@@ -4,6 +4,8 @@
     python benchmarks/deploying.py latency --model torchvision:resnet50 --batch 16 --rounds 7
     python benchmarks/deploying.py latency --model timm:vit_small_patch16_224 --batch 16 --rounds 7
     python benchmarks/deploying.py latency --model torchvision:resnet50 --batch 64 --device cuda
+    python benchmarks/deploying.py latency ... --out benchmarks/deploying.json  keeps the ratios
+    python benchmarks/deploying.py page           writes them into the page
     python benchmarks/deploying.py gate --model embedded:batch --samples 256
     python benchmarks/deploying.py gate --model embedded:batch --severity 3 --seeds 5
 
@@ -17,18 +19,21 @@ clean data, with and without.
 """
 
 import argparse
+import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import testtime as tt
+from between import write_between, write_json
 from testtime._core.devices import wait_for
 from testtime._core.errors import ScopeError
 from testtime._core.outcomes import Outcome
@@ -40,6 +45,18 @@ from testtime.bench.models import load_model
 from testtime.streams.data import load_data, stack
 from testtime.streams.scenarios import Scenario
 from textbook import configured
+
+NUMBERS = Path(__file__).with_name("deploying.json")
+PAGE = Path(__file__).resolve().parents[1] / "docs/deploying.md"
+LARGE = {
+    "torchvision:resnet50": "ResNet-50", "timm:resnet50_gn": "ResNet-50, GroupNorm",
+    "timm:vit_small_patch16_224": "ViT-S/16",
+}  # fmt: skip
+OTHERS = {"embedded:batch": "embedded:batch", "torchvision:vit_b_16": "torchvision's ViT-B/16"}
+SETTINGS = "model", "batch", "threads", "device", "layout", "memory"
+"""What a row is told apart by."""
+MEAN = "tent, budget=0.5"
+"""Whose batches differ: of its ratios the mean is shown, of all others the median."""
 
 
 def make(name: str, batch: int, layout: torch.memory_format) -> tuple[nn.Module, Tensor]:
@@ -63,8 +80,8 @@ def _make(name: str, batch: int) -> tuple[nn.Module, Tensor]:
 
 def latency(
     name: str, batch: int, rounds: int, device: torch.device, layout: torch.memory_format
-) -> None:
-    """Seconds until the answer is there, over those of plain inference."""
+) -> dict[str, Any]:
+    """Seconds until the answer is there, over those of plain inference: middle, smallest, largest."""
     model, x = make(name, batch, layout)
     model = model.to(device)
     if device.type != "cpu":
@@ -83,11 +100,10 @@ def latency(
     with suppress(ScopeError):  # it takes batch statistics, and does nothing else
         ways["bn-adapt"] = tt.adapt(model, "bn-adapt")
     bare, _ = configured(model)
-    ways["torch, batch statistics"] = torch.no_grad()(bare)
-    ways["torch, batch statistics and a graph"] = bare
-    shut = SourceLike(
-        effect=1e9
-    )  # a bound that nothing exceeds: the cost of a gate that stays shut
+    ways["torch, the same forward without a graph"] = torch.no_grad()(bare)
+    ways["torch, the same forward and its graph"] = bare
+    # a bound that nothing exceeds: the cost of a gate that stays shut, also where batches are small
+    shut = SourceLike(effect=1e9, samples=8)
     known = None
     if not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):  # no statistics are stored
         known = tt.fit_source(model, x.to(device).split(max(batch // 2, 2)), gate=True)
@@ -109,11 +125,69 @@ def latency(
             wait_for(device)
             if number > 2:
                 ratios[way].append(own / plain)
-    print(f"{describe_machine(device)}; inference {1000 * statistics.median(inference):.2f} ms")
-    for way, own in ratios.items():
-        mean = statistics.fmean(own) if "budget" in way else statistics.median(own)
-        print(f"| {way} | {mean:.2f} | {min(own):.2f} to {max(own):.2f} |")
-    print(ways["tent, budget=0.5"].plan().spending)
+    kept = "MALLOC_TRIM_THRESHOLD_" in os.environ
+    return {
+        "model": name, "batch": batch, "threads": torch.get_num_threads(), "device": device.type,
+        "layout": str(layout).removeprefix("torch."), "memory": "kept" if kept else "default",
+        "rounds": rounds, "machine": describe_machine(device),
+        "inference": statistics.median(inference),
+        "to_inference": {way: [middle(way, own), min(own), max(own)] for way, own in ratios.items()},
+        "spending": str(ways[MEAN].plan().spending),
+    }  # fmt: skip
+
+
+def middle(way: str, ratios: Sequence[float]) -> float:
+    """The ratio that is shown."""
+    return (statistics.fmean if way == MEAN else statistics.median)(ratios)
+
+
+def told(row: dict[str, Any]) -> Iterator[str]:
+    """What a run of `latency` prints."""
+    yield f"{row['machine']}; inference {1000 * row['inference']:.2f} ms"
+    for way, ratios in row["to_inference"].items():
+        yield f"| {way} | {shown(ratios)} |"
+    yield row["spending"]
+
+
+def shown(ratios: Sequence[float]) -> str:
+    """A ratio with the smallest and the largest that were seen."""
+    return "{:.2f} ({:.2f}–{:.2f})".format(*ratios)  # noqa: RUF001  (a range)
+
+
+def keep(path: Path, row: dict[str, Any]) -> None:
+    """Adds a row to a file, in place of one of the same settings."""
+    held = json.loads(path.read_text()) if path.exists() else []
+    others = [each for each in held if any(each[name] != row[name] for name in SETTINGS)]
+    write_json(path, [*others, row])
+
+
+def write_page(rows: Sequence[dict[str, Any]], page: Path) -> None:
+    """The tables of the page, from the rows of a file."""
+    plain = {"batch": 16, "threads": 2, "device": "cpu", "layout": "contiguous_format"}
+
+    def found(**settings: Any) -> dict[str, Any]:
+        return next(r for r in rows if all(r[name] == value for name, value in settings.items()))
+
+    for name, models, own in (
+        ("large", LARGE, {**plain, "memory": "default"}),
+        ("others", OTHERS, {"threads": 1, "memory": "default"}),
+    ):
+        columns = [found(model=model, **own)["to_inference"] for model in models]
+        lines = [f"| | {' | '.join(models.values())} |", f"|---|{'---:|' * len(columns)}"]
+        for way in columns[0]:
+            cells = [shown(column[way]) if way in column else "" for column in columns]
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+        write_between(page, name, lines)
+    ways = "tent", "tent, deferred", "bn-adapt"
+    lines = [f"| | inference, ms | {' | '.join(ways)} |", f"|---|---:|{'---:|' * len(ways)}"]
+    for label, layout, memory in (
+        ("default", "contiguous_format", "default"), ("memory kept", "contiguous_format", "kept"),
+        ("channels_last", "channels_last", "default"), ("both", "channels_last", "kept"),
+    ):  # fmt: skip
+        row = found(**plain | {"model": next(iter(LARGE)), "layout": layout, "memory": memory})
+        cells = [f"{1000 * row['inference']:.0f}", *(shown(row["to_inference"][w]) for w in ways)]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    write_between(page, "layout", lines)
 
 
 def infer(model: nn.Module, x: Tensor) -> Tensor:
@@ -164,7 +238,7 @@ def gate(
 def main() -> None:
     """Parses and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("latency", "gate"))
+    parser.add_argument("what", choices=("latency", "gate", "page"))
     parser.add_argument("--model", default="embedded:batch")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=25)
@@ -173,12 +247,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="of gate: how many streams")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; of latency")
     parser.add_argument("--channels-last", action="store_true", help="model and batch; of latency")
+    parser.add_argument("--out", type=Path, help="a file that keeps what latency found")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    if given.what == "latency":
+    if given.what == "page":
+        write_page(json.loads(NUMBERS.read_text()), PAGE)
+    elif given.what == "latency":
         layout = torch.channels_last if given.channels_last else torch.contiguous_format
-        latency(given.model, given.batch, given.rounds, torch.device(given.device), layout)
+        row = latency(given.model, given.batch, given.rounds, torch.device(given.device), layout)
+        print(*told(row), sep="\n")
+        if given.out is not None:
+            keep(given.out, row)
     else:
         more: list[float] = []
         for seed in range(given.seeds):
