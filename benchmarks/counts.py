@@ -24,7 +24,7 @@ from cost import METHODS, options_of
 from settings import setting
 from testtime._core.errors import ScopeError, TesttimeWarning
 from testtime._core.registry import entries, find
-from testtime.adaptation.layers import hooked
+from testtime.adaptation.layers import Hook, hooked
 
 SURE = {"stamp": {"margin": 1.0}}
 """Options beside those of `cost.py` with which a method learns from every sample."""
@@ -87,7 +87,7 @@ def needed(model: nn.Module, x: Tensor) -> str:
         elif isinstance(module, nn.MaxPool2d):
             kept[nn.MaxPool2d] += 4 * output.numel()
 
-    with torch.no_grad(), hooked(m.register_forward_hook(see) for m in model.modules()):
+    with torch.no_grad(), hooked(Hook(m, see, after=True) for m in model.modules()):
         model(x)
     norm, relu, pool = (size / 2**20 for size in kept.values())
     return (
