@@ -14,7 +14,7 @@ from testtime._core.errors import NeedsSource, OptionError, StateError
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.gating import AGAIN
 from testtime.adaptation.layers import norm_layers
-from testtime.adaptation.source_like import SourceLike, effect, pooled, summaries
+from testtime.adaptation.source_like import SourceLike, effect, pooled, summaries, summed
 from testtime.guard.exchangeability import Exchangeability
 from testtime.guard.monitor import Monitor
 from testtime.measures.entropy import entropy
@@ -60,33 +60,47 @@ def outcomes(adapter: tt.Adapter, xs: list[Tensor]) -> list[Outcome]:
 )
 def test_the_effect_is_the_mean_of_unbiased_squares(rows):
     samples, mean = torch.tensor(rows).double(), torch.tensor([1.0, 0.0, -2.0]).double()
-    found = pooled(None, samples, 64)
+    found = summed([samples])
+    count, told = float(len(samples)), (found["sum"], found["square"], mean)
     spread = torch.tensor([2.0, 1.0, 0.5]).double()
     want = [
         ((c.mean() - m) ** 2 - c.var() / len(c)) / s
         for c, m, s in zip(samples.T, mean, spread, strict=True)
     ]
-    torch.testing.assert_close(effect(found, mean, spread, 0.0), sum(want) / 3)
+    torch.testing.assert_close(effect(count, *told, spread, 0.0).mean(), sum(want) / 3)
     own = [((c.mean() - m) ** 2 - c.var() / len(c)) / (c.var() + 0.1)
            for c, m in zip(samples.T, mean, strict=True)]  # fmt: skip
-    torch.testing.assert_close(effect(found, mean, None, 0.1), sum(own) / 3)
+    torch.testing.assert_close(effect(count, *told, torch.nan * mean, 0.1).mean(), sum(own) / 3)
 
 
 def test_the_effect_is_unbiased_for_batches_of_any_size():
     generator = torch.Generator().manual_seed(0)
     for size in (4, 64):
         drawn = torch.randn(20000 // size, size, 3, generator=generator).double() + 0.3
-        got = [effect(pooled(None, x, 64), torch.zeros(3), torch.ones(3), 0.0) for x in drawn]
-        assert torch.stack(got).mean() == pytest.approx(0.09, abs=0.01)
+        sums, squares = drawn.sum(1), drawn.square().sum(1)
+        got = effect(float(size), sums, squares, torch.zeros(3), torch.ones(3), 0.0)
+        assert got.mean() == pytest.approx(0.09, abs=0.01)
 
 
 def test_small_batches_are_judged_with_those_before_them():
     sums, samples = None, torch.arange(100.0)[:, None]
+    signal = torch.zeros(1, dtype=torch.long)
     for sample in samples.split(8):
-        sums = pooled(sums, sample, 64)
-    assert sums["count"] == pytest.approx(64, abs=8)
-    assert 40 < sums["sum"] / sums["count"] < 75  # a mean of late ones
-    assert pooled(sums, torch.ones(64, 1), 64)["sum"] == 64
+        sums = pooled(sums, summed([sample]), 64, signal)
+    assert sums["count"] == [pytest.approx(64, abs=8)]
+    assert 40 < sums["sum"] / sums["count"][0] < 75  # a mean of late ones
+    assert pooled(sums, summed([torch.ones(64, 1)]), 64, signal)["sum"] == 64
+
+
+def test_signals_of_more_samples_fade_by_themselves():
+    signal = torch.tensor([0, 0, 1])
+    one = summed([torch.ones(8, 2), torch.ones(40, 1)])
+    sums = pooled(one, one, 64, signal)
+    assert sums["count"] == [16, 64]
+    assert sums["sum"].tolist() == pytest.approx([16, 16, 64])
+    asleep = summed([torch.ones(0, 2), torch.ones(8, 1)])  # a layer that did not run
+    assert pooled(sums, asleep, 64, signal)["sum"].tolist() == pytest.approx([16, 16, 64])
+    assert pooled(asleep, one, 64, signal)["count"] == [8, 48]
 
 
 @pytest.mark.parametrize("kind", KINDS)

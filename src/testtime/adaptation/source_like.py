@@ -1,7 +1,7 @@
 """Whether data look like the source's: in its normalisation layers, and in how sure its model is."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,6 +27,9 @@ LONG = 4
 CALM = 256
 """Samples that looked like the source's from which their entropy is known, where nobody told it."""
 Sums = dict[str, Any]
+"""Over samples: `count` of each signal; `sum` and `square` by channel, one signal beside another."""
+Reference = tuple[Tensor, Tensor, Tensor]
+"""Mean and variance of a signal on source data, and what is added to the variance, by channel."""
 
 
 def summaries(layer: NormLayer, x: Tensor) -> Tensor:
@@ -60,36 +63,59 @@ def summarised(layers: Sequence[NormLayer], into: dict[str, Tensor]) -> Iterator
         yield
 
 
-def effect(found: Sums, mean: Tensor, variance: Tensor | None, floor: Tensor | float) -> Tensor:
-    """How far samples lie from a reference: the mean over channels of Cohen's d squared, unbiased.
+def effect(
+    count: Tensor | float, sums: Tensor, squares: Tensor, mean: Tensor, variance: Tensor, floor: Any
+) -> Tensor:
+    """How far samples lie from a reference in each channel: Cohen's d squared, unbiased.
 
     Args:
-        found: count of samples, `sum` and `square` of their summaries.
+        count: of the samples.
+        sums: of what they show, (..., channels).
+        squares: of its square.
         mean: of the reference.
-        variance: of the reference, between samples; None: that of the samples at hand.
+        variance: of the reference, between samples; NaN: that of the samples at hand.
         floor: added to the variance, so that channels that are always the same say nothing.
 
     Example:
-        >>> found = {"count": 2.0, "sum": torch.tensor([4.0]), "square": torch.tensor([10.0])}
-        >>> effect(found, torch.tensor([0.0]), torch.tensor([1.0]), 0.0)
-        tensor(3.)
+        >>> mean, variance = torch.tensor([0.0, 0.0]), torch.tensor([1.0, torch.nan])
+        >>> effect(2.0, torch.tensor([4.0, 4.0]), torch.tensor([10.0, 10.0]), mean, variance, 0.0)
+        tensor([3.0000, 1.5000])
     """
-    count = found["count"]
-    average = found["sum"] / count
-    own = (found["square"] / count - average.square()).clamp(min=0) * count / (count - 1)
-    against = (own if variance is None else variance) + floor
-    return (((average - mean).square() - own / count) / against).mean()
+    average = sums / count
+    own = (squares / count - average.square()).clamp(min=0) * count / (count - 1)
+    against = torch.where(variance.isnan(), own, variance) + floor
+    return ((average - mean).square() - own / count) / against
 
 
-def pooled(old: Sums | None, samples: Tensor, most: int) -> Sums:
-    """Sums over the last `most` samples, about: older ones fade where these are fewer."""
-    fresh: Sums = {
-        "count": float(len(samples)), "sum": samples.sum(0), "square": samples.square().sum(0),
-    }  # fmt: skip
-    if old is None or len(samples) >= most:
+def summed(signals: Iterable[Tensor]) -> Sums:
+    """Sums over the samples of signals of (n, channels) each, one signal beside another."""
+    signals = list(signals)
+    return {
+        "count": [float(len(own)) for own in signals],
+        "sum": torch.cat([own.sum(0) for own in signals]),
+        "square": torch.cat([own.square().sum(0) for own in signals]),
+    }
+
+
+def pooled(old: Sums | None, fresh: Sums, most: int, signal: Tensor) -> Sums:
+    """Sums over the last `most` samples, about: older ones fade where the fresh are fewer.
+
+    Args:
+        old: until now.
+        fresh: of a batch.
+        most: samples of each signal.
+        signal: whose channel each is, (channels,).
+    """
+    if old is None:
         return fresh
-    share = min(1.0, (most - len(samples)) / old["count"])
-    return {name: share * old[name] + fresh[name] for name in fresh}
+    counts = list(zip(old["count"], fresh["count"], strict=True))
+    shares = [min(1.0, max(most - new, 0.0) / count) if count else 0.0 for count, new in counts]
+    share = fresh["sum"].new_tensor(shares)[signal]
+    return {
+        "count": [own * count + new for own, (count, new) in zip(shares, counts, strict=True)],
+        "sum": share * old["sum"] + fresh["sum"],
+        "square": share * old["square"] + fresh["square"],
+    }
 
 
 class SourceLike:
@@ -119,8 +145,8 @@ class SourceLike:
         self.effect, self.samples = effect, samples
         self.found = 0.0
         self._layers: list[NormLayer] = []
-        self._watched: list[tuple[str, Tensor, Tensor | None, Tensor]] = []
-        self._entropy: tuple[Tensor, Tensor] | None = None
+        self._references: list[Reference] = []
+        self._entropy: Reference | None = None
         self._seen: dict[str, Tensor] = {}
         self.reset()
 
@@ -148,9 +174,12 @@ class SourceLike:
         steps = min(LAYERS, len(layers))
         places = [round(i * (len(layers) - 1) / max(steps - 1, 1)) for i in range(steps)]
         self._layers = [layers[place] for place in dict.fromkeys(places)]
-        self._watched = [(layer.name, *_reference(layer, known)) for layer in self._layers]
+        self._references = [_reference(layer, known) for layer in self._layers]
+        means = [mean for mean, *_ in [*self._references, self._told()]]
+        self._widths = [len(mean) for mean in means]
+        self._signal = torch.cat([torch.full_like(m, i).long() for i, m in enumerate(means)])
         if known:
-            self._entropy = known["entropy.mean"], known["entropy.var"]
+            self._entropy = _of_entropy(known["entropy.mean"], known["entropy.var"])
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -164,54 +193,69 @@ class SourceLike:
 
         One that holds what is no number does, and is not remembered.
         """
-        seen = {**self._seen, "entropy": at_least_single(values)[:, None]}
+        fresh = summed([*self._shown(), at_least_single(values)[:, None]])
         latest, longer = (
-            {name: pooled(old.get(name), own, most) for name, own in seen.items()}
+            pooled(old, fresh, most, self._signal)
             for old, most in zip(self._recent, (self.samples, LONG * self.samples), strict=True)
         )
-        told = self._told()
-        references = [*self._watched, *([] if told is None else [("entropy", *told, 1e-6)])]
-        references = [ref for ref in references if latest.get(ref[0], {"count": 0})["count"] > 1]
-        nought = 0 * seen["entropy"].sum()  # no number where an entropy is none
-        moved = [
-            effect(latest[name], longer[name]["sum"] / longer[name]["count"], variance, floor)
-            for name, _, variance, floor in references
-        ]
-        apart = [
-            [self._apart(own[name], *reference) for name, *reference in references]
-            for own in (latest, longer)
-        ]
-        most = torch.stack([torch.stack([*each, nought]).max() for each in (moved, *apart)])
-        away, now, most = most.tolist()  # in one wait for the device
-        if away > self.effect**2:
+        moved, now, most = self._apart(latest, longer)
+        if moved > self.effect**2:
             longer, most = latest, now
-        self.found = math.sqrt(max(now, most, 0.0)) if references else math.inf
+        self.found = math.sqrt(max(now, most, 0.0))
         if math.isnan(now):
             return True
         self._recent = latest, longer
-        few = latest["entropy"]["count"] < self.samples / 4
+        *layers, entropies = latest["count"]
+        few = entropies < self.samples / 4 or max(layers) < 2
         opened = few or self.found > self.effect
-        if not opened and self._entropy is None and (self._calm or {"count": 0})["count"] < CALM:
-            self._calm = pooled(self._calm, seen["entropy"], CALM + len(values))
+        if not opened and self._entropy is None and _count(self._calm) < CALM:
+            own = {name: every[-1:] for name, every in fresh.items()}
+            self._calm = pooled(self._calm, own, CALM + len(values), 0 * self._signal[:1])
         return opened
 
-    def _apart(self, found: Sums, mean: Tensor, variance: Tensor | None, floor: Any) -> Tensor:
-        """The squared effect, in units of what `samples` may show."""
-        more = min(max(found["count"] / self.samples, 1.0), LONG)
-        return more * effect(found, mean, variance, floor)
+    def _shown(self) -> Iterator[Tensor]:
+        """What each layer showed in the last forward; no samples where it did not run."""
+        for layer, (mean, *_) in zip(self._layers, self._references, strict=True):
+            yield self._seen.get(layer.name, mean.new_zeros(0, len(mean)))
 
-    def _told(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and variance of the source's entropy, once they are known."""
+    def _apart(self, latest: Sums, longer: Sums) -> tuple[float, float, float]:
+        """The largest of the signals' squared effects; no number where an entropy is none.
+
+        Args:
+            latest: sums over `samples`.
+            longer: over `LONG` times as many.
+
+        Returns:
+            Of the latest beside the longer; then of each beside the source, in units of what
+            `samples` may show.
+        """
+        rows = latest, latest, longer
+        references = zip(*self._references, self._told(), strict=True)
+        mean, variance, floor = (torch.cat(each) for each in references)
+        counts = mean.new_tensor([own["count"] for own in rows])
+        sums, squares = (torch.stack([own[name] for own in rows]) for name in ("sum", "square"))
+        count = counts[:, self._signal]
+        means = torch.stack([sums[2] / count[2], mean, mean])
+        channels = effect(count, sums, squares, means, variance, floor)
+        channels = torch.where(count > 1, channels, 0 * sums)
+        signals = torch.stack([each.mean(1) for each in channels.split(self._widths, 1)], 1)
+        signals[1:] *= (counts[1:] / self.samples).clamp(1, LONG)
+        moved, now, most = signals.amax(1).tolist()  # in one wait for the device
+        return moved, now, most
+
+    def _told(self) -> Reference:
+        """The source's entropy; until it is known, one that nothing lies apart from."""
         if self._entropy is not None:
             return self._entropy
-        if self._calm is None or self._calm["count"] < CALM:
-            return None
-        mean = self._calm["sum"] / self._calm["count"]
-        return mean, self._calm["square"] / self._calm["count"] - mean.square()
+        if self._calm is None or _count(self._calm) < CALM:
+            nothing = torch.zeros_like(self._references[0][0][:1])
+            return nothing, nothing + math.inf, nothing
+        mean = self._calm["sum"] / _count(self._calm)
+        return _of_entropy(mean, self._calm["square"] / _count(self._calm) - mean.square())
 
     def reset(self) -> None:
         """Forgets the stream."""
-        self._recent: tuple[dict[str, Sums], dict[str, Sums]] = {}, {}
+        self._recent: tuple[Sums | None, Sums | None] = None, None
         self._calm: Sums | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,28 +268,37 @@ class SourceLike:
         Raises:
             StateError: another version kept other things.
         """
-        if not isinstance(state["recent"], list | tuple) or len(state["recent"]) != 2:
+        recent = state["recent"]
+        if len(recent) != 2 or any(own is not None and "sum" not in own for own in recent):
             raise StateError(
-                "recent holds one sum; expected two, of the latest samples and of more. It was kept by "
-                "another version of testtime. Begin anew: reset()."
+                f"recent holds {recent!r:.60}; expected two sums, of the latest samples and of more. It "
+                "was kept by another version of testtime. Begin anew: reset()."
             )
         latest, longer = state["recent"]
         self._recent, self._calm = (latest, longer), state["calm"]
 
 
-def _reference(
-    layer: NormLayer, known: dict[str, Tensor] | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Mean and variance of summaries on source data, and what is added to the variance."""
+def _reference(layer: NormLayer, known: dict[str, Tensor] | None) -> Reference:
+    """Of a layer's summaries."""
     if known:
-        variance = known[f"{layer.name}.var"]
-        return known[f"{layer.name}.mean"], variance, 1e-6 + 1e-3 * variance.mean()
+        mean, variance = (known[f"{layer.name}.{what}"] for what in ("mean", "var"))
+        return mean, variance, torch.full_like(mean, 1e-6) + 1e-3 * variance.mean()
     buffers = layer.module._buffers
     mean, var = (at_least_single(buffers[f"running_{what}"]) for what in ("mean", "var"))  # pyright: ignore[reportArgumentType]
     energy = var + mean.square()
     # channels that are nearly constant in training: a deviation of the layer's own eps is none
     floor = torch.cat([1e-3 * var + layer.eps, 1e-3 * energy.square() + layer.eps])
-    return torch.cat([mean, energy]), None, floor
+    return torch.cat([mean, energy]), torch.full_like(floor, math.nan), floor
+
+
+def _of_entropy(mean: Tensor, variance: Tensor) -> Reference:
+    mean, variance = mean.reshape(1), variance.reshape(1)
+    return mean, variance, torch.full_like(mean, 1e-6)
+
+
+def _count(sums: Sums | None) -> float:
+    """Samples of the only signal."""
+    return 0.0 if sums is None else sums["count"][0]
 
 
 @dataclass(frozen=True, kw_only=True)
