@@ -1,5 +1,7 @@
 """A budget is kept by counting and by the clock; the clock is a list here."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,13 +10,15 @@ from torch import nn
 
 import testtime as tt
 from models import batches, tiny
-from testtime._core.errors import OptionError
+from testtime._core.errors import OptionError, StateError
 from testtime._core.outcomes import Outcome
 from testtime.adaptation import budget as module
-from testtime.adaptation.budget import affords, entered, executed, later, opened
+from testtime.adaptation.budget import PART, entered, executed, later, opened, teaching
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import Loan
+from testtime.adaptation.methods.tent import tent
+from testtime.measures.entropy import entropy
 
 
 class Deep(nn.Module):
@@ -40,18 +44,21 @@ def deep() -> Deep:
 
 @pytest.fixture
 def costs(monkeypatch):
-    """Seconds that a sample takes in plain inference and in a step; the clock goes by them alone."""
-    state = {"time": 0.0, "plain": 1.0, "step": 1.0}
+    """Seconds that a sample takes in plain inference and in a step, and that a step takes besides.
+
+    The clock goes by them alone.
+    """
+    state = {"time": 0.0, "plain": 1.0, "step": 1.0, "fixed": 0.0}
 
     def spend(kind, run):
         def spending(engine, x, given):
-            state["time"] += len(x) * state[kind]
+            state["time"] += len(x) * state[kind] + (kind == "step") * state["fixed"]
             return run(engine, x, given)
 
         return spending
 
     monkeypatch.setattr(Engine, "steps", spend("step", Engine.steps))
-    monkeypatch.setattr(Engine, "spared", spend("plain", Engine.spared))
+    monkeypatch.setattr(Engine, "predict", spend("plain", Engine.predict))
     monkeypatch.setattr(module, "clock", lambda: state["time"])
     return state
 
@@ -97,22 +104,28 @@ def test_a_scope_that_ends_early_keeps_its_last_layer():
     assert later(["norm0.weight"], norms, {}, 0.1) == (["norm0.weight"], None)
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.floats(0, 3), st.floats(0.01, 4), st.integers(1, 64))
-def test_the_account_never_exceeds_the_budget(budget, extra, size):
-    account, taught = opened(), 0
-    for _ in range(100):
-        kind = "step" if affords(account, size, budget) else "plain"
-        taught += kind == "step"
-        seconds = size * (1.0 + extra * (kind == "step"))
-        account = entered(
-            account, kind, size, seconds if len(account[kind]) < module.TIMES else None
-        )
-        if taught > 2:  # two to know what they take
-            assert account["learnt"] * extra <= budget * account["samples"] * (1 + 1e-6)
-    assert account["samples"] == 100 * size
+@settings(deadline=None, max_examples=60)
+@given(st.floats(0, 3), st.floats(0.01, 4), st.integers(1, 64), st.booleans(), st.floats(0.5, 3))
+def test_the_account_never_exceeds_the_budget(budget, extra, size, apart, dearer):
+    account, taught, spent = opened(), {"whole": 0, "part": 0}, 0.0
+    for number in range(200):
+        learnt = teaching(account, size, budget, apart=apart)
+        kind = "whole" if learnt == size else "part"
+        taught[kind] += learnt > 0
+        assert kind == "whole" or not learnt or (apart and PART <= learnt <= size // 2)
+        more = learnt * extra * (dearer if kind == "part" else 1.0)
+        spent += more
+        account = entered(account, size, learnt, size + more if number < 30 else None)
+        # two of each kind to know what they take
+        if learnt and taught["whole"] > 2 and taught["part"] not in (1, 2):
+            assert spent <= budget * account["samples"] * (1 + 1e-6)
+    assert account["samples"] == 200 * size
+    assert account["updates"] == sum(taught.values())
     # and it is used, but for what the first batches showed
-    assert taught >= min(98, int(100 * min(1.0, budget / extra))) - 3
+    least = min(198 * size, int(200 * size * min(1.0, budget / extra)) - 4 * size)
+    assert sum(account["learnt"].values()) >= least / max(dearer if apart else 1.0, 1.0)
+    if apart and size >= 16 and extra > budget > 0.3 * extra and dearer <= 1:
+        assert sum(taught.values()) > 150  # nearly each batch teaches, most of them in part
 
 
 def test_updates_thin_out_until_the_budget_is_kept(costs):
@@ -123,7 +136,7 @@ def test_updates_thin_out_until_the_budget_is_kept(costs):
         adapter(xs[number % 4])
     told = adapter.plan().spending
     assert told.update == pytest.approx(2)
-    assert told.learnt == 0.25
+    assert told.learnt == told.updates == 0.25
     assert told.total == pytest.approx(0.5)
     assert adapter.events[-1].measured["budget"] == pytest.approx(0.5)
     assert adapter.counts.spared == 30
@@ -222,3 +235,155 @@ def test_updates_that_took_no_longer_than_an_answer_took_nothing(costs):
         adapter(x)
     told = adapter.plan().spending
     assert (told.update, told.total, told.learnt) == (0, 0, 4 / 6)
+
+
+def used(adapter: tt.Adapter) -> set[int]:
+    """How many samples its updates were of."""
+    return {int(event.measured["used"]) for event in adapter.events if event.measured["used"]}
+
+
+METHODS = {
+    "tent": {}, "sar": {"margin": 2.0}, "eta": {"margin": 2.0, "redundancy": 1.0},
+    "deyo": {"entropy_margin": 2.0, "drop_margin": -1.0},
+}  # fmt: skip
+"""With options by which all may teach."""
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_where_samples_are_apart_a_part_of_each_batch_teaches(name, deferred, costs):
+    costs.update(plain=1.0, step=3.0)
+    adapter = tt.adapt(tiny("group"), name, budget=0.5, deferred=deferred, **METHODS[name])
+    xs = batches(40, size=32)
+    for x in xs[:-1]:
+        adapter(x)
+    mark, wanted = adapter.snapshot(), adapter.predict(xs[-1])
+    answer = adapter(xs[-1])
+    torch.testing.assert_close(answer, wanted)
+    told, event = adapter.plan().spending, adapter.events[-1]
+    assert told.updates > 0.8
+    assert told.learnt == pytest.approx(0.25, abs=0.01)
+    assert told.total == pytest.approx(0.5, abs=0.02)
+    assert event.samples == 32
+    assert event.entropy == pytest.approx(float(entropy(answer).mean()), rel=1e-4)
+    assert (adapter.counts.samples, adapter.snapshot().samples) == (40 * 32, 40 * 32)
+    assert adapter.snapshot().steps == adapter.counts.steps == 40
+    alone = adapter._engine.step(xs[-1][::4], mark).state  # a step of the method on these eight
+    for key, tensor in adapter.snapshot().tensors.items():
+        assert torch.equal(tensor, alone.tensors[key])
+    assert adapter.counts.updates > 30
+
+
+def test_parts_are_of_few_sizes_so_that_each_is_prepared_for_once(costs):
+    costs.update(plain=1.0, step=3.0)
+    adapter = tt.adapt(tiny("group"), "tent", budget=0.7)
+    for x in batches(60, size=48):
+        adapter(x)
+    assert used(adapter) <= {48, 24, 16, 12, 9, 8}
+    assert len(used(adapter)) <= 4
+
+
+class Mixing(nn.Module):
+    """A network whose samples see each other, in a layer that is none of normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny("group")
+
+    def forward(self, x):
+        return self.body(x - 0.1 * x.mean(0))
+
+
+class Telling(nn.Module):
+    """A network that tells something else beside its logits."""
+
+    def __init__(self, tells) -> None:
+        super().__init__()
+        self.body, self.tells = tiny("group"), tells
+
+    def forward(self, x):
+        logits = self.body(x)
+        return {"logits": logits, "more": self.tells(logits), "name": "telling"}
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "size"),
+    [
+        (lambda: tiny("batch"), "tent", 32),
+        (Mixing, "tent", 32),
+        (lambda: Telling(lambda logits: torch.arange(5.0)), "tent", 32),
+        (lambda: tiny("group"), "lame", 32),
+        (lambda: tiny("group"), "cotta", 32),
+        (lambda: tiny("group"), "roid", 32),
+        (lambda: tiny("group"), "ostta", 32),
+        (lambda: tiny("group"), "tent", 2 * PART - 1),
+    ],
+)
+def test_where_they_are_not_whole_batches_teach(model, name, size, costs):
+    costs.update(plain=1.0, step=3.0)
+    more = {"views": 2, "threshold": 0.0} if name == "cotta" else {}
+    adapter = tt.adapt(model(), name, budget=0.5, **more)
+    for x in batches(20, size=size):
+        adapter(x)
+    spending = adapter.plan().spending
+    assert spending.learnt == spending.updates
+    assert spending.learnt in (0.25, 0.9) or name in ("lame", "cotta")
+
+
+def test_whole_batches_teach_where_parts_take_as_long(costs):
+    costs.update(plain=1.0, step=1.0, fixed=64.0)  # calls outweigh what they compute
+    adapter = tt.adapt(tiny("group"), "tent", budget=0.5)
+    for x in batches(60, size=32):
+        adapter(x)
+    told = adapter.plan().spending
+    assert [event.measured["used"] for event in adapter.events].count(32) > 12
+    assert told.total <= 0.5 + 1e-6
+    assert told.learnt == pytest.approx(told.updates, abs=0.05)
+
+
+@pytest.mark.parametrize("tells", [lambda logits: logits.softmax(1), lambda logits: logits.mean()])
+def test_all_that_a_model_returns_is_put_together_again(tells, costs):
+    costs.update(plain=1.0, step=3.0)
+    adapter = tt.adapt(Telling(tells), "tent", budget=0.5)
+    for x in batches(20, size=32):
+        wanted, answer = adapter.predict(x), adapter(x)
+        assert answer["name"] == "telling"
+        for key in ("logits", "more"):
+            if answer[key].dim():
+                torch.testing.assert_close(answer[key], wanted[key])
+            assert not answer[key].requires_grad
+    assert used(adapter) == {32, 8}
+
+
+def test_pixels_are_put_together_again(costs):
+    costs.update(plain=1.0, step=3.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 5, 1)).eval()
+    adapter = tt.adapt(model, "tent", budget=0.5)
+    for x in batches(20, size=32):
+        wanted, answer = adapter.predict(x), adapter(x)
+        torch.testing.assert_close(answer, wanted)
+        each = adapter.events[-1].entropy
+        assert each == pytest.approx(float(entropy(answer.movedim(1, -1)).mean()), rel=1e-4)
+    assert used(adapter) == {32 * 36, 8 * 36}
+
+
+def test_an_outlier_score_is_of_all_samples(costs):
+    costs.update(plain=1.0, step=3.0)
+    recipe = replace(tent(), outlier=entropy)
+    adapter = tt.adapt(tiny("group"), recipe, budget=0.5)
+    for x in batches(20, size=32):
+        adapter(x)
+        assert len(adapter.events[-1].measured["outlier"]) == 32
+
+
+def test_a_state_of_another_version_is_refused(costs):
+    adapter = tt.adapt(tiny("group"), "tent", budget=0.5)
+    adapter(batches(1)[0])
+    mark = adapter.snapshot()
+    with pytest.raises(StateError, match="another version"):
+        adapter.restore(
+            replace(mark, account={"samples": 16, "learnt": 0, "plain": [], "step": []})
+        )
+    adapter.restore(mark)

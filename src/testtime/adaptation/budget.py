@@ -3,8 +3,10 @@
 First by counting, so that it is the same every time: of the tensors in normalisation layers those
 stay that a backward reaches within the budget, from the last layer back; never fewer than the later
 half's, counted in operations. Then by the clock: a batch teaches when what the updates so far took,
-and one more would, is within the budget of all batches so far. Times are measured in the first
-batches and then held, so that nothing is measured for ever.
+and one more would, is within the budget of all batches so far. Where samples are answered each by
+itself, one that does not fit whole teaches in part, as each batch then can: as many samples in more
+updates teach more. Times are measured in the first batches and then held, so that nothing is
+measured for ever.
 """
 
 import time
@@ -14,6 +16,7 @@ from itertools import chain
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from testtime._core.devices import wait_for
@@ -22,14 +25,24 @@ from testtime.adaptation.engine import Engine
 from testtime.adaptation.layers import Hook, NormLayer, hooked
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.look import source_output
+from testtime.adaptation.outputs import detached, join, map_tensors, read_logits, rows
 from testtime.adaptation.state import State
 from testtime.adaptation.steps import Steps, begun, ended
+from testtime.measures.entropy import entropy
 
 LEAST = 0.5
 """Share of a forward that the backward of what adapts may take, however small the budget."""
 TIMES = 5
 """Batches of each kind that are timed; the first of a kind is left out, since it warms up."""
+PART = 8
+"""Samples of a batch that teach at least, where not all do."""
+DEARER = 2.0
+"""How much more a sample may cost where a part of its batch teaches than where all do. It does more
+where calls outweigh what they compute, as with few samples on a GPU: then fewer, whole batches teach."""
 Account = dict[str, Any]
+"""What was spent: `batches` and `samples` answered, `updates`, and by kind of step ("whole" batches
+or "part" of them) the samples `learnt` from. `seconds`: measured for a sample, of answers ("plain"),
+and beyond them of what teaches."""
 clock: Callable[[], float] = time.perf_counter
 
 
@@ -42,7 +55,8 @@ class Spending:
         layers: normalisation layers that adapt, of `of` that the method names.
         of: these.
         counted: what a backward through them takes by counting; None before the first batch.
-        update: what an update was measured to take; None before there were any.
+        update: what a whole batch's update was measured to take; None before there were any.
+        updates: share of the batches that were learnt from, whole or in part.
         learnt: share of the samples that were learnt from.
         total: what all updates took of all forwards, by these measures.
     """
@@ -52,6 +66,7 @@ class Spending:
     of: int
     counted: float | None
     update: float | None
+    updates: float
     learnt: float
     total: float | None
 
@@ -110,35 +125,84 @@ def later(
 
 def opened() -> Account:
     """The account of a stream that begins."""
-    return {"samples": 0, "learnt": 0, "plain": [], "step": []}
+    return {
+        "batches": 0, "samples": 0, "updates": 0,
+        "learnt": {"whole": 0, "part": 0}, "seconds": {"plain": [], "whole": [], "part": []},
+    }  # fmt: skip
 
 
-def affords(account: Account, samples: int, budget: float) -> bool:
-    """Whether a batch may teach. Plain inference is timed first, and then one update.
+def teaching(account: Account, samples: int, budget: float, *, apart: bool) -> int:
+    """How many samples of a batch may teach. Plain inference is timed first, then two whole batches.
+
+    Args:
+        account: until now.
+        samples: of the batch.
+        budget: share of a forward.
+        apart: whether a part of it may teach, at least `PART` samples: half of it, a third, ...
 
     Example:
-        >>> account = {"samples": 30, "learnt": 10, "plain": [9.0, 1.0], "step": [9.0, 2.0]}
-        >>> affords(account, 10, 0.5), affords(account, 10, 0.4)
-        (True, False)
+        >>> seconds = {"plain": [9.0, 1.0], "whole": [9.0, 1.0], "part": []}
+        >>> account = opened() | {"samples": 128, "seconds": seconds, "learnt": {"whole": 64, "part": 0}}
+        >>> [teaching(account, 64, budget, apart=True) for budget in (0.3, 0.4, 0.6, 0.7)]
+        [0, 12, 32, 64]
     """
-    if len(account["plain"]) < 2:
-        return False
-    if len(account["step"]) < 2:
-        return True
-    plain, step = _held(account["plain"]), _held(account["step"])
-    spent = (account["learnt"] + samples) * (step - plain)
-    return spent <= budget * plain * (account["samples"] + samples) * (1 + 1e-9)
+    seconds = account["seconds"]
+    if len(seconds["plain"]) < 2:
+        return 0
+    if len(seconds["whole"]) < 2:
+        return samples
+    left = budget * _held(seconds["plain"]) * (account["samples"] + samples) * (1 + 1e-9)
+    left -= _spent(account)
+    whole, part = _taken(account, "whole"), _taken(account, "part")
+    if whole * samples <= left:
+        return samples
+    if not apart or part > DEARER * whole:
+        return 0
+    sizes = (samples // parts for parts in range(2, samples // PART + 1))
+    return next((size for size in sizes if part * size <= left), 0)
 
 
-def entered(account: Account, kind: str, samples: int, seconds: float | None) -> Account:
-    """The account after a batch of that kind, "plain" or "step"."""
-    times = account[kind] if seconds is None else [*account[kind], seconds / samples]
+def entered(account: Account, samples: int, learnt: int, seconds: float | None) -> Account:
+    """The account after a batch.
+
+    Args:
+        account: before it.
+        samples: of the batch.
+        learnt: how many of them taught.
+        seconds: that it took; None where it was not timed.
+    """
+    kind, times = _kind(samples, learnt), account["seconds"]
+    if seconds is not None:
+        more = seconds - samples * _held(times["plain"]) if learnt else seconds
+        times = {**times, kind: [*times[kind], more / (learnt or samples)]}
+    by_kind = account["learnt"]
     return {
-        **account,
+        "batches": account["batches"] + 1,
         "samples": account["samples"] + samples,
-        "learnt": account["learnt"] + samples * (kind == "step"),
-        kind: times,
+        "updates": account["updates"] + bool(learnt),
+        "learnt": {**by_kind, kind: by_kind[kind] + learnt} if learnt else by_kind,
+        "seconds": times,
     }
+
+
+def _kind(samples: int, learnt: int) -> str:
+    return "plain" if not learnt else "whole" if learnt == samples else "part"
+
+
+def _taken(account: Account, kind: str) -> float:
+    """Seconds that a sample takes which teaches; in parts as in whole batches until these are timed."""
+    times = account["seconds"][kind]
+    if len(times) < 2 and kind == "part":
+        return _taken(account, "whole")
+    return max(_held(times), 0.0) if len(times) > 1 else 0.0
+
+
+def _spent(account: Account) -> float:
+    return sum(learnt * _taken(account, kind) for kind, learnt in account["learnt"].items())
+
+
+def _held(times: list[float]) -> float:
+    return median(times[1:])
 
 
 class Ration:
@@ -170,17 +234,17 @@ class Ration:
         )
 
     def steps(self, x: Tensor, state: State) -> Steps:
-        """The method's step where the budget affords it, else an answer alone; either is timed."""
+        """The method's step for as many samples as the budget affords; for the others, answers."""
         engine, account = self.engine, state.account or opened()
-        due = affords(account, len(x), self.budget)
+        learnt = teaching(account, len(x), self.budget, apart=engine.shortcuts.answers_apart(x))
         if not engine.ranks.alone:  # clocks differ, and all learn, or none
-            due = float(engine.ranks.sum(x.new_tensor(float(not due)))) == 0
-        kind = "step" if due else "plain"
-        timed = len(account[kind]) < TIMES
+            idle = float(engine.ranks.sum(x.new_tensor(float(not learnt)))) > 0
+            learnt = 0 if idle else len(x)
+        timed = len(account["seconds"][_kind(len(x), learnt)]) < TIMES
         start = self._now() if timed else 0.0
         away = 0.0  # whoever has the answer does other things before the rest runs
-        if due:
-            steps = engine.steps(x, state)
+        if learnt:
+            steps = engine.steps(x, state) if learnt == len(x) else self._in_part(x, learnt, state)
             output, done = begun(steps)
             if done is None:
                 left = self._now() if timed else 0.0
@@ -190,25 +254,49 @@ class Ration:
         else:
             done = engine.spared(x, state)
         seconds = self._now() - start - away if timed else None
-        account = entered(account, kind, len(x), seconds)
+        account = entered(account, len(x), learnt, seconds)
         done.measured["budget"] = self.told(account).total
         return done._replace(state=replace(done.state, account=account))
+
+    def _in_part(self, x: Tensor, learnt: int, state: State) -> Steps:
+        """The method's step for some samples, spread evenly over the batch, and answers for all."""
+        engine, size = self.engine, len(x)
+        some = torch.arange(learnt, device=x.device) * size // learnt
+        rest = torch.ones(size, dtype=torch.bool, device=x.device)
+        rest[some] = False
+        others = rest.nonzero().flatten()
+        order = torch.cat([some, others]).argsort()
+
+        def whole(output: Any) -> Any:
+            both = join([output, answered])
+            return map_tensors(lambda part: part[order] if part.dim() else part, both)
+
+        answered, _ = engine.predict(x[others], state)
+        steps = engine.steps(x[some], state)
+        output, done = begun(steps)
+        if done is None:
+            yield whole(detached(output))
+            done = ended(steps)
+        output = whole(detached(done.output))
+        logits = rows(read_logits(output))
+        done.measured["entropy"] = entropy(logits).mean()
+        return engine.settled(done._replace(output=output, logits=logits), x, state)
 
     def told(self, account: Account | None) -> Spending:
         """What a plan tells of an account."""
         account = account or opened()
         update = total = None
-        learnt = account["learnt"] / max(account["samples"], 1)
-        if len(account["plain"]) > 1 and len(account["step"]) > 1:
-            update = max(_held(account["step"]) / _held(account["plain"]) - 1, 0.0)
-            total = update * learnt
-        return Spending(self.budget, self.layers, self.of, self.counted, update, learnt, total)
+        plain, whole = (account["seconds"][kind] for kind in ("plain", "whole"))
+        samples, learnt = max(account["samples"], 1), sum(account["learnt"].values())
+        if len(plain) > 1 and len(whole) > 1:
+            update = _taken(account, "whole") / _held(plain)
+            total = _spent(account) / _held(plain) / samples
+        return Spending(
+            self.budget, self.layers, self.of, self.counted, update,
+            account["updates"] / max(account["batches"], 1), learnt / samples, total,
+        )  # fmt: skip
 
     def _now(self) -> float:
         """Seconds on the clock, once the device has done all that it was given."""
         wait_for(self.engine.device)
         return clock()
-
-
-def _held(times: list[float]) -> float:
-    return median(times[1:])

@@ -13,7 +13,7 @@ from testtime.adaptation.layers import Hook, hooked, norm_kind, on_input
 from testtime.adaptation.lent import lending
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.modes import without_hooks
-from testtime.adaptation.outputs import read_logits
+from testtime.adaptation.outputs import map_tensors, read_logits
 from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
 from testtime.adaptation.ranks import Ranks
 
@@ -292,6 +292,26 @@ def answers_alone(loan: Loan, x: Tensor) -> bool | None:
         alone = read_logits(source_output(loan, x[:1]))[0]
     apart = (alone - together).abs().max() <= 0.01 * alone.abs().max()
     return slope is not None and bool(apart) and not slope[1].any()
+
+
+def answers_in_rows(loan: Loan, x: Tensor) -> bool:
+    """Whether all tensors that the source model returns are single numbers, or have a row for each sample.
+
+    Args:
+        loan: of the model.
+        x: a batch.
+    """
+    fits: list[bool] = []
+    for some in (x[:1], x[:2]):
+        with torch.no_grad():
+            output = source_output(loan, some)
+
+        def see(part: Tensor, size: int = len(some)) -> Tensor:
+            fits.append(not part.dim() or len(part) == size)
+            return part
+
+        map_tensors(see, output)
+    return all(fits)
 
 
 def answers_again(loan: Loan, x: Tensor) -> bool | None:

@@ -222,6 +222,16 @@ class Recipe:
         return read <= OF_A_SAMPLE and penalty <= OF_TENSORS
 
     @property
+    def splits(self) -> bool:
+        """Whether a part of a batch may teach, and the rest be answered as by `predict`, all the same.
+
+        The student answers, before it learns, and no part of the recipe needs many samples at once.
+        """
+        own = self.procedure is None and self.teacher is None and self.prediction is student
+        at_once = self.steps == 1 and not self.answer_after and not self.episodic
+        return own and at_once and self.objective is not None and not self.batch_objectives
+
+    @property
     def passes(self) -> tuple[float, float] | None:
         """The most forward and backward passes that a step costs, for each sample.
 

@@ -9,6 +9,7 @@ from testtime._core.errors import StateError
 from testtime._core.gates import Gate
 from testtime._core.guards import Guard
 from testtime._core.seeds import generator
+from testtime.adaptation.budget import opened
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.knowledge import fingerprint
 from testtime.adaptation.monitors import check_memory
@@ -64,6 +65,11 @@ def resumed(
         return replace(engine.fresh(), generator=state.generator)
     if seen:
         check_names(state, engine.names, what)
+    if state.account is not None and state.account.keys() != opened().keys():
+        raise StateError(
+            f"{what} was made by another version of testtime: its budget was kept in another way. Load it "
+            "there, or begin anew."
+        )
     if gate is not None and state.gate is not None:
         check_memory("gate", gate, state.gate["memory"], what)
     if state.guard is None:

@@ -3,6 +3,7 @@
 few       samples that may not teach pay for no backward: those that may go through once more
 sooner    an answer comes from a forward without a graph, and one with a graph runs behind it
 joined    changed copies of a batch share a forward, and each is normalised by itself
+apart     a part of a batch is learnt from, and the rest only answered
 """
 
 import time
@@ -15,7 +16,7 @@ from torch import Tensor
 from testtime.adaptation.evidence import Evidence, answers_without_graph
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.loan import Loan
-from testtime.adaptation.look import answers_again, answers_alone
+from testtime.adaptation.look import answers_again, answers_alone, answers_in_rows
 from testtime.adaptation.parts.statistics import SourceStatistics
 from testtime.adaptation.ranks import Ranks
 from testtime.adaptation.recipe import Recipe
@@ -96,6 +97,7 @@ class Shortcuts:
         )
         self._answers_alone: bool | None = None
         self._answers_again: bool | None = None
+        self._in_rows: bool | None = None
         self._sooner: dict[torch.Size, Sooner | None] = {}
 
     def few(self, x: Tensor, teaching: float | None) -> bool:
@@ -118,6 +120,20 @@ class Shortcuts:
         if not fits or x.numel() < WORTH * DEAR.get(x.device.type, 1):
             return False
         return self._apart(x)
+
+    def answers_apart(self, x: Tensor) -> bool:
+        """Whether a batch may be run in parts, of which some are only answered.
+
+        That is so where no layer mixes samples, all tensors that the model returns have one entry for
+        each, and the method answers and learns as it would from a smaller batch.
+        """
+        if not self.recipe.splits or self._norms_mix:
+            return False
+        if not self.ranks.alone or not self.loan.own_functions or not self._apart(x):
+            return False
+        if self._in_rows is None:
+            self._in_rows = answers_in_rows(self.loan, x)
+        return self._in_rows
 
     def sooner(self, evidence: Evidence) -> Sooner | None:
         """Which forward answers such a batch sooner; None where only one may.
