@@ -8,6 +8,7 @@
     python benchmarks/deploying.py page           writes them into the page
     python benchmarks/deploying.py gate --model embedded:batch --samples 256
     python benchmarks/deploying.py gate --model embedded:batch --severity 3 --seeds 5
+    python benchmarks/deploying.py budget --model embedded:group --samples 1000 --severity 3
 
 `latency`: in rounds, plain inference and each way of adapting with Tent answer the same batch, one
 after another; ratios are formed within a round, and median, smallest and largest are shown. The next
@@ -15,7 +16,8 @@ answer is asked for when the update behind the last one is over, as where batche
 between; under "no pause" it is asked for at once, and waits for that update. The parts of a deferred
 answer stand beside it: a forward on batch statistics, and one that keeps what a backward needs, both
 as one writes them with torch alone. `gate`: errors on the 15 corruptions one after another and on
-clean data, with and without.
+clean data, with and without. `budget`: errors on the same corruptions within a budget, beside those of
+as many samples in fewer, whole batches.
 """
 
 import argparse
@@ -235,15 +237,42 @@ def gate(
     return found
 
 
+def budget(
+    name: str, batch: int, samples: int, severity: int, seed: int = 0
+) -> Iterator[tuple[str, float, tt.Adapter]]:
+    """Error of each method within each budget, and who made it; beside it, of one batch of so many."""
+    stream = Scenario(batch_size=batch, samples=samples, severity=severity).stream(
+        load_data("fashion-mnist:sample"), seed=seed
+    )
+    batches = [(each.inputs, each.labels) for each in stream]
+    model = load_model(name)
+
+    def error(adapter: tt.Adapter) -> float:
+        score = Score()
+        for x, labels in batches:
+            score.add(adapter(x), labels)
+        return score.result()["error"]
+
+    yield "source", error(adapter := tt.adapt(model, "source")), adapter
+    for method in ("tent", "eta", "sar", "deyo"):
+        yield method, error(adapter := tt.adapt(model, method)), adapter
+        for share in (0.5, 0.25):
+            within = tt.adapt(model, method, budget=share)
+            yield f"{method}, budget={share}", error(within), within
+            every = round(1 / within.plan().spending.learnt)  # pyright: ignore[reportOptionalMemberAccess]
+            thinned = tt.adapt(model, method, every=every)
+            yield f"{method}, every={every}", error(thinned), thinned
+
+
 def main() -> None:
     """Parses and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("latency", "gate", "page"))
+    parser.add_argument("what", choices=("latency", "gate", "budget", "page"))
     parser.add_argument("--model", default="embedded:batch")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--severity", type=int, default=5, help="of gate")
+    parser.add_argument("--severity", type=int, default=5, help="of gate and budget")
     parser.add_argument("--seeds", type=int, default=1, help="of gate: how many streams")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; of latency")
     parser.add_argument("--channels-last", action="store_true", help="model and batch; of latency")
@@ -259,6 +288,9 @@ def main() -> None:
         print(*told(row), sep="\n")
         if given.out is not None:
             keep(given.out, row)
+    elif given.what == "budget":
+        for way, found, adapter in budget(given.model, given.batch, given.samples, given.severity):
+            print(f"| {way} | {found:.2f} | {adapter.plan().spending or ''} |", flush=True)
     else:
         more: list[float] = []
         for seed in range(given.seeds):

@@ -81,7 +81,7 @@ def adapt(
             all that a batch costs.
         budget: what adapting may cost beyond answering as `predict` does, as a share of that: 0.5 is
             half a forward for each batch where an answer takes one. Layers are left out by counting,
-            then updates by the clock, so that runs repeat only as far as their times do;
+            then samples and updates by the clock, so that runs repeat only as far as their times do;
             `plan().spending` tells what was chosen and measured. SimATTA has an option of this name
             of its own, and takes it.
         options: of the method, when it is named.

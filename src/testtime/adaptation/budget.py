@@ -1,12 +1,11 @@
 """A budget: what adapting may cost beyond plain inference, as a share of a forward.
 
-First by counting, so that it is the same every time: of the tensors in normalisation layers those
-stay that a backward reaches within the budget, from the last layer back; never fewer than the later
-half's, counted in operations. Then by the clock: a batch teaches when what the updates so far took,
-and one more would, is within the budget of all batches so far. Where samples are answered each by
-itself, one that does not fit whole teaches in part, as each batch then can: as many samples in more
-updates teach more. Times are measured in the first batches and then held, so that nothing is
-measured for ever.
+Where samples are answered each by itself, a part of each batch teaches, as much as the clock shows to be
+within the budget: as many samples in more updates teach more. Elsewhere whole batches teach, one when
+what the updates so far took, and one more would, is within the budget of all batches so far. Of the
+tensors in normalisation layers those are then left out, by counting, without which one batch of `SELDOM`
+could not teach; never more than the earlier half's. Times are measured in the first batches and then
+held, so that nothing is measured for ever.
 """
 
 import time
@@ -32,6 +31,8 @@ from testtime.measures.entropy import entropy
 
 LEAST = 0.5
 """Share of a forward that the backward of what adapts may take, however small the budget."""
+SELDOM = 4
+"""Batches of which one at least should teach before layers are left out: the earlier ones adapt best."""
 TIMES = 5
 """Batches of each kind that are timed; the first of a kind is left out, since it warms up."""
 PART = 8
@@ -106,7 +107,7 @@ def executed(loan: Loan, x: Tensor, norms: Sequence[NormLayer]) -> dict[str, flo
 def later(
     names: Sequence[str], norms: Sequence[NormLayer], before: dict[str, float], budget: float
 ) -> tuple[list[str], float | None]:
-    """The tensors that a backward reaches within the budget, and what it takes by counting.
+    """The tensors that a backward of one batch of `SELDOM` reaches within the budget, and what it takes.
 
     Args:
         names: of the tensors that a method adapts, all of normalisation layers.
@@ -117,7 +118,7 @@ def later(
     mine = [layer for layer in norms if set(layer.tensors) & set(names) and layer.name in before]
     if not mine:
         return list(names), None
-    bound = max(budget, LEAST)
+    bound = max(SELDOM * budget, LEAST)
     kept = [layer for layer in mine if 1 - before[layer.name] <= bound + 1e-9] or mine[-1:]
     tensors = {name for layer in kept for name in layer.tensors}
     return [name for name in names if name in tensors], 1 - before[kept[0].name]
@@ -218,8 +219,13 @@ class Ration:
         self.before: dict[str, float] = {}
 
     def count(self, x: Tensor, norms: Sequence[NormLayer]) -> None:
-        """Counts what runs before each layer, in order of execution; on a batch of the stream."""
-        if self.engine.only_norms:
+        """Counts what runs before each layer, in order of execution, where layers may be left out.
+
+        Args:
+            x: a batch of the stream.
+            norms: the layers.
+        """
+        if self.engine.only_norms and not self.engine.shortcuts.answers_apart(x):
             self.before = executed(self.engine.loan, x, norms)
 
     def engage(self, engine: Engine, norms: Sequence[NormLayer]) -> None:
