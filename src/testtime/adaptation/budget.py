@@ -37,13 +37,13 @@ TIMES = 5
 """Batches of each kind that are timed; the first of a kind is left out, since it warms up."""
 PART = 8
 """Samples of a batch that teach at least, where not all do."""
-DEARER = 2.0
-"""How much more a sample may cost where a part of its batch teaches than where all do. It does more
-where calls outweigh what they compute, as with few samples on a GPU: then fewer, whole batches teach."""
+CHEAPER = 0.6
+"""What the update of a part may take of a whole batch's: parts are worth it by how much oftener they
+teach. They are not where calls outweigh what they compute, as with few samples on a GPU."""
 Account = dict[str, Any]
-"""What was spent: `batches` and `samples` answered, `updates`, and by kind of step ("whole" batches
-or "part" of them) the samples `learnt` from. `seconds`: measured for a sample, of answers ("plain"),
-and beyond them of what teaches."""
+"""What was spent: `batches` and `samples` answered; `updates`, of which in `parts` of batches; samples
+`learnt` from. `seconds`: measured for a sample that is only answered ("plain") and, beyond that, for one
+that teaches with its "whole" batch; and for a batch that is run in parts ("part"), beyond both."""
 clock: Callable[[], float] = time.perf_counter
 
 
@@ -126,10 +126,8 @@ def later(
 
 def opened() -> Account:
     """The account of a stream that begins."""
-    return {
-        "batches": 0, "samples": 0, "updates": 0,
-        "learnt": {"whole": 0, "part": 0}, "seconds": {"plain": [], "whole": [], "part": []},
-    }  # fmt: skip
+    counts = dict.fromkeys(("batches", "samples", "updates", "parts", "learnt"), 0)
+    return {**counts, "seconds": {"plain": [], "whole": [], "part": []}}
 
 
 def teaching(account: Account, samples: int, budget: float, *, apart: bool) -> int:
@@ -143,7 +141,7 @@ def teaching(account: Account, samples: int, budget: float, *, apart: bool) -> i
 
     Example:
         >>> seconds = {"plain": [9.0, 1.0], "whole": [9.0, 1.0], "part": []}
-        >>> account = opened() | {"samples": 128, "seconds": seconds, "learnt": {"whole": 64, "part": 0}}
+        >>> account = opened() | {"samples": 128, "learnt": 64, "seconds": seconds}
         >>> [teaching(account, 64, budget, apart=True) for budget in (0.3, 0.4, 0.6, 0.7)]
         [0, 12, 32, 64]
     """
@@ -154,13 +152,14 @@ def teaching(account: Account, samples: int, budget: float, *, apart: bool) -> i
         return samples
     left = budget * _held(seconds["plain"]) * (account["samples"] + samples) * (1 + 1e-9)
     left -= _spent(account)
-    whole, part = _taken(account, "whole"), _taken(account, "part")
-    if whole * samples <= left:
+    whole = samples * _held(seconds["whole"])
+    if whole <= left:
         return samples
-    if not apart or part > DEARER * whole:
+    if not apart:
         return 0
+    most = min(left, CHEAPER * whole) - _held(seconds["part"])
     sizes = (samples // parts for parts in range(2, samples // PART + 1))
-    return next((size for size in sizes if part * size <= left), 0)
+    return next((size for size in sizes if whole * size <= most * samples), 0)
 
 
 def entered(account: Account, samples: int, learnt: int, seconds: float | None) -> Account:
@@ -174,14 +173,19 @@ def entered(account: Account, samples: int, learnt: int, seconds: float | None) 
     """
     kind, times = _kind(samples, learnt), account["seconds"]
     if seconds is not None:
-        more = seconds - samples * _held(times["plain"]) if learnt else seconds
-        times = {**times, kind: [*times[kind], more / (learnt or samples)]}
-    by_kind = account["learnt"]
+        beyond = seconds - samples * _held(times["plain"])
+        more = {
+            "plain": seconds / samples,
+            "whole": beyond / samples,
+            "part": beyond - learnt * _held(times["whole"]),
+        }
+        times = {**times, kind: [*times[kind], more[kind]]}
     return {
         "batches": account["batches"] + 1,
         "samples": account["samples"] + samples,
-        "updates": account["updates"] + bool(learnt),
-        "learnt": {**by_kind, kind: by_kind[kind] + learnt} if learnt else by_kind,
+        "updates": account["updates"] + (kind != "plain"),
+        "parts": account["parts"] + (kind == "part"),
+        "learnt": account["learnt"] + learnt,
         "seconds": times,
     }
 
@@ -190,20 +194,15 @@ def _kind(samples: int, learnt: int) -> str:
     return "plain" if not learnt else "whole" if learnt == samples else "part"
 
 
-def _taken(account: Account, kind: str) -> float:
-    """Seconds that a sample takes which teaches; in parts as in whole batches until these are timed."""
-    times = account["seconds"][kind]
-    if len(times) < 2 and kind == "part":
-        return _taken(account, "whole")
-    return max(_held(times), 0.0) if len(times) > 1 else 0.0
-
-
 def _spent(account: Account) -> float:
-    return sum(learnt * _taken(account, kind) for kind, learnt in account["learnt"].items())
+    """Seconds that all updates took."""
+    each, apart = (_held(account["seconds"][kind]) for kind in ("whole", "part"))
+    return account["learnt"] * each + account["parts"] * apart
 
 
 def _held(times: list[float]) -> float:
-    return median(times[1:])
+    """What is taken for true of measured times; nothing before there are two."""
+    return max(median(times[1:]), 0.0) if len(times) > 1 else 0.0
 
 
 class Ration:
@@ -293,13 +292,13 @@ class Ration:
         account = account or opened()
         update = total = None
         plain, whole = (account["seconds"][kind] for kind in ("plain", "whole"))
-        samples, learnt = max(account["samples"], 1), sum(account["learnt"].values())
+        samples = max(account["samples"], 1)
         if len(plain) > 1 and len(whole) > 1:
-            update = _taken(account, "whole") / _held(plain)
+            update = _held(whole) / _held(plain)
             total = _spent(account) / _held(plain) / samples
         return Spending(
             self.budget, self.layers, self.of, self.counted, update,
-            account["updates"] / max(account["batches"], 1), learnt / samples, total,
+            account["updates"] / max(account["batches"], 1), account["learnt"] / samples, total,
         )  # fmt: skip
 
     def _now(self) -> float:
