@@ -92,7 +92,7 @@ def test_a_claim_holds_up_to_its_thresholds(slug):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slug", ["skit", "relative-uncertainty"])
+@pytest.mark.parametrize("slug", ["skit", "relative-uncertainty", "tarp"])
 def test_the_claim_holds_on_one_seed(slug):
     found = entries("check")[slug].factory(seeds=(0,))
     assert found.held, found.numbers
