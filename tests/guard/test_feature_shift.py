@@ -199,6 +199,19 @@ def test_thresholds_are_quantiles_and_the_excess_ranks_the_features():
     assert found.features == (0, 1)
 
 
+def test_few_rounds_raise_the_rate_by_what_is_said():
+    def statistic(x, y, chance):
+        return torch.rand(*x.shape[:-2], 10, generator=chance, dtype=torch.float64)
+
+    x = draw(0, n=2, d=10)
+    looks = [
+        feature_shift(x, x, statistic=statistic, bootstrap=19, alpha=0.5, seed=seed)
+        for seed in range(400)
+    ]
+    rate = torch.stack([look.statistic > look.threshold for look in looks]).double().mean()
+    assert float(rate) == pytest.approx((1 + 18 * 0.05) / 20, abs=0.018)  # four standard errors
+
+
 def test_the_null_of_a_series_is_of_neighbouring_windows_of_clean_data():
     cuts = set()
 

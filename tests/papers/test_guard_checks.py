@@ -10,7 +10,7 @@ from testtime._core.registry import entries
 
 SMALL = {
     "skit": {"STREAMS": 3, "POINTS": 40},
-    "feature-shift": {"TRIALS": 2, "BOOTSTRAP": 5, "SAMPLES": 40},
+    "feature-shift": {"CLEAN": 2, "ATTACKED": 2, "BOOTSTRAP": 5, "SAMPLES": 40},
     "relative-uncertainty": {"SAMPLES": 60, "EPOCHS": 1},
     "predictive-uncertainty": {"MEMBERS": 2, "EPOCHS": 1},
     "tarp": {"SIMULATIONS": 30, "SAMPLES": 10},
