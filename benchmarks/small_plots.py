@@ -68,7 +68,7 @@ def bottleneck() -> str:
 
 def symmetry() -> str:
     """Divergences of equal laws in the disk."""
-    turns = (1, 4, 16)
+    turns = (1, 4, 16, 64)
     found, regularised = (
         [(float(k), mean("group-divergence", f"{name}, {k} turns")) for k in turns]
         for name in ("W1", "D2")

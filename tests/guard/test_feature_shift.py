@@ -6,6 +6,7 @@ import torch
 from scipy.stats import ks_2samp
 
 from elsewhere import DEVICE, There, elsewhere
+from reference import monitors as reference
 from testtime._core.errors import InputError, OptionError
 from testtime._core.seeds import generator
 from testtime.guard.densities import RIDGE, DeepDensity, Gaussian
@@ -49,15 +50,11 @@ def test_conditionals_are_those_of_the_partitioned_gaussian():
     x, z = draw(0), draw(1, n=3)
     density = Gaussian.fit(x)
     mean, std = density.conditionals(z)
+    law = density.mean[0].numpy(), density.covariance.numpy()
     for j in range(4):
-        rest = [k for k in range(4) if k != j]
-        across = torch.linalg.solve(
-            density.covariance[rest][:, rest], density.covariance[rest][:, j]
-        )
-        expected = density.mean[0, j] + (z[:, rest] - density.mean[0, rest]) @ across
-        torch.testing.assert_close(mean[:, j], expected)
-        variance = density.covariance[j, j] - density.covariance[j, rest] @ across
-        assert std[j] == pytest.approx(math.sqrt(variance))
+        expected, spread = reference.gaussian_conditional(*law, z.numpy(), j)
+        np.testing.assert_allclose(mean[:, j], expected)
+        assert std[j] == pytest.approx(spread)
 
 
 def test_the_deep_density_is_one_and_its_samples_follow_it():
@@ -108,9 +105,9 @@ def test_the_statistic_is_the_mean_squared_difference_of_scores():
     value = GaussianScore(samples=50)(x, y, torch.Generator().manual_seed(3))
     chance = torch.Generator().manual_seed(3)
     p, q = Gaussian.fit(x), Gaussian.fit(y)
-    drawn = [*p.sample(50, chance), *q.sample(50, chance)]
-    expected = sum((p.score(s[None]) - q.score(s[None])) ** 2 for s in drawn)[0] / 100
-    torch.testing.assert_close(value, expected)
+    drawn = torch.cat([p.sample(50, chance), q.sample(50, chance)])
+    expected = reference.score_shift(x.numpy(), y.numpy(), drawn.numpy(), RIDGE)
+    np.testing.assert_allclose(value, expected)
     both = GaussianScore()(torch.stack([x, x]), torch.stack([x, y]), torch.Generator())
     assert both.shape == (2, 4)
     assert bool((both[0] < 1e-9).all())
@@ -197,6 +194,19 @@ def test_thresholds_are_quantiles_and_the_excess_ranks_the_features():
     np.testing.assert_allclose(found.threshold, np.quantile(null, 1 - 0.3 / 3, axis=0))
     np.testing.assert_allclose(found.excess, (value - null.mean(0)) / null.std(0))
     assert found.features == (0, 1)
+
+
+def test_few_rounds_raise_the_rate_by_what_is_said():
+    def statistic(x, y, chance):
+        return torch.rand(*x.shape[:-2], 10, generator=chance, dtype=torch.float64)
+
+    x = draw(0, n=2, d=10)
+    looks = [
+        feature_shift(x, x, statistic=statistic, bootstrap=19, alpha=0.5, seed=seed)
+        for seed in range(400)
+    ]
+    rate = torch.stack([look.statistic > look.threshold for look in looks]).double().mean()
+    assert float(rate) == pytest.approx((1 + 18 * 0.05) / 20, abs=0.018)  # four standard errors
 
 
 def test_the_null_of_a_series_is_of_neighbouring_windows_of_clean_data():

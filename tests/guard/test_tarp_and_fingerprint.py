@@ -7,6 +7,7 @@ import torch
 from scipy.stats import kstest
 from torch import nn
 
+from reference import monitors as reference
 from testtime._core.errors import InputError, OptionError, ScopeError
 from testtime.guard.faults import (
     BitFlips,
@@ -33,20 +34,12 @@ def posterior(seed, n=300, count=200, d=3, scale=1.0):
 def test_coverage_is_that_of_the_definition(metric):
     samples, truth = (each.numpy() for each in posterior(0, n=40, count=15))
     references = np.random.default_rng(0).normal(size=truth.shape)
-    low, span = truth.min(0), np.ptp(truth, 0)
-    ranks = []
-    for i in range(40):
-        scaled = [(each - low) / span for each in (samples[:, i], truth[i], references[i])]
-        power = 2 if metric == "euclidean" else 1
-        far = (np.abs(scaled[1] - scaled[2]) ** power).sum()
-        ranks.append(np.mean([(np.abs(s - scaled[2]) ** power).sum() < far for s in scaled[0]]))
+    ranks, levels, expected = reference.coverage(samples, truth, references, metric, 4)
     found = tarp(*map(torch.tensor, (samples, truth)), references=torch.tensor(references),
                  metric=metric, bins=4)  # fmt: skip
     np.testing.assert_allclose(found.ranks, ranks)
-    density, edges = np.histogram(ranks, density=True, bins=4, range=(0, 1))
-    expected = np.append(0, np.cumsum(density) / 4)
     np.testing.assert_allclose(found.coverage, expected)
-    np.testing.assert_allclose(found.levels, edges)
+    np.testing.assert_allclose(found.levels, levels)
     assert bool((found.band[1:-1] > 0).all())
 
 

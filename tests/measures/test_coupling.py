@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reference import coupling as reference
 from testtime._core.errors import InputError, OptionError
 from testtime.measures.coupling import (
     coupling_with_bottleneck,
@@ -26,44 +27,6 @@ def laws(low=1, high=7):
     return masses.map(lambda m: torch.tensor(m).double() / torch.tensor(m).double().sum())
 
 
-def plain_greedy(p, q):
-    p, q, joint = p.clone(), q.clone(), torch.zeros(len(p), len(q)).double()
-    while p.max() > 1e-14 and q.max() > 1e-14:
-        i, j = int(p.argmax()), int(q.argmax())
-        mass = min(float(p[i]), float(q[j]))
-        joint[i, j] += mass
-        p[i] -= mass
-        q[j] -= mass
-    return joint
-
-
-def plain_bottleneck(masses, rate):
-    """The algorithm box, word for word, on lists."""
-    groups = sorted((m for m in masses if m > 0), reverse=True)
-    bits = lambda g: -sum(m * math.log2(m) for m in g)  # noqa: E731
-    if bits(groups) <= rate + 1e-12:
-        return groups
-    while len(groups) > 1:
-        small = [*groups[:-2], groups[-2] + groups[-1]]
-        if bits(small) <= rate + 1e-12:
-            return small
-        groups = [groups[0] + groups[1], *groups[2:]]
-        if bits(groups) <= rate + 1e-12:
-            return groups
-    return groups
-
-
-def partitions(places):
-    if not places:
-        yield []
-        return
-    first, *rest = places
-    for parts in partitions(rest):
-        yield [[first], *parts]
-        for k, part in enumerate(parts):
-            yield [*parts[:k], [first, *part], *parts[k + 1 :]]
-
-
 @settings(max_examples=30, deadline=None)
 @given(laws(), laws())
 def test_the_greedy_coupling_has_its_marginals(p, q):
@@ -78,7 +41,8 @@ def test_the_greedy_coupling_follows_its_algorithm():
     for rows, columns in ((1, 3), (4, 4), (7, 5), (12, 9)):
         p, q = (torch.rand(n, generator=random).double() for n in (rows, columns))
         p, q = p / p.sum(), q / q.sum()
-        torch.testing.assert_close(greedy_coupling(p, q), plain_greedy(p, q), atol=1e-12, rtol=0)
+        expected = torch.from_numpy(reference.greedy_coupling(p.numpy(), q.numpy()))
+        torch.testing.assert_close(greedy_coupling(p, q), expected, atol=1e-12, rtol=0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -89,7 +53,7 @@ def test_the_bottleneck_keeps_to_its_rate_and_nearly_fills_it(p, rate):
     assert found.rate <= rate + 1e-9
     assert bool(((found.joint > 0).sum(1) <= 1).all())  # an encoder, not a draw
     assert mutual_information_bits(found.joint) == pytest.approx(found.rate, abs=1e-9)
-    expected = sorted(plain_bottleneck(p.tolist(), rate))
+    expected = sorted(reference.greedy_bottleneck(p.tolist(), rate))
     assert sorted(found.joint.sum(0).tolist()) == pytest.approx(expected, abs=1e-9)
     second = float(p.sort(descending=True).values[1]) if len(p) > 1 else 0.0
     bound = entropy_bits(torch.tensor([second, 1 - second]))
@@ -103,7 +67,7 @@ def test_the_bottleneck_beside_the_best_partition():
         p = torch.rand(5, generator=random).double() ** 3
         p, rate = p / p.sum(), 2 * float(torch.rand((), generator=random))
         rates = [entropy_bits(torch.stack([p[part].sum() for part in parts]))
-                 for parts in partitions(list(range(5)))]  # fmt: skip
+                 for parts in reference.partitions(list(range(5)))]  # fmt: skip
         best = max(r for r in rates if r <= rate + 1e-12)
         gaps.append(best - greedy_bottleneck(p, rate=rate).rate)
     assert min(gaps) >= -1e-9
@@ -126,25 +90,6 @@ def test_laws_of_single_precision_are_laws_of_double():
     torch.testing.assert_close(joint.sum(1), torch.full((10,), 0.1).double(), rtol=1e-6, atol=0)
 
 
-def moved(joint, rate, steps=400):
-    """The most information of all encoders that move some of one cell, to any column or a new one."""
-    joint, best = np.hstack([joint, np.zeros((len(joint), 1))]), 0.0
-
-    def bits(masses):
-        return -np.where(masses > 0, masses * np.log2(np.where(masses > 0, masses, 1)), 0).sum(-1)
-
-    for row, source in zip(*joint.nonzero(), strict=True):
-        for target in set(range(joint.shape[1])) - {source}:
-            tried = np.repeat(joint[None], steps + 1, 0)
-            mass = joint[row, source] * np.linspace(0, 1, steps + 1)
-            tried[:, row, source] -= mass
-            tried[:, row, target] += mass
-            codes = bits(tried.sum(1))
-            known = codes + bits(joint.sum(1)) - bits(tried.reshape(steps + 1, -1))
-            best = max(best, known[codes <= rate + 1e-9].max(initial=0.0))
-    return best
-
-
 @pytest.mark.parametrize(
     ("rate", "optimum"),
     [(0.3, 0.2003), (0.5, 0.4761), (0.7, 0.6398), (0.85, 0.7805), (0.9, 0.8848), (1.0, 0.9214),
@@ -157,11 +102,11 @@ def test_refined_encoders_of_the_papers_example_are_the_best(rate, optimum):
     assert found.information == pytest.approx(optimum, abs=1e-4)
     assert found.rate == pytest.approx(rate)
     nearby = []
-    for parts in partitions([0, 1, 2]):
+    for parts in reference.partitions([0, 1, 2]):
         joint = np.zeros((3, len(parts)))
         for code, part in enumerate(parts):
             joint[part, code] = p[part]
-        nearby.append(moved(joint, rate))
+        nearby.append(reference.best_move(joint, rate))
     assert found.information == pytest.approx(max(nearby), abs=3e-3)
 
 
@@ -171,7 +116,7 @@ def test_near_a_mapping_no_other_cell_is_better(p, more):
     mapping = greedy_bottleneck(p, rate=0.6 * entropy_bits(p))
     rate = mapping.rate + more
     if greedy_bottleneck(p, rate=rate).rate == mapping.rate:
-        best = moved(mapping.joint.numpy(), rate)
+        best = reference.best_move(mapping.joint.numpy(), rate)
         assert refined_bottleneck(p, rate=rate).information >= best - 1e-6
 
 

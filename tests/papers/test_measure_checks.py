@@ -9,8 +9,8 @@ from edges import assert_edge
 from testtime._core.registry import entries
 
 TINY = {"SAMPLES": 64, "STEPS": 3, "ROUNDS": 3, "SHAPE": (64, 128), "EPOCHS": 1, "LENGTH": 800,
-        "PATHS": 5, "LAWS": 10, "COUPLINGS": 5, "QUANTISED": 5, "REPEATS": 2, "POINTS": (20, 30),
-        "STREAMS": 1, "DRAWS": 2, "MOMENTS": 50, "EPISODES": 1}  # fmt: skip
+        "PATHS": 5, "LAWS": 10, "COUPLINGS": 5, "QUANTISED": 5, "REPEATS": 2, "CUBE": (20, 30),
+        "DISK": 20, "KERNEL": 20, "STREAMS": 1, "DRAWS": 2, "MOMENTS": 50, "EPISODES": 1}  # fmt: skip
 
 # numbers for which the claim just holds, and changes of one or two of them for which it does not
 EDGES = {
@@ -51,10 +51,13 @@ EDGES = {
          {"shape 20, raised by 1, standard errors off": 4.1}],
     ),
     "markov-learning": (
-        {"kl, scaled": 1.36, "chi-squared, scaled": 2.71}
+        {f"{kind} of row {i}, scaled": value for kind, values in
+         (("kl", (1.36, 1.5, 1.64, 1.5)), ("chi-squared", (3.0, 2.71, 3.0, 3.29)))
+         for i, value in enumerate(values, start=1)}
         | {f"{row} row, {n} steps": value for row, values in (("rare", (0.11, 0.29, 0.2)), ("frequent", (0.3, 0.2, 0.1)))
            for n, value in zip((100, 1000, 10000), values, strict=True)},
-        [{"kl, scaled": 1.66}, {"chi-squared, scaled": 3.31}, {"rare row, 1000 steps": 0.31},
+        [{"kl of row 3, scaled": 1.66}, {"chi-squared of row 2, scaled": 2.69}, {"kl of row 1, scaled": 1.34},
+         {"rare row, 1000 steps": 0.31},
          {"rare row, 10000 steps": 0.09}, {"frequent row, 10000 steps": 0.25}],
     ),
     "mec-bottleneck": (
@@ -78,11 +81,12 @@ EDGES = {
         [{"2 coordinates": 1.16}, {"5 coordinates": 0.84}, {"independent": 0.05}],
     ),
     "group-divergence": (
-        {"W1, 200 points": 1.61, "W1, 400 points": 2.39, "MMD, quarter turns": 2.0,
-         "W1, 1 turns": 0.3, "W1, 4 turns": 0.2, "W1, 16 turns": 0.1,
-         "D2, 200 points": 1.61, "D2, 1 turns": 0.3, "D2, 4 turns": 0.2, "D2, 16 turns": 0.1},
-        [{"W1, 200 points": 1.59}, {"W1, 400 points": 2.41}, {"MMD, quarter turns": 1.5},
-         {"W1, 16 turns": 0.2}, {"D2, 200 points": 2.41}, {"D2, 4 turns": 0.3}],
+        {"W1, 200 points": 1.61, "W1, 800 points": 2.39, "D2, 200 points": 1.61}
+        | {f"{name}, {k} turns": value for name in ("W1", "D2")
+           for k, value in ((1, 0.4), (4, 0.3), (16, 0.2), (64, 0.1))}
+        | {f"MMD of width {width}, {k} turns": 0.1 / k**0.5 for width in (0.05, 5.0) for k in (1, 4, 16)},
+        [{"W1, 200 points": 1.59}, {"W1, 800 points": 2.41}, {"D2, 200 points": 2.41},
+         {"MMD of width 0.05, 4 turns": 0.07}, {"W1, 64 turns": 0.2}, {"D2, 4 turns": 0.4}],
     ),
     "nnd-gan-benchmark": (
         {"3000 memorised, Frechet distance": 0.019, "the generator, Frechet distance": 0.02,
@@ -109,7 +113,7 @@ def test_a_check_gives_the_numbers_that_its_claim_reads(slug, monkeypatch):
             monkeypatch.setattr(module, name, value)
     found = CHECKS[slug].factory(seeds=(3,))
     assert (found.slug, found.seeds) == (slug, [3])
-    sized = "LENGTH" in vars(module) or "POINTS" in vars(module)  # then sizes stand in the names
+    sized = "LENGTH" in vars(module) or "CUBE" in vars(module)  # then sizes stand in the names
     assert sized or set(EDGES[slug][0]) <= set(found.numbers)
     assert len(EDGES[slug][0]) <= len(found.numbers)
     for name, values in found.numbers.items():

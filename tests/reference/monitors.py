@@ -190,3 +190,35 @@ def uncertainty_cell(probs, predicting, truth):
     q = {"single": probs[-1:], "average": average, "expected": probs}[truth]
     total = np.mean([-(a * np.log(b)).sum() for a in p for b in q])
     return total, total - np.mean([-(a * np.log(a)).sum() for a in p])
+
+
+def gaussian_score(x, points, ridge):
+    """Slope of the logarithm of the Gaussian of samples x, at one point after the other."""
+    precision = np.linalg.inv(np.cov(x.T) + ridge * np.eye(x.shape[1]))
+    return np.array([-precision @ (point - x.mean(0)) for point in points])
+
+
+def score_shift(x, y, drawn, ridge):
+    """φ of each feature, over what was drawn from both densities."""
+    scores = zip(gaussian_score(x, drawn, ridge), gaussian_score(y, drawn, ridge), strict=True)
+    return sum((p - q) ** 2 for p, q in scores) / len(drawn)
+
+
+def gaussian_conditional(mean, covariance, points, j):
+    """Means and standard deviation of coordinate j given the others, from the parted covariance."""
+    rest = np.arange(len(mean)) != j
+    across = np.linalg.solve(covariance[rest][:, rest], covariance[rest][:, j])
+    variance = covariance[j, j] - covariance[j, rest] @ across
+    return mean[j] + (points[:, rest] - mean[rest]) @ across, math.sqrt(variance)
+
+
+def coverage(samples, truth, references, metric, bins):
+    """Ranks, levels and expected coverage of TARP, one simulation after the other."""
+    low, span, ranks = truth.min(0), np.ptp(truth, 0), []
+    power = 2 if metric == "euclidean" else 1
+    for drawn, true, at in zip(samples.swapaxes(0, 1), truth, references, strict=True):
+        scaled = [(each - low) / span for each in (drawn, true, at)]
+        far = (np.abs(scaled[1] - scaled[2]) ** power).sum()
+        ranks.append(np.mean([(np.abs(s - scaled[2]) ** power).sum() < far for s in scaled[0]]))
+    density, levels = np.histogram(ranks, density=True, bins=bins, range=(0, 1))
+    return ranks, levels, np.append(0, np.cumsum(density) / bins)

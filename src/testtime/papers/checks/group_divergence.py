@@ -1,7 +1,14 @@
-"""The claim on symmetric laws: an invariant divergence errs as if there were more samples."""
+"""The claim on symmetric laws: an invariant divergence errs as if there were more samples.
+
+W1 in the disk falls by the square root of k up to four turns, as the rate says; with 64 the wedges are
+thinner than the points lie apart, and it falls by less. That it falls at all is sure, as each of these
+groups holds the one before. The bound on MMD promises nothing for a kernel that is wider than the disk;
+the invariant one is far smaller there all the same, which is measured and not claimed.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from statistics import fmean
 
 import torch
@@ -19,14 +26,19 @@ from testtime.measures.symmetry import (
 from testtime.papers.reproduction import Progress, Reproduction, reproduce
 
 CLAIM = (
-    "Two samples of one law: uniform in the cube of three dimensions, 200 and 400 points, the plain "
+    "Two samples of one law: uniform in the cube of three dimensions, 200 and 800 points, the plain "
     "W1 is 1.6 to 2.4 times the one under the 8 changes of sign (the rate says 2), and so is the "
-    "Lipschitz-regularised alpha-divergence, alpha 2, with 200 points; uniform in the disk, 200 points, kernel width 0.05, the plain MMD is 1.6 to 2.4 times the one under the 4 "
-    "quarter turns. W1 under turns by 360 / k degrees falls with k = 1, 4, 16, and so "
-    "does the alpha-divergence."
+    "Lipschitz-regularised alpha-divergence, alpha 2, with 200 points; uniform in the disk, 200 "
+    "points, kernel width 0.05, the plain MMD is 1.6 to 2.4 times the one under the 4 quarter turns. "
+    "With 400 points in the disk, W1 under turns by 360 / k degrees falls with k = 1, 4, 16, 64, and "
+    "so does the alpha-divergence."
 )
 REPEATS = 6
-POINTS = (200, 400)
+CUBE = (200, 800)
+DISK = 400
+TURNS = (1, 4, 16, 64)
+KERNEL = 200
+WIDTHS = (0.05, 5.0)
 
 
 @register("check", paper="group-divergence", name="group-divergence")
@@ -43,30 +55,30 @@ def check(*, seeds: Sequence[int] = (0, 1, 2), on_progress: Progress | None = No
 
 
 def measure(seed: int) -> Iterator[tuple[str, float]]:
-    """Ratios, and W1 in the disk."""
+    """Ratios in the cube, and divergences in the disk."""
     random = generator(seed, "group-divergence")
     one, signs = torch.eye(3)[None], sign_flips(3)
-    for count in POINTS:
+    for count in CUBE:
         pairs = [(cube(count, random), cube(count, random)) for _ in range(REPEATS)]
         plain = fmean(invariant_wasserstein(x, y, one) for x, y in pairs)
         yield f"W1, {count} points", plain / fmean(invariant_wasserstein(*p, signs) for p in pairs)
-        if count == POINTS[0]:
+        if count == CUBE[0]:
             plain = fmean(invariant_alpha_divergence(x, y, one) for x, y in pairs)
             invariant = fmean(invariant_alpha_divergence(x, y, signs) for x, y in pairs)
             yield f"D2, {count} points", plain / invariant
-    pairs = [(disk(POINTS[0], random), disk(POINTS[0], random)) for _ in range(REPEATS)]
-    for order in (1, 4, 16):
+    pairs = [(disk(DISK, random), disk(DISK, random)) for _ in range(REPEATS)]
+    for order in TURNS:
         turns = rotations(order)
         yield f"W1, {order} turns", fmean(invariant_wasserstein(*pair, turns) for pair in pairs)
         yield (
             f"D2, {order} turns",
             fmean(invariant_alpha_divergence(*pair, turns) for pair in pairs),
         )
-    plain, turned = (
-        fmean(invariant_mmd(*pair, rotations(order), bandwidth=0.05) for pair in pairs)
-        for order in (1, 4)
-    )
-    yield "MMD, quarter turns", plain / turned
+    pairs = [(disk(KERNEL, random), disk(KERNEL, random)) for _ in range(REPEATS)]
+    for width in WIDTHS:
+        for order in TURNS[:3]:
+            found = [invariant_mmd(*pair, rotations(order), bandwidth=width) for pair in pairs]
+            yield f"MMD of width {width}, {order} turns", fmean(found)
 
 
 def cube(count: int, random: torch.Generator) -> Tensor:
@@ -83,9 +95,12 @@ def disk(count: int, random: torch.Generator) -> Tensor:
 
 def holds(found: dict[str, float]) -> bool:
     """The claim, for one seed."""
-    ratios = [found[f"W1, {count} points"] for count in POINTS] + [found["MMD, quarter turns"]]
-    ratios.append(found[f"D2, {POINTS[0]} points"])
+    ratios = [found[f"W1, {count} points"] for count in CUBE]
+    ratios.append(found[f"D2, {CUBE[0]} points"])
+    narrow = f"MMD of width {WIDTHS[0]}"
+    ratios.append(found[f"{narrow}, 1 turns"] / found[f"{narrow}, 4 turns"])
     return all(1.6 <= ratio <= 2.4 for ratio in ratios) and all(
-        found[f"{name}, 1 turns"] > found[f"{name}, 4 turns"] > found[f"{name}, 16 turns"]
+        found[f"{name}, {fewer} turns"] > found[f"{name}, {more} turns"]
         for name in ("W1", "D2")
+        for fewer, more in pairwise(TURNS)
     )
