@@ -8,7 +8,7 @@
     python benchmarks/deploying.py page           writes them into the page
     python benchmarks/deploying.py gate --model embedded:batch --samples 256
     python benchmarks/deploying.py gate --model embedded:batch --severity 3 --seeds 5
-    python benchmarks/deploying.py budget --model embedded:group --samples 1000 --severity 3
+    python benchmarks/deploying.py parts --model embedded:group --samples 300 --seeds 3
 
 `latency`: in rounds, plain inference and each way of adapting with Tent answer the same batch, one
 after another; ratios are formed within a round, and median, smallest and largest are shown. The next
@@ -16,8 +16,8 @@ answer is asked for when the update behind the last one is over, as where batche
 between; under "no pause" it is asked for at once, and waits for that update. The parts of a deferred
 answer stand beside it: a forward on batch statistics, and one that keeps what a backward needs, both
 as one writes them with torch alone. `gate`: errors on the 15 corruptions one after another and on
-clean data, with and without. `budget`: errors on the same corruptions within a budget, beside those of
-as many samples in fewer, whole batches.
+clean data, with and without. `parts`: errors on the same corruptions where a quarter or an eighth of the
+samples teach, as whole batches or as a part of each.
 """
 
 import argparse
@@ -237,43 +237,51 @@ def gate(
     return found
 
 
-def budget(
-    name: str, batch: int, samples: int, severity: int, seed: int = 0
-) -> Iterator[tuple[str, float, tt.Adapter]]:
-    """Error of each method within each budget, and who made it; beside it, of one batch of so many."""
-    stream = Scenario(batch_size=batch, samples=samples, severity=severity).stream(
-        load_data("fashion-mnist:sample"), seed=seed
-    )
-    batches = [(each.inputs, each.labels) for each in stream]
-    model = load_model(name)
+def parts(
+    name: str, batch: int, samples: int, severity: int, seeds: int
+) -> Iterator[tuple[str, list[float]]]:
+    """Mean errors of each method: learning from all, and from each share, in batches and in parts."""
+    data, model = load_data("fashion-mnist:sample"), load_model(name)
+    scenario = Scenario(batch_size=batch, samples=samples, severity=severity)
+    streams = [
+        [(each.inputs, each.labels) for each in scenario.stream(data, seed=seed)]
+        for seed in range(seeds)
+    ]
 
-    def error(adapter: tt.Adapter) -> float:
-        score = Score()
-        for x, labels in batches:
-            score.add(adapter(x), labels)
-        return score.result()["error"]
+    def error(method: str, answer: Callable[[tt.Adapter, int, Tensor], Tensor]) -> float:
+        errors: list[float] = []
+        for stream in streams:
+            adapter, score = tt.adapt(model, method), Score()
+            for number, (x, labels) in enumerate(stream):
+                score.add(answer(adapter, number, x), labels)
+            errors.append(score.result()["error"])
+        return statistics.fmean(errors)
 
-    yield "source", error(adapter := tt.adapt(model, "source")), adapter
-    for method in ("tent", "eta", "sar", "deyo"):
-        yield method, error(adapter := tt.adapt(model, method)), adapter
-        for share in (0.5, 0.25):
-            within = tt.adapt(model, method, budget=share)
-            yield f"{method}, budget={share}", error(within), within
-            every = round(1 / within.plan().spending.learnt)  # pyright: ignore[reportOptionalMemberAccess]
-            thinned = tt.adapt(model, method, every=every)
-            yield f"{method}, every={every}", error(thinned), thinned
+    def seldom(share: int, adapter: tt.Adapter, number: int, x: Tensor) -> Tensor:
+        return adapter(x) if number % share == 0 else adapter.predict(x)
+
+    def a_part(share: int, adapter: tt.Adapter, number: int, x: Tensor) -> Tensor:
+        answer = adapter.predict(x)
+        adapter(x[::share])
+        return answer
+
+    yield "source", [error("source", partial(seldom, 1))]
+    for method in ("eta", "sar", "deyo", "tent"):
+        ways = [partial(seldom, 1)]
+        ways += [partial(way, share) for share in (4, 8) for way in (seldom, a_part)]
+        yield method, [error(method, way) for way in ways]
 
 
 def main() -> None:
     """Parses and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("latency", "gate", "budget", "page"))
+    parser.add_argument("what", choices=("latency", "gate", "parts", "page"))
     parser.add_argument("--model", default="embedded:batch")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--severity", type=int, default=5, help="of gate and budget")
-    parser.add_argument("--seeds", type=int, default=1, help="of gate: how many streams")
+    parser.add_argument("--severity", type=int, default=5, help="of gate and parts")
+    parser.add_argument("--seeds", type=int, default=1, help="of gate and parts: how many streams")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; of latency")
     parser.add_argument("--channels-last", action="store_true", help="model and batch; of latency")
     parser.add_argument("--out", type=Path, help="a file that keeps what latency found")
@@ -288,9 +296,11 @@ def main() -> None:
         print(*told(row), sep="\n")
         if given.out is not None:
             keep(given.out, row)
-    elif given.what == "budget":
-        for way, found, adapter in budget(given.model, given.batch, given.samples, given.severity):
-            print(f"| {way} | {found:.2f} | {adapter.plan().spending or ''} |", flush=True)
+    elif given.what == "parts":
+        print("| | all | 1/4: batches | of each | 1/8: batches | of each |")
+        asked = given.model, given.batch, given.samples, given.severity, given.seeds
+        for method, errors in parts(*asked):
+            print(f"| {method} | {' | '.join(f'{error:.2f}' for error in errors)} |", flush=True)
     else:
         more: list[float] = []
         for seed in range(given.seeds):
