@@ -308,3 +308,18 @@ def test_a_window_of_a_series_takes_no_more_memory_however_long_it_is():
         sizes.add(sum(value.nbytes for value in monitor.state_dict().values()))
     assert bool(found.statistic.isfinite().all())
     assert sizes == {8 + 100 * 3 * 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("test", [Independence, TwoSample])
+def test_points_that_witnesses_read_take_no_more_memory_however_many_there_were(test):
+    known = (draw(1, 500, 2), draw(2, 500, 2)) if test is Independence else (draw(1, 500, 2),)
+    monitor = Monitor(test.fit(*known, memory=100))  # with 1000, a million take minutes
+    chance, sizes = torch.Generator().manual_seed(0), set()
+    for _ in range(50):
+        x, y = torch.randn(2, 1000, 2, generator=chance, dtype=torch.float64)
+        alarm = monitor.update(x, y)
+        sizes.add(sum(value.nbytes for value in monitor.state_dict().values()))
+    assert not alarm
+    assert len(sizes) == 1
+    assert max(sizes) < 10_000
