@@ -124,8 +124,8 @@ class Shortcuts:
     def answers_apart(self, x: Tensor) -> bool:
         """Whether a batch may be run in parts, of which some are only answered.
 
-        That is so where no layer mixes samples, all tensors that the model returns have one entry for
-        each, and the method answers and learns as it would from a smaller batch.
+        That is so where no layer mixes samples, what the model returns can be joined again, and the
+        method answers and learns as it would from a smaller batch.
         """
         if not self.recipe.splits or self._norms_mix:
             return False
