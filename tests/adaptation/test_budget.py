@@ -284,6 +284,29 @@ def test_no_layer_is_left_out_where_samples_are_apart(costs):
         assert adapter.plan().spending.layers == layers
 
 
+def test_no_layer_is_left_out_while_answers_that_are_no_numbers_hide_it(costs):
+    costs.update(plain=1.0, step=3.0)
+    adapter = tt.adapt(Deep(partial(nn.GroupNorm, 1)).eval(), "tent", budget=0.05)
+    for x in (torch.full((32, 3, 8, 8), 3e38), *batches(4, size=32)):
+        adapter(x)
+        assert adapter.plan().spending.layers == 8
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_samples_without_an_answer_cost_the_update_of_their_part_alone(deferred, costs):
+    costs.update(plain=1.0, step=3.0)
+    adapter = tt.adapt(tiny("group"), "tent", budget=0.5, deferred=deferred)
+    xs = batches(20, size=32)
+    for x in xs[:-4]:
+        adapter(x)
+    for x in xs[-4:]:
+        x[2] = 3e38
+        assert adapter(x).isfinite().all(1).sum() == 31
+    found = [event.outcome for event in adapter.events][-4:]
+    assert sorted(found) == sorted(3 * [Outcome.ADAPTED] + [Outcome.NON_FINITE])
+    assert [event.used for event in adapter.events][-4:] == 4 * [8]
+
+
 def test_parts_are_of_few_sizes_so_that_each_is_prepared_for_once(costs):
     costs.update(plain=1.0, step=3.0)
     adapter = tt.adapt(tiny("group"), "tent", budget=0.7)

@@ -224,7 +224,7 @@ class Ration:
             x: a batch of the stream.
             norms: the layers.
         """
-        if self.engine.only_norms and not self.engine.shortcuts.answers_apart(x):
+        if self.engine.only_norms and self.engine.shortcuts.answers_apart(x) is False:
             self.before = executed(self.engine.loan, x, norms)
 
     def engage(self, engine: Engine, norms: Sequence[NormLayer]) -> None:
@@ -241,7 +241,8 @@ class Ration:
     def steps(self, x: Tensor, state: State) -> Steps:
         """The method's step for as many samples as the budget affords; for the others, answers."""
         engine, account = self.engine, state.account or opened()
-        learnt = teaching(account, len(x), self.budget, apart=engine.shortcuts.answers_apart(x))
+        apart = bool(engine.shortcuts.answers_apart(x))
+        learnt = teaching(account, len(x), self.budget, apart=apart)
         if not engine.ranks.alone:  # clocks differ, and all learn, or none
             idle = float(engine.ranks.sum(x.new_tensor(float(not learnt)))) > 0
             learnt = 0 if idle else len(x)
