@@ -63,6 +63,8 @@ def detached(output: Any) -> Any:
 def join(outputs: list[Any]) -> Any:
     """One output for a batch from those for its parts: tensors are joined, single numbers averaged.
 
+    Single numbers that are whole or truth values, which have no mean, are those of the first part.
+
     Example:
         >>> join([{"logits": torch.zeros(1, 2)}, {"logits": torch.ones(1, 2)}])
         {'logits': tensor([[0., 0.], [1., 1.]])}
@@ -71,7 +73,10 @@ def join(outputs: list[Any]) -> Any:
 
 
 def _join(*parts: Tensor) -> Tensor:
-    return torch.cat(parts) if parts[0].dim() else torch.stack(parts).mean(0)
+    if parts[0].dim():
+        return torch.cat(parts)
+    means = parts[0].is_floating_point() or parts[0].is_complex()
+    return torch.stack(parts).mean(0) if means else parts[0]
 
 
 def map_tensors(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
