@@ -270,7 +270,8 @@ def test_where_samples_are_apart_a_part_of_each_batch_teaches(name, deferred, co
     assert event.entropy == pytest.approx(float(entropy(answer).mean()), rel=1e-4)
     assert (adapter.counts.samples, adapter.snapshot().samples) == (40 * 32, 40 * 32)
     assert adapter.snapshot().steps == adapter.counts.steps == 40
-    alone = adapter._engine.step(xs[-1][::4], mark).state  # a step of the method on these eight
+    some = xs[-1][mark.account["parts"] % 4 :: 4]
+    alone = adapter._engine.step(some, mark).state  # a step of the method on these eight
     for key, tensor in adapter.snapshot().tensors.items():
         assert torch.equal(tensor, alone.tensors[key])
     assert adapter.counts.updates > 30
@@ -281,6 +282,29 @@ def test_no_layer_is_left_out_where_samples_are_apart(costs):
         adapter = tt.adapt(Deep(norm).eval(), "tent", budget=0.05)
         adapter(batches(1)[0])
         assert adapter.plan().spending.layers == layers
+
+
+def test_no_layer_is_left_out_while_answers_that_are_no_numbers_hide_it(costs):
+    costs.update(plain=1.0, step=3.0)
+    adapter = tt.adapt(Deep(partial(nn.GroupNorm, 1)).eval(), "tent", budget=0.05)
+    for x in (torch.full((32, 3, 8, 8), 3e38), *batches(4, size=32)):
+        adapter(x)
+        assert adapter.plan().spending.layers == 8
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_samples_without_an_answer_cost_the_update_of_their_part_alone(deferred, costs):
+    costs.update(plain=1.0, step=3.0)
+    adapter = tt.adapt(tiny("group"), "tent", budget=0.5, deferred=deferred)
+    xs = batches(20, size=32)
+    for x in xs[:-4]:
+        adapter(x)
+    for x in xs[-4:]:
+        x[2] = 3e38
+        assert adapter(x).isfinite().all(1).sum() == 31
+    found = [event.outcome for event in adapter.events][-4:]
+    assert sorted(found) == sorted(3 * [Outcome.ADAPTED] + [Outcome.NON_FINITE])
+    assert [event.used for event in adapter.events][-4:] == 4 * [8]
 
 
 def test_parts_are_of_few_sizes_so_that_each_is_prepared_for_once(costs):
@@ -315,12 +339,32 @@ class Telling(nn.Module):
         return {"logits": logits, "more": self.tells(logits), "name": "telling"}
 
 
+class Squeezing(nn.Module):
+    """A network that takes batches of two and more: it squeezes one of one away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = tiny("group")
+
+    def forward(self, x):
+        return self.body(x).squeeze()
+
+
 @pytest.mark.parametrize(
     ("model", "name", "size"),
     [
         (lambda: tiny("batch"), "tent", 32),
         (Mixing, "tent", 32),
         (lambda: Telling(lambda logits: torch.arange(5.0)), "tent", 32),
+        (lambda: Telling(lambda logits: logits.mean()), "tent", 32),
+        (lambda: Telling(lambda logits: torch.tensor(len(logits))), "tent", 32),
+        (lambda: Telling(lambda logits: float(logits.detach().mean())), "tent", 32),
+        (lambda: Telling(lambda logits: logits @ logits.T), "tent", 32),
+        (lambda: Telling(lambda logits: logits.softmax(0)), "tent", 32),
+        (lambda: Telling(lambda logits: list(logits.mean(1))), "tent", 32),
+        (lambda: Telling(lambda logits: logits.argmax(1).tolist()), "tent", 32),
+        (lambda: Telling(lambda logits: logits.detach().numpy()), "tent", 32),
+        (Squeezing, "tent", 32),
         (lambda: tiny("group"), "lame", 32),
         (lambda: tiny("group"), "cotta", 32),
         (lambda: tiny("group"), "roid", 32),
@@ -350,18 +394,62 @@ def test_whole_batches_teach_where_parts_take_as_long(costs):
     assert told.learnt == pytest.approx(told.updates, abs=0.05)
 
 
-@pytest.mark.parametrize("tells", [lambda logits: logits.softmax(1), lambda logits: logits.mean()])
+TOLD = {
+    "rows": lambda logits: logits.softmax(1),
+    "whole numbers": lambda logits: logits.argmax(1),
+    "nothing in each row": lambda logits: logits[:, :0],
+    "one number": lambda _: torch.tensor(2.5),
+    "one whole number": lambda _: torch.tensor(3),
+}
+
+
+@pytest.mark.parametrize("tells", TOLD)
 def test_all_that_a_model_returns_is_put_together_again(tells, costs):
     costs.update(plain=1.0, step=3.0)
-    adapter = tt.adapt(Telling(tells), "tent", budget=0.5)
+    adapter = tt.adapt(Telling(TOLD[tells]), "tent", budget=0.5)
     for x in batches(20, size=32):
         wanted, answer = adapter.predict(x), adapter(x)
         assert answer["name"] == "telling"
         for key in ("logits", "more"):
-            if answer[key].dim():
-                torch.testing.assert_close(answer[key], wanted[key])
+            torch.testing.assert_close(answer[key], wanted[key])
             assert not answer[key].requires_grad
     assert used(adapter) == {32, 8}
+
+
+def test_what_a_batch_of_one_hides_is_seen(costs):
+    costs.update(plain=1.0, step=3.0)
+    adapter = tt.adapt(Telling(lambda _: torch.zeros(1, 4)), "tent", budget=0.5)
+    for x in [*batches(1, size=1), *batches(20, size=32)]:
+        assert adapter(x)["more"].shape == (1, 4)  # no row of a sample
+    assert used(adapter) == {32}
+
+
+def test_samples_of_all_places_teach_in_turn(costs):
+    costs.update(plain=1.0, step=3.0)
+    adapter = tt.adapt(tiny("group"), "tent", budget=0.5)
+    x, places = batches(1, size=32)[0], set[int]()
+    run = Engine.steps
+
+    def see(engine, part, state):
+        same = (part[:, None] == x).flatten(2).all(2)
+        places.update(same.nonzero()[:, 1].tolist() if len(part) < 32 else ())
+        return run(engine, part, state)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Engine, "steps", see)
+        for _ in range(40):
+            adapter(x)
+    assert places == set(range(32))
+
+
+@pytest.mark.parametrize("kind", ["group", "batch"])
+def test_a_clock_that_stands_still_stops_nothing(kind, monkeypatch):
+    monkeypatch.setattr(module, "clock", lambda: 0.0)
+    adapter = tt.adapt(tiny(kind), "tent", budget=0.5)
+    for x in batches(8, size=32):
+        adapter(x)
+    assert adapter.plan().spending.total is None
+    assert adapter.counts.updates == 6
 
 
 def test_pixels_are_put_together_again(costs):

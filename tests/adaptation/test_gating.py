@@ -99,7 +99,7 @@ def test_signals_of_more_samples_fade_by_themselves():
     assert sums["count"] == [16, 64]
     assert sums["sum"].tolist() == pytest.approx([16, 16, 64])
     asleep = summed([torch.ones(0, 2), torch.ones(8, 1)])  # a layer that did not run
-    assert pooled(sums, asleep, 64, signal)["sum"].tolist() == pytest.approx([16, 16, 64])
+    assert pooled(sums, asleep, 64, signal)["sum"].tolist() == pytest.approx([0, 0, 64])
     assert pooled(asleep, one, 64, signal)["count"] == [8, 48]
 
 
@@ -139,6 +139,48 @@ def test_a_shift_is_learnt_from_as_without_a_gate(kind):
     assert adapter.counts.updates == plain.counts.updates == 8
     asked = adapter.counts.forwards - plain.counts.forwards
     assert asked == 64 * math.ceil(8 / AGAIN)
+
+
+class Routes(nn.Module):
+    """Bright batches take one more layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.bright = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x):
+        y = self.always(x)
+        return self.head((self.bright(y) if x.mean() > 1.0 else y).mean((2, 3)))
+
+
+def test_a_layer_that_no_longer_runs_does_not_hold_the_gate_open():
+    generator = torch.Generator().manual_seed(0)
+    dark = torch.randn(8, 64, 3, 4, 4, generator=generator)
+    model, gate = Routes().eval(), SourceLike()
+    gate.begin(norm_layers(model), None)
+
+    def opened(x):
+        with torch.no_grad(), gate.watching():
+            logits = model(x)
+        return gate.update(entropy(logits) / math.log(5))
+
+    assert opened(3 * dark[0] + 2)
+    assert len(gate._seen) == 2
+    assert not any(map(opened, dark))
+
+
+def test_where_no_watched_layer_runs_the_entropy_is_judged():
+    model, gate = tiny("group"), SourceLike()
+    known = tt.fit_source(model, clean(8), methods=["tent"], gate=True).entries["signals"]
+    gate.begin(norm_layers(model), known)
+    mean, spread = known["entropy.mean"], known["entropy.var"].sqrt()
+    usual = mean + spread * torch.linspace(-1, 1, 64)
+    assert not gate.update(usual)
+    assert gate.update(usual + 2 * spread)
+    unknowing = SourceLike()
+    unknowing.begin(norm_layers(trained()), None)
+    assert unknowing.update(usual)  # nothing to judge by
 
 
 def test_without_source_data_the_stored_statistics_serve():

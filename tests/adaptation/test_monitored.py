@@ -159,7 +159,7 @@ def test_a_state_of_a_guard_that_tried_seldom_goes_on(tmp_path):
 def test_a_state_of_another_budget_is_refused_also_before_the_first_batch(tmp_path):
     torch.manual_seed(0)
     model, x = Deep().eval(), torch.rand(8, 3, 8, 8)
-    one = tt.adapt(model, "tent", budget=0.5)
+    one = tt.adapt(model, "tent", budget=0.1)
     outcomes(one, [x] * 6)
     one.save(tmp_path / "state")
     other = tt.adapt(model, "tent", guard=Says(False, True))
@@ -168,7 +168,7 @@ def test_a_state_of_another_budget_is_refused_also_before_the_first_batch(tmp_pa
         other(x)
     other.reset()
     other(x)
-    same = tt.adapt(model, "tent", budget=0.5)
+    same = tt.adapt(model, "tent", budget=0.1)
     same.load(tmp_path / "state")
     same(x)
 

@@ -137,3 +137,12 @@ def test_a_model_that_carries_no_gradient_is_refused(name):
     model = Spoilt(lambda logits: logits.detach()).eval()
     with pytest.raises(ScopeError, match="no gradient"):
         adapter_of(name, model)(batches(1)[0])
+
+
+def test_single_numbers_of_parts_are_averaged_where_they_can_be():
+    def told(logits):
+        return {"logits": logits, "mean": logits.mean(), "whole": torch.tensor(3)}
+
+    answer = adapter_of("memo", Spoilt(told).eval())(batches(1)[0])
+    assert answer["whole"] == 3
+    torch.testing.assert_close(answer["mean"], answer["logits"].mean())

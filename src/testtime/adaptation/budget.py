@@ -24,7 +24,7 @@ from testtime.adaptation.engine import Engine
 from testtime.adaptation.layers import Hook, NormLayer, hooked
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.look import source_output
-from testtime.adaptation.outputs import detached, join, map_tensors, read_logits, rows
+from testtime.adaptation.outputs import map_tensors, read_logits, rows
 from testtime.adaptation.state import State
 from testtime.adaptation.steps import Steps, begun, ended
 from testtime.measures.entropy import entropy
@@ -224,7 +224,7 @@ class Ration:
             x: a batch of the stream.
             norms: the layers.
         """
-        if self.engine.only_norms and not self.engine.shortcuts.answers_apart(x):
+        if self.engine.only_norms and self.engine.shortcuts.answers_apart(x) is False:
             self.before = executed(self.engine.loan, x, norms)
 
     def engage(self, engine: Engine, norms: Sequence[NormLayer]) -> None:
@@ -241,7 +241,8 @@ class Ration:
     def steps(self, x: Tensor, state: State) -> Steps:
         """The method's step for as many samples as the budget affords; for the others, answers."""
         engine, account = self.engine, state.account or opened()
-        learnt = teaching(account, len(x), self.budget, apart=engine.shortcuts.answers_apart(x))
+        apart = bool(engine.shortcuts.answers_apart(x))
+        learnt = teaching(account, len(x), self.budget, apart=apart)
         if not engine.ranks.alone:  # clocks differ, and all learn, or none
             idle = float(engine.ranks.sum(x.new_tensor(float(not learnt)))) > 0
             learnt = 0 if idle else len(x)
@@ -249,7 +250,8 @@ class Ration:
         start = self._now() if timed else 0.0
         away = 0.0  # whoever has the answer does other things before the rest runs
         if learnt:
-            steps = engine.steps(x, state) if learnt == len(x) else self._in_part(x, learnt, state)
+            whole = learnt == len(x)
+            steps = engine.steps(x, state) if whole else self._in_part(x, learnt, state, account)
             output, done = begun(steps)
             if done is None:
                 left = self._now() if timed else 0.0
@@ -263,26 +265,30 @@ class Ration:
         done.measured["budget"] = self.told(account).total
         return done._replace(state=replace(done.state, account=account))
 
-    def _in_part(self, x: Tensor, learnt: int, state: State) -> Steps:
+    def _in_part(self, x: Tensor, learnt: int, state: State, account: Account) -> Steps:
         """The method's step for some samples, spread evenly over the batch, and answers for all."""
         engine, size = self.engine, len(x)
-        some = torch.arange(learnt, device=x.device) * size // learnt
-        rest = torch.ones(size, dtype=torch.bool, device=x.device)
-        rest[some] = False
-        others = rest.nonzero().flatten()
-        order = torch.cat([some, others]).argsort()
+        places = torch.arange(learnt, device=x.device) * size // learnt
+        waits = torch.ones(size, dtype=torch.long, device=x.device)
+        # other places each time, or of interleaved streams some would never teach
+        waits[(places + account["parts"]) % size] = 0
+        turns = waits.argsort(stable=True)  # no mask, whose length a device would be waited for
+        some, others = turns.split([learnt, size - learnt])
+        order = turns.argsort()
+
+        def joined(mine: Tensor, other: Tensor) -> Tensor:
+            return torch.cat([mine.detach(), other])[order] if mine.dim() else mine.detach()
 
         def whole(output: Any) -> Any:
-            both = join([output, answered])
-            return map_tensors(lambda part: part[order] if part.dim() else part, both)
+            return map_tensors(joined, output, answered)
 
         answered, _ = engine.predict(x[others], state)
         steps = engine.steps(x[some], state)
         output, done = begun(steps)
         if done is None:
-            yield whole(detached(output))
+            yield whole(output)
             done = ended(steps)
-        output = whole(detached(done.output))
+        output = whole(done.output)
         logits = rows(read_logits(output))
         done.measured["entropy"] = entropy(logits).mean()
         return engine.settled(done._replace(output=output, logits=logits), x, state)
@@ -293,7 +299,7 @@ class Ration:
         update = total = None
         plain, whole = (account["seconds"][kind] for kind in ("plain", "whole"))
         samples = max(account["samples"], 1)
-        if len(plain) > 1 and len(whole) > 1:
+        if _held(plain) and len(whole) > 1:  # a clock may stand still
             update = _held(whole) / _held(plain)
             total = _spent(account) / _held(plain) / samples
         return Spending(

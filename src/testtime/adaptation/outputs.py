@@ -63,6 +63,8 @@ def detached(output: Any) -> Any:
 def join(outputs: list[Any]) -> Any:
     """One output for a batch from those for its parts: tensors are joined, single numbers averaged.
 
+    Single numbers that are whole or truth values, which have no mean, are those of the first part.
+
     Example:
         >>> join([{"logits": torch.zeros(1, 2)}, {"logits": torch.ones(1, 2)}])
         {'logits': tensor([[0., 0.], [1., 1.]])}
@@ -71,7 +73,10 @@ def join(outputs: list[Any]) -> Any:
 
 
 def _join(*parts: Tensor) -> Tensor:
-    return torch.cat(parts) if parts[0].dim() else torch.stack(parts).mean(0)
+    if parts[0].dim():
+        return torch.cat(parts)
+    means = parts[0].is_floating_point() or parts[0].is_complex()
+    return torch.stack(parts).mean(0) if means else parts[0]
 
 
 def map_tensors(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
@@ -82,11 +87,28 @@ def map_tensors(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
         {'logits': tensor([[-1., -1.]]), 'kept': 'text'}
     """
 
-    def below(of: Callable[[Any], Any]) -> Any:
-        return map_tensors(change, of(first), *map(of, others))
+    def changed(part: Any, *same: Any) -> Any:
+        return change(part, *same) if isinstance(part, Tensor) else part
 
-    if isinstance(first, Tensor):
-        return change(first, *others)
+    return _map(changed, first, *others)
+
+
+def leaves(output: Any) -> list[Any]:
+    """Tensors and all else that an output is made of, in order.
+
+    Example:
+        >>> leaves({"logits": torch.ones(1), "kept": ("text", None)})
+        [tensor([1.]), 'text', None]
+    """
+    found: list[Any] = []
+    _map(lambda part: found.append(part) or part, output)
+    return found
+
+
+def _map(change: Callable[..., Any], first: Any, *others: Any) -> Any:
+    def below(of: Callable[[Any], Any]) -> Any:
+        return _map(change, of(first), *map(of, others))
+
     if isinstance(first, tuple | list):
         parts = [below(lambda output, i=i: output[i]) for i in range(len(first))]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
@@ -95,6 +117,8 @@ def map_tensors(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
         for key in first:
             answer[key] = below(lambda output, key=key: output[key])
         return answer
+    if isinstance(first, Tensor):
+        return change(first, *others)
     if dataclasses.is_dataclass(first) or getattr(first, "logits", None) is not None:
         answer = copy.copy(first)
         fields = getattr(first, "__dataclass_fields__", None) or getattr(first, "__dict__", {})
@@ -102,7 +126,7 @@ def map_tensors(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
             # also where the class is frozen
             object.__setattr__(answer, name, below(lambda output, name=name: getattr(output, name)))
         return answer
-    return first
+    return change(first, *others)
 
 
 def rows(logits: Tensor) -> Tensor:

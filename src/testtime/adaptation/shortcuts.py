@@ -121,16 +121,19 @@ class Shortcuts:
             return False
         return self._apart(x)
 
-    def answers_apart(self, x: Tensor) -> bool:
+    def answers_apart(self, x: Tensor) -> bool | None:
         """Whether a batch may be run in parts, of which some are only answered.
 
-        That is so where no layer mixes samples, all tensors that the model returns have one entry for
-        each, and the method answers and learns as it would from a smaller batch.
+        That is so where no layer mixes samples, what the model returns can be joined again, and the
+        method answers and learns as it would from a smaller batch. None while answers that are no
+        numbers hide it.
         """
         if not self.recipe.splits or self._norms_mix:
             return False
-        if not self.ranks.alone or not self.loan.own_functions or not self._apart(x):
+        if not self.ranks.alone or not self.loan.own_functions:
             return False
+        if not self._apart(x):
+            return self._answers_alone
         if self._in_rows is None:
             self._in_rows = answers_in_rows(self.loan, x)
         return self._in_rows

@@ -100,6 +100,9 @@ def summed(signals: Iterable[Tensor]) -> Sums:
 def pooled(old: Sums | None, fresh: Sums, most: int, signal: Tensor) -> Sums:
     """Sums over the last `most` samples, about: older ones fade where the fresh are fewer.
 
+    A signal of which nothing is fresh, as of a layer that did not run, is forgotten: nothing would
+    ever make its older samples fade.
+
     Args:
         old: until now.
         fresh: of a batch.
@@ -109,7 +112,7 @@ def pooled(old: Sums | None, fresh: Sums, most: int, signal: Tensor) -> Sums:
     if old is None:
         return fresh
     counts = list(zip(old["count"], fresh["count"], strict=True))
-    shares = [min(1.0, max(most - new, 0.0) / count) if count else 0.0 for count, new in counts]
+    shares = [min(1.0, max(most - new, 0.0) / n) if n and new else 0.0 for n, new in counts]
     share = fresh["sum"].new_tensor(shares)[signal]
     return {
         "count": [own * count + new for own, (count, new) in zip(shares, counts, strict=True)],
@@ -206,9 +209,10 @@ class SourceLike:
             return True
         self._recent = latest, longer
         *layers, entropies = latest["count"]
-        few = entropies < self.samples / 4 or max(layers) < 2
+        nothing = max(layers) < 2 and not self._knows_entropy
+        few = entropies < self.samples / 4 or nothing
         opened = few or self.found > self.effect
-        if not opened and self._entropy is None and _count(self._calm) < CALM:
+        if not opened and not self._knows_entropy:
             own = {name: every[-1:] for name, every in fresh.items()}
             self._calm = pooled(self._calm, own, CALM + len(values), 0 * self._signal[:1])
         return opened
@@ -243,11 +247,15 @@ class SourceLike:
         moved, now, most = signals.amax(1).tolist()  # in one wait for the device
         return moved, now, most
 
+    @property
+    def _knows_entropy(self) -> bool:
+        return self._entropy is not None or _count(self._calm) >= CALM
+
     def _told(self) -> Reference:
         """The source's entropy; until it is known, one that nothing lies apart from."""
         if self._entropy is not None:
             return self._entropy
-        if self._calm is None or _count(self._calm) < CALM:
+        if self._calm is None or not self._knows_entropy:
             nothing = torch.zeros_like(self._references[0][0][:1])
             return nothing, nothing + math.inf, nothing
         mean = self._calm["sum"] / _count(self._calm)
