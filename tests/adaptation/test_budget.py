@@ -96,6 +96,7 @@ def test_the_layers_that_a_backward_reaches_in_time_stay(budget, layers):
     told = adapter.plan().spending
     assert (told.budget, told.layers, told.of) == (budget, layers, 8)
     assert told.counted == pytest.approx((layers - 1) / 8)
+    assert str(told) == (f"budget {budget}: {layers} of 8 layers adapt; nothing was measured yet")
 
 
 def test_a_scope_that_ends_early_keeps_its_last_layer():
@@ -139,6 +140,10 @@ def test_updates_thin_out_until_the_budget_is_kept(costs):
     told = adapter.plan().spending
     assert told.update == pytest.approx(2)
     assert told.learnt == told.updates == 0.25
+    assert str(adapter.plan()).endswith(
+        "; budget 0.5: 8 of 8 layers adapt; 25% of the batches and 25% of the samples taught, which "
+        "took 0.50, where all would take 2.00"
+    )
     assert told.total == pytest.approx(0.5)
     assert adapter.events[-1].measured["budget"] == pytest.approx(0.5)
     assert adapter.counts.spared == 30

@@ -71,6 +71,15 @@ class Spending:
     learnt: float
     total: float | None
 
+    def __str__(self) -> str:
+        took = "nothing was measured yet"
+        if self.total is not None:
+            took = (
+                f"{self.updates:.0%} of the batches and {self.learnt:.0%} of the samples taught, which "
+                f"took {self.total:.2f}, where all would take {self.update:.2f}"
+            )
+        return f"budget {self.budget}: {self.layers} of {self.of} layers adapt; {took}"
+
 
 def executed(loan: Loan, x: Tensor, norms: Sequence[NormLayer]) -> dict[str, float]:
     """For each normalisation layer, the share of the model's operations that come before it.

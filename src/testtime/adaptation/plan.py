@@ -56,6 +56,7 @@ class Plan:
             f"backward passes for each sample; {self.bytes} bytes held"
             + f"; answers {'before' if self.answers_first else 'after'} the update"
             * bool(self.tensors)
+            + (f"; {self.spending}" if self.spending else "")
         )
 
 
