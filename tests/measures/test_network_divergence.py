@@ -9,7 +9,7 @@ from torch import nn
 
 from reference import information as reference
 from testtime._core.errors import InputError, OptionError
-from testtime.measures.information.networks import mlp
+from testtime.measures.information.networks import Averaged, mlp
 from testtime.measures.network_divergence import (
     dequantised,
     frechet_distance,
@@ -199,6 +199,23 @@ def test_images():
     assert not any(w.any() for name, w in critic.named_parameters() if name.endswith("bias"))
     wide = next(w for w in critic.parameters() if w.shape[:2] == (128, 64)).detach()
     assert float(wide.std()) == pytest.approx(math.sqrt(2 / (64 * 25)), rel=0.02)
+
+
+def test_the_critic_of_vectors_starts_as_that_of_images(monkeypatch):
+    seen, plain = [], Averaged
+
+    def spy(critic, *, decay):
+        seen.append(critic)
+        return plain(critic, decay=decay)
+
+    monkeypatch.setattr("testtime.measures.network_divergence.Averaged", spy)
+    network_divergence(normal(0, 40, 8), normal(1, 40, 8), steps=1, lr=0.0)
+    layers = [layer for layer in seen[0] if hasattr(layer, "weight")]
+    assert [tuple(layer.weight.shape) for layer in layers] == [(128, 8), (128, 128), (1, 128)]
+    for layer in layers:
+        assert not layer.bias.any()
+        expected = math.sqrt(2 / layer.in_features)
+        assert float(layer.weight.detach().std()) == pytest.approx(expected, rel=0.25)
 
 
 @pytest.mark.parametrize(

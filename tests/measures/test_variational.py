@@ -175,9 +175,10 @@ def test_a_step_of_mine_by_hand():
     moved: list[nn.Module] = []
     descend = mine_file.adam
 
-    def spy(network, *, lr):
+    def spy(network, *, lr, decay_over):
+        assert (lr, decay_over) == (0.1, 1)  # lr falls to 0 over all steps
         moved.append(network)
-        return descend(network, lr=lr)
+        return descend(network, lr=lr, decay_over=decay_over)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mine_file, "adam", spy)

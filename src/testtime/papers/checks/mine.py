@@ -1,7 +1,9 @@
 """MINE's claim: a trained critic finds the mutual information of Gaussians, cubed ones too.
 
-With seed 2 it finds a fifth less in the heavy tails of y^3. Their normal scores are those of y: given
-these instead, it finds what it finds of the scores of the Gaussian, with every seed.
+Of y^3 it finds an eighth less than of y, as the heavy tails are most of the network's range. The normal scores
+of y^3 are those of y: given these instead, it finds what it finds of the scores of the Gaussian. While the
+step size stayed as it was the value after the last step was chance: with one seed it went from 0.43 to 0.36
+in the last sixty steps. It falls to 0 now.
 """
 
 from collections.abc import Iterator, Sequence

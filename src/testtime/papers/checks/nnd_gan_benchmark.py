@@ -1,14 +1,20 @@
 """The neural network divergence's claim: learning the training set by heart does not win.
 
 The laws are mixtures of ten Gaussians in eight dimensions, their means standard normal, their
-covariances A A^T with entries of A of variance 1/8. The generator is a wrong law: covariances times
+covariances A A^T with entries of A of variance 1.25 / 8. The generator is a wrong law: covariances times
 0.8, and noise of deviation 0.25 on top.
 
-With five seeds the Frechet distance of 3000 memorised samples is below the generator's, 300 have 3.2
-to 5.3 times the divergence of 3000, and the law itself has about 0. But the critic gives the 3000
-0.08 to 0.12 and the generator 0.09 to 0.11, so that the claim holds for two seeds of five: in the other
-three 3000 samples fill this law better than the generator describes it. Law and generator were fixed
-before any number was seen.
+The sheet leaves the law open, and reports Frechet distances of its own: 0.088 and 0.054 of the
+generator, 0.049 and 0.023 of 3000 memorised samples, 0.27 and 0.10 of 300. The spread of the means, the size
+of the covariances and the number of samples that a Frechet distance is of were chosen, on other seeds,
+such that the logarithms of the three means come closest (0.069, 0.034 and 0.204); no critic was
+looked at. The number of samples matters: of 100,000 no law has 300 only five times as far as 3000.
+
+The sheet's 800 steps are too few for the claim with every seed. The critic has then seen what is wrong
+with the generator, but not yet all holes between 3000 samples: it gives these 0.13, 0.13, 0.13, 0.18
+and 0.17, the generator 0.17, 0.14, 0.17, 0.17 and 0.16, so that the claim holds for two seeds of five.
+With 2000 steps, the default of `network_divergence`, it gives the 3000 0.19, 0.19, 0.20, 0.25 and 0.20,
+the generator 0.19, 0.16, 0.18, 0.19 and 0.19: more with each seed. The verdict is that of 800 steps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +33,11 @@ CLAIM = (
     "of the law itself within 0.05 of 0."
 )
 KINDS, DIMS = 10, 8
-STEPS, DRAWS, MOMENTS = 800, 200, 100_000
+SPREAD, SIZE = 1.0, 1.25
+"""Deviation of the means' coordinates, and mean variance of each coordinate of a component."""
+STEPS, DRAWS, MOMENTS = 800, 200, 4000
+LONGER = 2000
+"""The default of `network_divergence`."""
 
 
 @register("check", paper="nnd-gan-benchmark", name="nnd-gan-benchmark")
@@ -42,8 +52,8 @@ def check(*, seeds: Sequence[int] = (0, 1, 2), on_progress: Progress | None = No
 def mixture(seed: int, purpose: str, *, scale: float = 1.0, noise: float = 0.0) -> Draw:
     """A function of fresh samples: covariances times `scale`, and noise of this deviation on top."""
     chance = generator(seed, "nnd", "law")
-    means = torch.randn(KINDS, DIMS, generator=chance)
-    roots = (scale / DIMS) ** 0.5 * torch.randn(KINDS, DIMS, DIMS, generator=chance)
+    means = SPREAD * torch.randn(KINDS, DIMS, generator=chance)
+    roots = (scale * SIZE / DIMS) ** 0.5 * torch.randn(KINDS, DIMS, DIMS, generator=chance)
     random = generator(seed, "nnd", purpose)
 
     def draw(n: int) -> torch.Tensor:
@@ -69,6 +79,9 @@ def measure(seed: int) -> Iterator[tuple[str, float]]:
         real = mixture(seed, f"{name}, real")
         found = network_divergence(real, model, steps=STEPS, draws=DRAWS, seed=seed)
         yield f"{name}, divergence", found.value
+        if name in ("the generator", "3000 memorised"):
+            longer = network_divergence(real, model, steps=LONGER, draws=DRAWS, seed=seed)
+            yield f"{name}, divergence, trained longer", longer.value
 
 
 def holds(found: dict[str, float]) -> bool:
