@@ -152,7 +152,7 @@ def contestants(model: nn.Module, x: Tensor, size: int, methods: list[str]) -> d
             more = {"source": data} if data else {}
             steps[f"textbook {name}"] = TEXTBOOK[name](own, **more, **options)
         if name == "cotta":  # no views, as where the source is sure, and it is not even asked
-            steps["cotta, source sure"] = tt.adapt(own, name, threshold=1e-9, **options)
+            steps["cotta, source sure"] = tt.adapt(own, name, threshold=0.0, **options)
         if name == "tent":
             steps["tent, kept in bfloat16"] = tt.adapt(
                 own, replace(tent(), activations=torch.bfloat16)
