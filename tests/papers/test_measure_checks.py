@@ -10,7 +10,7 @@ from testtime._core.registry import entries
 
 TINY = {"SAMPLES": 64, "STEPS": 3, "ROUNDS": 3, "SHAPE": (64, 128), "EPOCHS": 1, "LENGTH": 800,
         "PATHS": 5, "LAWS": 10, "COUPLINGS": 5, "QUANTISED": 5, "REPEATS": 2, "CUBE": (20, 30),
-        "DISK": 20, "KERNEL": 20, "STREAMS": 1, "DRAWS": 2, "MOMENTS": 50, "LONGER": 3, "EPISODES": 1}  # fmt: skip
+        "DISK": 20, "KERNEL": 20, "STREAMS": 1, "DRAWS": 2, "MOMENTS": 50, "SHORT": 3, "EPISODES": 1}  # fmt: skip
 
 # numbers for which the claim just holds, and changes of one or two of them for which it does not
 EDGES = {
