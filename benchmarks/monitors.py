@@ -219,9 +219,9 @@ def memory(name: str) -> dict[str, Any]:
         "Risk": (Risk(bound=0.2), (scores,), 1_000_000),
         "Collapse": (Collapse(classes=4), (x, x), 1_000_000),
         "Independence": (
-            Independence(gamma_x=0.3, gamma_y=0.3, memory=100), (x, y), 100_000,
+            Independence(gamma_x=0.3, gamma_y=0.3, memory=100), (x, y), 1_000_000,
         ),
-        "TwoSample": (TwoSample.fit(draw(5, 500, 4), memory=100), (x, x.flip(0)), 50_000),
+        "TwoSample": (TwoSample.fit(draw(5, 500, 4), memory=100), (x, x.flip(0)), 1_000_000),
     }[name]  # fmt: skip
     monitor, shuffle = Monitor(detector), generator(0, name)
     start, sizes = time.process_time(), []
