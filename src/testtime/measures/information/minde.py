@@ -207,8 +207,9 @@ def around_normal(network: Noise, d: int) -> Noise:
     """A network's answer as a correction of s z, what predicts the noise of standard normal variables.
 
     The code's network predicts the noise itself. Where it is nearly all that is left of a sample this is
-    the identity, which normalised layers learn slowly, and what they miss adds to the value, of kind "j"
-    most: of five and five Gaussian coordinates and 1.12 nats it found 1.5 to 1.7.
+    the identity, which normalised layers learn slowly, and what they miss is in the value. Of twenty and
+    twenty Gaussian coordinates and 3 nats, kind "c" then found 1.3 and "j" 14 to 17, with 5000 samples
+    and the default steps; as a correction they find 2.5 to 2.7 and 2.0 to 2.1.
 
     Args:
         network: of z (n, D) and tau (n, 2).
