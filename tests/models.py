@@ -1,7 +1,7 @@
 """Small networks that tests adapt."""
 
 import copy
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -181,3 +181,24 @@ class Headed(nn.Module):
 
     def forward(self, x):
         return self.head(self.body(x))
+
+
+class Deep(nn.Module):
+    """Eight equal blocks, registered backwards; by counting each is an eighth of the work."""
+
+    def __init__(self, norm: type[nn.Module] | partial = nn.BatchNorm2d) -> None:
+        super().__init__()
+        for i in reversed(range(8)):
+            setattr(self, f"conv{i}", nn.Conv2d(3, 3, 3, padding=1, bias=False))
+            setattr(self, f"norm{i}", norm(3))
+
+    def forward(self, x):
+        for i in range(8):
+            x = getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(x)).relu()
+        return 9 * x.mean((2, 3))
+
+
+def deep() -> Deep:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Deep().eval()

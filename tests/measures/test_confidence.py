@@ -21,7 +21,7 @@ def gradient(score, logits):
     return torch.autograd.grad(score(logits).sum(), logits)[0]
 
 
-def test_fixtures_of_the_sheet():
+def test_known_values():
     adapted = torch.tensor([[2, 0, 0], [1, 0.5, 0], [0, 3, 0], [0.2, 0.1, 0]])
     original = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 0, 1]])
     expected = torch.tensor([0.576117, 0.576117, 0.786986, 0.576117])

@@ -83,7 +83,7 @@ def gradient(measure, logits):
     return torch.autograd.grad(measure(logits).sum(), logits)[0]
 
 
-def test_fixtures_of_the_sheet():
+def test_known_values():
     h = entropy(ADAPTED)
     assert torch.allclose(h, torch.tensor([0.665573, 1.020191, 0.366594, 1.095287]), atol=1e-6)
     assert h.mean().item() == pytest.approx(0.786911, abs=1e-6)

@@ -335,13 +335,12 @@ def _usual_critic(sample: Tensor, random: torch.Generator) -> nn.Module:
 
 
 def _started(critic: nn.Sequential, random: torch.Generator) -> nn.Sequential:
-    """With He's initialisation (code): a critic that starts smaller has not seen the finer holes yet
-    when the training ends."""
-    for name, parameter in critic.named_parameters():
+    """With He's initialisation (code): one that starts smaller sees the finer holes too late."""
+    for name, own in critic.named_parameters():
         if name.endswith("bias"):
-            nn.init.zeros_(parameter)
+            nn.init.zeros_(own)
         else:
-            nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=random)
+            nn.init.kaiming_normal_(own, nonlinearity="relu", generator=random)
     return critic
 
 

@@ -1,10 +1,10 @@
 """The claim: a loss that knows of correctness lowers the confidence of narrowly wrong answers.
 
-The sheet describes the data in words, and tells what four calibrators make of them: calibration errors and
-AUROC of 13/75 without calibration, 14/75 with one temperature, 16/80 with cross-entropy on the features and
-7/93 with the correctness loss. The constants are those for which all eight come closest, on seeds 10 to 13
-(13/75, 15/75, 13/83 and 6/94). The seeds here are others. How large the lead is hangs on the data: where copies
-are noisier than they are doubtful, it shrinks to three points.
+The thresholds are those of a prototype. Its data are known in words only, and by what four calibrators made
+of them: calibration errors and AUROC of 13/75 without calibration, 14/75 with one temperature, 16/80 with
+cross-entropy on the features and 7/93 with the correctness loss. The constants are those for which all eight
+come closest, on seeds 10 to 13 (13/75, 15/75, 13/83 and 6/94). The seeds here are others. How large the lead
+is depends on the data: where copies are noisier than they are doubtful, it shrinks to three points.
 """
 
 from collections.abc import Iterator, Sequence

@@ -4,13 +4,13 @@ The laws are mixtures of ten Gaussians in eight dimensions, their means standard
 covariances A A^T with entries of A of variance 1.25 / 8. The generator is a wrong law: covariances times
 0.8, and noise of deviation 0.25 on top.
 
-The sheet leaves the law open, and reports Frechet distances of its own: 0.088 and 0.054 of the
+The claim is that of a prototype. Its law is not known, but its Frechet distances are: 0.088 and 0.054 of the
 generator, 0.049 and 0.023 of 3000 memorised samples, 0.27 and 0.10 of 300. The spread of the means, the size
 of the covariances and the number of samples that a Frechet distance is of were chosen, on other seeds,
 such that the logarithms of the three means come closest (0.069, 0.034 and 0.204); no critic was
 looked at. The number of samples matters: of 100,000 no law has 300 only five times as far as 3000.
 
-The critic makes 2000 steps, the default of `network_divergence`. The sheet's 800 are too few: the critic
+The critic makes 2000 steps, the default of `network_divergence`. The prototype's 800 are too few: the critic
 has then seen what is wrong with the generator, but not yet all holes between 3000 samples, and these come
 out as worse with two seeds of five only. With 2000 they do with four of these five, and with four of five
 others that were tried once. Where they do not, the two are 0.003 or less apart.
@@ -36,7 +36,7 @@ SPREAD, SIZE = 1.0, 1.25
 """Deviation of the means' coordinates, and mean variance of each coordinate of a component."""
 STEPS, DRAWS, MOMENTS = 2000, 200, 4000
 SHORT = 800
-"""The sheet's steps, told beside."""
+"""Steps of the prototype, told beside."""
 
 
 @register("check", paper="nnd-gan-benchmark", name="nnd-gan-benchmark")
