@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import testtime as tt
-from adaptation.test_budget import Deep
 from battery import alike
 from elsewhere import There, elsewhere, send
 from guards import Says, outcomes
-from models import batches, tiny
+from models import Deep, batches, tiny
 from testtime._core.errors import InputError, OptionError, StateError
 from testtime._core.outcomes import Outcome
 from testtime.adaptation.loan import lock_of
