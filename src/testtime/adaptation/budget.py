@@ -1,11 +1,11 @@
 """A budget: what adapting may cost beyond plain inference, as a share of a forward.
 
 Where samples are answered each by itself, a part of each batch teaches, as much as the clock shows to be
-within the budget: as many samples in more updates teach more. Elsewhere whole batches teach, one when
-what the updates so far took, and one more would, is within the budget of all batches so far. Of the
-tensors in normalisation layers those are then left out, by counting, without which one batch of `SELDOM`
-could not teach; never more than the earlier half's. Times are measured in the first batches and then
-held, so that nothing is measured for ever.
+within the budget: then most batches teach, as they do without one. Elsewhere whole batches teach, one when
+what the updates so far took, and one more would, is within the budget of all batches so far. There the
+earlier normalisation layers are left out, by counting, if with them not even one batch of `SELDOM` could
+teach; never more than the earlier half. Times are measured in the first batches and then held, so that
+nothing is measured for ever.
 """
 
 import time
