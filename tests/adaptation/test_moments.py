@@ -98,6 +98,32 @@ def test_gradients_that_are_not_contiguous():
     torch.testing.assert_close(grad, torch.ones_like(x))
 
 
+class Layouts(TorchDispatchMode):
+    """Strides of what torch's backward of batch normalisation is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket == torch.ops.aten.native_batch_norm_backward:
+            self.found.append((args[0].stride(), args[1].stride()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_goes_back_in_the_layout_of_its_input(layout, given):
+    """Of two layouts torch's kernel steps from value to value, seven to twelve times as long."""
+    x = draw(4, 3, 5, 6).to(memory_format=layout).requires_grad_()
+    weight, bias = (draw(3).requires_grad_() for _ in range(2))
+    used, grad = Moments(torch.zeros(3), torch.ones(3)), draw(4, 3, 5, 6)
+    for made in (normalise(x, used, 0.1), normalise_blended(x, weight, bias, lambda own: own, 0.1)):
+        with Layouts() as seen:
+            torch.autograd.grad(made, x, grad.to(memory_format=given))
+        assert seen.found == [(x.stride(), x.stride())]
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0, None, "own"])
 @pytest.mark.parametrize("seen", [0, 1, 9])
 def test_averages_move_again_by_a_batch_that_is_not_seen_again(momentum, seen):

@@ -76,6 +76,14 @@ def test_sums_of_rows_of_any_length(length, layout):
         torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5 * length**0.5)
 
 
+@pytest.mark.parametrize("samples", [0, 1, 7, 11])
+def test_sums_of_channels_that_lie_together_in_several_pieces(samples, monkeypatch):
+    monkeypatch.setattr(batch_statistics, "CACHED", 3 * 5 * 64)
+    x = draw(samples, 64, 5).mT
+    for found, right in zip(row_sums(x), (x.sum(2), x.square().sum(2)), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("samples", [1, 15, 17, 31, 64, 160])
 def test_of_any_number_of_samples(samples):
     x = 1 + draw(samples, 3, 8, 5)

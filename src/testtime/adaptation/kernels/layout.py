@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""By dimensions: how images and volumes lie whose channels lie together."""
+
 
 class Shape(NamedTuple):
     """How a tensor is laid out, without its values."""
@@ -34,6 +37,20 @@ def dense(x: Tensor) -> bool:
     return x.is_contiguous() or (
         x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def laid_as(x: Tensor, other: Tensor) -> Tensor:
+    """The values of x without gaps in memory, in the order of another tensor's; x where they lie so.
+
+    Example:
+        >>> images = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+        >>> laid_as(torch.ones(2, 3, 4, 4), images).stride() == images.stride()
+        True
+    """
+    last = CHANNELS_LAST.get(other.dim())
+    if last is None or other.is_contiguous() or not other.is_contiguous(memory_format=last):
+        return x.contiguous()
+    return x.contiguous(memory_format=last)
 
 
 def in_memory(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from testtime._core.arrays import at_least_single
 from testtime.adaptation.kernels.batch_statistics import of_batch
 from testtime.adaptation.kernels.calls import transformed
+from testtime.adaptation.kernels.layout import laid_as
 from testtime.adaptation.parts.statistics import Moments
 from testtime.adaptation.ranks import Ranks
 
@@ -58,7 +59,7 @@ class _Normalise(torch.autograd.Function):
         one = torch.ones_like(mean)
         mask = [True, True, True]
         to_x, to_scale, to_shift = torch.ops.aten.native_batch_norm_backward(
-            grads[0].contiguous(), x, one, mean, var, *unsaved(mean), False, ctx.eps, mask
+            laid_as(grads[0], x), x, one, mean, var, *unsaved(mean), False, ctx.eps, mask
         )
         inverse = torch.rsqrt(var + ctx.eps)
         return to_x, -inverse * to_shift, -0.5 * inverse.square() * to_scale, None
@@ -88,7 +89,7 @@ class _Blended(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         mean, var = (moment.detach() for moment in ctx.used)
         to_x, to_weight, to_bias = torch.ops.aten.native_batch_norm_backward(
-            grads[0].contiguous(), x, weight, mean, var, *unsaved(mean), False, ctx.eps, [True] * 3
+            laid_as(grads[0], x), x, weight, mean, var, *unsaved(mean), False, ctx.eps, [True] * 3
         )
         inverse = torch.rsqrt(var + ctx.eps)
         to_used = -inverse * weight * to_bias, -0.5 * inverse.square() * weight * to_weight
