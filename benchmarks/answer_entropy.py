@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from between import write_json
+from names import names_of
 from testtime.bench.machine import describe_machine
 from testtime.decode.api import generate
 from testtime.decode.labels import Question, answer_questions
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100, help="of each topic")
     parser.add_argument("--judged", type=int, default=30, help="of them, by the judge")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--topics", default=",".join(TOPICS))
+    parser.add_argument("--topics", type=names_of(TOPICS), default=",".join(TOPICS))
     given = parser.parse_args()
     settings = {
         "model": given.model, "questions": given.questions, "seed": given.seed,
@@ -88,7 +89,7 @@ def main() -> None:
     }  # fmt: skip
     known = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
     rows = known.get("topics", {}) if {**known, **settings} == known else {}
-    for name in given.topics.split(","):
+    for name in given.topics:
         if name not in rows:
             rows[name] = asked(name, given)
             keep(settings, rows)

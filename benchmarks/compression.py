@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from between import write_between, write_json
+from names import names_of
 from testtime.bench.machine import describe_machine
 from testtime.decode.compression import compress, decompress
 from testtime.decode.models import load_language_model
@@ -115,7 +116,7 @@ def page(path: Path, found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="gemma:270m")
-    parser.add_argument("--texts", default=",".join(TEXTS))
+    parser.add_argument("--texts", type=names_of(TEXTS), default=",".join(TEXTS))
     parser.add_argument("--lanes", type=int, default=16)
     parser.add_argument("--out", type=Path, default=NUMBERS)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "testtime-codes")
@@ -134,9 +135,9 @@ def main() -> None:
         held = {**about, "texts": {}}
     asked.work.mkdir(parents=True, exist_ok=True)
     texts = held["texts"]
-    for name in asked.texts.split(",") if asked.again else ():
+    for name in asked.texts if asked.again else ():
         texts.pop(name, None)
-    wanted = [name for name in asked.texts.split(",") if "came back" not in texts.get(name, {})]
+    wanted = [name for name in asked.texts if "came back" not in texts.get(name, {})]
     pair = load_language_model(asked.model) if wanted else (None, None)
     for name in wanted:
         packed = asked.work / f"{name}.ttlz"

@@ -43,6 +43,7 @@ from torch.profiler import ProfilerActivity, profile
 import testtime as tt
 from between import write_json
 from compare import compare, join, page, show
+from names import names_of
 from settings import setting
 from testtime._core.devices import wait_for
 from testtime.adaptation.methods.tent import tent
@@ -331,11 +332,11 @@ def main() -> int:
         default="embedded,resnet50,resnet50_gn,vit_s",
         help="or others, by their names in timm",
     )
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", type=names_of(tt.methods()), default=",".join(METHODS))
     parser.add_argument("--batch", type=int, default=None, help="images; by the model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default=None, help="cpu or cuda; both where there are both")
-    parser.add_argument("--measure", default="seconds,memory")
+    parser.add_argument("--measure", type=names_of(("seconds", "memory")), default="seconds,memory")
     parser.add_argument("--overhead", action="store_true", help="of a call, and nothing else")
     parser.add_argument("--out", type=Path, default=None, help="JSON file that the rows join")
     parser.add_argument("--page", type=Path, default=None, help="write the tables of --out there")
@@ -348,6 +349,8 @@ def main() -> int:
         told = [f"not compared: {what}" for what in left]
         print("\n".join([*told, *(worse or [f"of {figures} figures nothing is worse"])]))
         return 1 if worse else 0 if figures else 2
+    if chosen.page and not chosen.out:
+        parser.error("--page writes the tables of a file; name it by --out")
     if chosen.page:
         page(chosen.page, json.loads(chosen.out.read_text()))
         return 0
@@ -362,9 +365,7 @@ def main() -> int:
         [chosen.device] if chosen.device else devices, chosen.models.split(",")
     ):
         size = chosen.batch or BATCH.get(name, 16)
-        rows += measure(
-            name, size, chosen.methods.split(","), chosen.rounds, chosen.measure.split(","), device
-        )
+        rows += measure(name, size, chosen.methods, chosen.rounds, chosen.measure, device)
         keep(chosen.out, {"rows": rows})
     show(rows)
     return 0

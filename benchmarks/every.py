@@ -29,6 +29,7 @@ import testtime as tt
 from between import write_between, write_json
 from compare import join
 from cost import Confident, machine, peak_megabytes, seconds, told
+from names import names_of
 from settings import setting
 from testtime._core.errors import ScopeError, TesttimeWarning
 from testtime._core.registry import entries, find
@@ -240,8 +241,12 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--networks", default="embedded:batch,resnet18,vit")
-    parser.add_argument("--methods", default=",".join(entries("method")))
+    parser.add_argument(
+        "--networks", type=names_of(NETWORKS), default="embedded:batch,resnet18,vit"
+    )
+    parser.add_argument(
+        "--methods", type=names_of(entries("method")), default=",".join(entries("method"))
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("every.json"))
     parser.add_argument("--page", type=Path, default=None, help="write the tables of --out there")
@@ -251,8 +256,8 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", TesttimeWarning)
-    for network in chosen.networks.split(","):
-        rows = measure(network, chosen.methods.split(","), chosen.rounds)
+    for network in chosen.networks:
+        rows = measure(network, chosen.methods, chosen.rounds)
         held = json.loads(chosen.out.read_text()) if chosen.out.exists() else {}
         write_json(chosen.out, join(held, {"machine": machine(), "rows": rows}))
 

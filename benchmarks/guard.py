@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from between import write_json
 from guard_page import TOP
 from guard_streams import CLASSES, METHODS, OPTIONS, STREAMS, sent, source_of, streams_of
 from guarded import Errors, error, errors_table, kept, line, said
+from names import names_of
 from testtime._core.seeds import generator
 from testtime.bench.machine import describe_machine
 from testtime.bench.models import load_model
@@ -87,7 +89,11 @@ def page(found: Sequence[dict[str, Any]], pair: Sequence[dict[str, Any]]) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", help="names with commas between; default: all of the page")
+    parser.add_argument(
+        "--methods",
+        type=names_of(chain.from_iterable(METHODS.values())),
+        help="names with commas between; default: all of the page",
+    )
     parser.add_argument("--again", action="store_true", help="guarded errors of an earlier rule")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="when to stop")
     parser.add_argument("--alike", action="store_true", help="only windows that look alike")
@@ -103,7 +109,7 @@ def main() -> None:
         searched(given.evidence, found)
     elif not given.page:
         for model, methods in METHODS.items():
-            chosen = given.methods.split(",") if given.methods else methods
+            chosen = given.methods or methods
             mine = [name for name in methods if name in chosen]
             run(found, model, mine, again=given.again, until=until)
     PAGE.write_text(page(found, json.loads(ALIKE.read_text())))

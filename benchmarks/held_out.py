@@ -28,6 +28,7 @@ from torch.utils.data import TensorDataset
 import testtime as tt
 from between import write_json
 from guarded import Errors, error, kept, line, said
+from names import names_of
 from testtime._core.seeds import generator
 from testtime.bench.machine import describe_machine
 from testtime.streams.scenarios import Scenario
@@ -248,13 +249,15 @@ def section() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tables", help="names with commas between; default: all")
+    parser.add_argument(
+        "--tables", type=names_of(TABLES), help="names with commas between; default: all"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="when to stop")
     given = parser.parse_args()
     torch.set_num_threads(1)
     until = time.monotonic() + given.seconds
     found: list[dict[str, Any]] = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else []
-    for name in given.tables.split(",") if given.tables else TABLES:
+    for name in given.tables or TABLES:
         for norm in NORMS:
             run(found, name, norm, until)
 

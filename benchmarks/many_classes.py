@@ -15,6 +15,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 import testtime as tt
 from between import write_json
 from guarded import Errors, errors_table, line, said
+from names import names_of
 from testtime._core.seeds import generator
 from testtime.bench.machine import describe_machine
 from testtime.bench.networks import Norm, Residual, group_norm
@@ -283,7 +285,11 @@ def section() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", help="names with commas between; default: all of the page")
+    parser.add_argument(
+        "--methods",
+        type=names_of(chain.from_iterable(METHODS.values())),
+        help="names with commas between; default: all of the page",
+    )
     parser.add_argument(
         "--models", type=Path, default=ROOT / "build", help="folder of the networks"
     )
@@ -293,7 +299,7 @@ def main() -> None:
     until = time.monotonic() + given.seconds
     found: list[dict[str, Any]] = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else []
     for norm, methods in METHODS.items():
-        chosen = given.methods.split(",") if given.methods else methods
+        chosen = given.methods or methods
         run(found, norm, [name for name in methods if name in chosen], given.models, until)
 
 

@@ -23,6 +23,7 @@ from torch import nn
 import testtime as tt
 from between import write_json
 from guarded import Errors, error, kept, line, said
+from names import names_of
 from other_kinds import NETWORKS, STREAMS, sent, trained
 from testtime.bench.machine import describe_machine
 
@@ -165,13 +166,15 @@ def section() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--networks", help="names with commas between; default: all")
+    parser.add_argument(
+        "--networks", type=names_of(NETWORKS), help="names with commas between; default: all"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="when to stop")
     given = parser.parse_args()
     torch.set_num_threads(1)
     until = time.monotonic() + given.seconds
     found: list[dict[str, Any]] = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else []
-    for name in given.networks.split(",") if given.networks else NETWORKS:
+    for name in given.networks or NETWORKS:
         run(found, name, until)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from names import names_of
 from testtime._core.files import atomic
 from testtime._core.registry import Entry, entries
 from testtime.cli.reproduce import number
@@ -43,14 +44,16 @@ of a known distribution. The thresholds were set beforehand. A claim counts as h
 
 
 def main() -> None:
+    checks = {entry.paper: entry for entry in entries("check").values()}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="papers with commas between; default all")
+    parser.add_argument(
+        "--only", type=names_of(checks), help="papers with commas between; default all"
+    )
     parser.add_argument("--page", action="store_true", help="run nothing, write the page")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many, from 0 on")
     args = parser.parse_args()
-    checks = {entry.paper: entry for entry in entries("check").values()}
     known = json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {}
-    for slug in [] if args.page else args.only.split(",") if args.only else checks:
+    for slug in [] if args.page else args.only or checks:
         known[slug] = run(checks[slug], seeds=range(args.seeds))
         print(
             f"{slug}: {known[slug]['seconds']:.0f} s, held: {known[slug]['held']}", file=sys.stderr

@@ -186,3 +186,30 @@ def test_a_gpu_is_measured_where_there_is_one(there, devices, cost, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["cost.py", "--models", "embedded"])
     assert cost.main() == 0
     assert seen == devices
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "known"),
+    [
+        ("cost", "--measure", "seconds,memory"),
+        ("cost", "--methods", "tent"),
+        ("every", "--networks", "resnet18"),
+        ("every", "--methods", "tent"),
+        ("held_out", "--tables", "wine"),
+        ("other_networks", "--networks", "expected some of"),
+        ("guard", "--methods", "tent"),
+        ("many_classes", "--methods", "tent"),
+        ("reproductions", "--only", "tent"),
+        ("compression", "--texts", "english"),
+        ("answer_entropy", "--topics", "expected some of"),
+    ],
+)
+def test_names_that_are_not_known_are_refused(name, option, known, monkeypatch, capsys):
+    """And not run as nothing, to print or write an empty table."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", option, "tempo"])
+    with pytest.raises(SystemExit) as said:
+        script(name).main()
+    assert said.value.code == 2
+    told = capsys.readouterr().err
+    assert "tempo" in told
+    assert known in told
