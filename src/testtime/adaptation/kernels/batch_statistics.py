@@ -36,6 +36,8 @@ UNCHANGED = [
     for size in range(TOGETHER + 1)
 ]
 """Means and inverse deviations of so many samples that normalise nothing."""
+ONES = torch.ones(1 << 16, dtype=torch.float32, device="cpu")
+"""Scales that change nothing. torch wants them until 2.10, though it does not read them here."""
 FAR = 4.0
 """Standard deviations that a mean may be from zero where a variance is taken from squares."""
 
@@ -102,8 +104,10 @@ def both_sums(x: Tensor) -> tuple[Tensor, Tensor]:
         >>> both_sums(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
         (tensor([3., 7.]), tensor([ 5., 25.]))
     """
+    rows = x.shape[1]
+    scale = ONES[:rows] if rows <= len(ONES) else torch.ones_like(x[0, :, 0])
     _, squares, sums = torch.ops.aten.native_group_norm_backward.default(
-        x, x, *UNCHANGED[len(x)], None, *x.shape, 1, [False, True, True]
+        x, x, *UNCHANGED[len(x)], scale, *x.shape, 1, [False, True, True]
     )
     return sums, squares
 
