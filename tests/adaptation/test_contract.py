@@ -187,7 +187,8 @@ def test_export_is_a_plain_model(name, kind):
             corrected = adapter.recipe.prediction not in (student, from_teacher)
             if not corrected and name not in CORRECTING:
                 torch.testing.assert_close(answer, adapter.predict(x), rtol=1e-3, atol=1e-4)
-        assert all(torch.equal(value, before[key]) for key, value in exported.state_dict().items())
+        for key, value in exported.state_dict().items():  # torch rounds an InstanceNorm's own anew
+            torch.testing.assert_close(value, before[key], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in WEIGHING])

@@ -244,7 +244,7 @@ adapter = tt.adapt(tiny(), "tent", deferred=True, on_event=lambda e: os.write(1,
 def script(text: str) -> str:
     paths = os.pathsep.join([*sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT + text], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", SCRIPT + text], capture_output=True, text=True, timeout=60,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

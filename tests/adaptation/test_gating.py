@@ -1,5 +1,6 @@
 """An adapter that learns only where data part from the source's."""
 
+import copy
 import math
 
 import pytest
@@ -120,7 +121,8 @@ def test_summaries_are_of_channels_wherever_these_stand(kind):
 def test_data_like_the_source_are_answered_by_the_source(kind):
     adapter, model = gated(kind), tiny(kind)
     for x in clean():
-        assert torch.equal(adapter(x), model(x).detach())
+        bare = copy.deepcopy(model)  # whose InstanceNorm rounds its own averages at each run
+        assert torch.equal(adapter(x), bare(x).detach())
     assert adapter.counts.spared == 8
     assert adapter.counts.forwards == adapter.counts.samples
     assert adapter.counts.backwards == adapter.counts.updates == 0

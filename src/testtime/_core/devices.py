@@ -24,6 +24,7 @@ def wait_for(device: torch.device) -> None:
     Example:
         >>> wait_for(torch.device("cpu"))
     """
-    found = torch.accelerator.current_accelerator()
+    there = torch.accelerator.is_available()
+    found = torch.accelerator.current_accelerator() if there else None
     if found is not None and found.type == device.type:
         torch.accelerator.synchronize(device)

@@ -43,8 +43,7 @@ def load_model(spec: str) -> nn.Module:
         >>> sum(p.numel() for p in load_model("embedded:batch").parameters())
         221010
     """
-    with torch.device("cpu"):
-        return _build(spec, pretrained=True).eval()
+    return _build(spec, pretrained=True).eval()
 
 
 def preprocessing(model: nn.Module) -> str:
@@ -104,11 +103,18 @@ def _view(spec: str) -> dict[str, Any] | None:
 
 def _build(spec: str, *, pretrained: bool) -> nn.Module:
     source, _, name = spec.partition(":")
-    if source == "embedded" and name in EMBEDDED:
-        return _embedded(name)
-    if source == "file" and "@" in name:
-        path, _, own = name.rpartition("@")
-        return _from_python(path, own) if path.endswith(".py") else _from_file(path, own)
+    path, _, own = name.rpartition("@")
+    if source == "file" and path.endswith(".py"):
+        return _from_python(path, own)  # where torch keeps what the file sets out of other defaults
+    with torch.device("cpu"):
+        if source == "embedded" and name in EMBEDDED:
+            return _embedded(name)
+        if source == "file" and path:
+            return _from_file(path, own)
+        return _from_library(spec, source, name, pretrained=pretrained)
+
+
+def _from_library(spec: str, source: str, name: str, *, pretrained: bool) -> nn.Module:
     makers = {"timm": _timm, "torchvision": _torchvision, "hf": _hugging_face}
     if source not in makers or not name:
         raise unknown("model", spec, SPECS)

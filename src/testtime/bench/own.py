@@ -102,12 +102,12 @@ def _settings_kept() -> Generator[None, None, None]:
     np.random.seed(0)  # noqa: NPY002
     sys.dont_write_bytecode = True  # Python tells old ones by their time and size alone
     try:
+        torch.set_default_device("cpu")
         with global_chance(0, [torch.device("cpu")]):
             yield
     finally:
         sys.path[:], sys.dont_write_bytecode = paths, cached
-        if _default_device() is not device:
-            torch.set_default_device(None if device is None else device.device)
+        torch.set_default_device(None if device is None else device.device)
         for put, value in before:
             put(value)
 
