@@ -108,6 +108,8 @@ def _settings_kept() -> Generator[None, None, None]:
     finally:
         sys.path[:], sys.dont_write_bytecode = paths, cached
         torch.set_default_device(None if device is None else device.device)
+        if device is None:  # torch 2.8 and before fail to tell a default that was taken back
+            vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)
         for put, value in before:
             put(value)
 
