@@ -62,7 +62,7 @@ METHODS = (
     "domainadaptor", "dent", "tesla", "sade", "simatta",
 )  # fmt: skip
 """All that work on any classifier of images; `foa` is for transformers, and `sqrl` for tables."""
-OF_BATCH_NORMS = ("bn-adapt", "rotta", "domainadaptor", "dent")
+OF_BATCH_NORMS = ("bn-adapt", "domainadaptor", "dent")
 """Methods whose textbook forms, at least, are for networks with BatchNorm."""
 BATCH = {"embedded": 200}
 """Images where nobody says how many; else 16."""

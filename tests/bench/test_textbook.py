@@ -45,7 +45,7 @@ CASES = {
     "petal": [(BOTH, {"momentum": 0.9, "share": 0.2, "rho": 1e-4, "views": 2, **SEEN})],
     "vcotta": [(BOTH, {"lr": 1e-2, "momentum": 0.9, "views": 2, "weight": 1e-3, **more, **SEEN})
                for more in ({}, {"margin": 0.01, "temperature": 0.02})],
-    "rotta": [(BATCH, {"lr": 1e-2, "capacity": 20, "every": 8, **SEEN})],
+    "rotta": [(BOTH, {"lr": 1e-2, "capacity": 20, "every": 8, **SEEN})],
     "stamp": [(BOTH, {"margin": 0.7, "views": 2, "capacity": 20, "period": 5, **SEEN})],
     "lame": [(BOTH, {}), (BOTH, {"neighbours": 2})],
     "cafa": [(BOTH, {"lr": 1e-2})],
