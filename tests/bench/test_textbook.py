@@ -116,6 +116,20 @@ def test_a_textbook_form_answers_as_the_method(name, kind, options, sharp, monke
         assert (fresh(stream[1]).log_softmax(1) - answers[1]).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize("kind", BOTH)
+def test_cotta_rounds_as_its_textbook_form(kind):
+    """To the last bit, with many views: Adam makes whole steps of rounding where a gradient is zero."""
+    options = {"views": 8, "augment": darker}
+    adapter, form = (
+        tt.adapt(tiny(kind), "cotta", **options),
+        TEXTBOOK["cotta"](tiny(kind), **options),
+    )
+    with torch.random.fork_rng():
+        torch.set_rng_state(adapter.snapshot().generator)
+        for x in batches(10):
+            assert torch.equal(adapter(x), form(x))
+
+
 def alone(values):
     """The one there is: where there were several, the draws of method and form would differ."""
     assert len(values) == 1
