@@ -3,8 +3,8 @@
     python benchmarks/scale.py --out benchmarks/scale.json --plots docs/plots
 
 Times are seconds of a step of Tent against plain inference, smallest of rounds, on a small residual
-network (resnet18, random weights). Parameters are counted on devices without memory. Ranks are
-processes of one machine, each with its own batch, that adapt together over gloo, and apart: they share
+network (resnet18, random weights). Parameters, and multiplications of inference and of the minimal
+step for an image of 224 pixels, are counted on devices without memory. Ranks are processes of one machine, each with its own batch, that adapt together over gloo, and apart: they share
 its cores, so it is the difference that tells what their agreement costs.
 """
 
@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import torch
 import torch.multiprocessing as processes
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import testtime as tt
 from between import write_json
 from cost import machine, told
 from plots import lines
 from testtime.adaptation.layers import norm_layers
-from textbook import plain
+from textbook import minimal, plain
 
 TITLES = {"batch": "images", "pixels": "pixels a side", "classes": "classes", "ranks": "ranks"}
 COUNTED = ("resnet18", "resnet50", "resnet152", "vit_b_16", "vit_l_16", "vit_h_14")
@@ -51,16 +53,25 @@ def figures(model: nn.Module, x: torch.Tensor, rounds: int) -> dict[str, float]:
     return {**best, "ratio": best["tent"] / best["inference"]}
 
 
-def counted() -> list[dict[str, Any]]:
-    """Parameters, and how many of them Tent adapts, without memory for them."""
+def counted(names: Sequence[str] = COUNTED) -> list[dict[str, Any]]:
+    """Parameters, how many of them Tent adapts, and billions of multiplications for an image.
+
+    All without memory for them.
+    """
     rows = []
-    for name in COUNTED:
+    for name in names:
         with torch.device("meta"):
-            model = torchvision.models.get_model(name, weights=None)
+            model = torchvision.models.get_model(name, weights=None).eval()
+            x = torch.empty(1, 3, 224, 224)
         total = sum(p.numel() for p in model.parameters())
         own = dict(model.named_parameters())
         adapted = sum(own[t].numel() for layer in norm_layers(model) for t in layer.tensors)
-        rows.append({"model": name, "parameters": total, "adapted": adapted})
+        row = {"model": name, "parameters": total, "adapted": adapted}
+        for key, step in {"inference": plain(model), "minimal step": minimal(model)}.items():
+            with FlopCounterMode(display=False) as counter:
+                step(x)
+            row[key] = counter.get_total_flops() / 2e9  # a multiplication and an addition
+        rows.append(row)
     return rows
 
 
@@ -132,18 +143,20 @@ def main() -> None:
 
 
 def draw(found: dict[str, Any], folder: Path) -> None:
-    """The plots: milliseconds, and values held, on axes of powers."""
+    """The plots: milliseconds, and multiplications, on axes of powers."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, title in TITLES.items():
         names = ("apart", "together") if kind == "ranks" else ("inference", "tent")
         series = {name: [(row[kind], row[name]) for row in found[kind]] for name in names}
         picture = lines(series, x=title, y="milliseconds a batch")
         (folder / f"cost-{kind}.svg").write_text(picture)
+    rows = sorted(found["parameters"], key=lambda row: row["parameters"])
     counts = {
-        name: [(row["parameters"], row[name]) for row in sorted(found["parameters"], key=lambda r: r["parameters"])]
-        for name in ("parameters", "adapted")
-    }  # fmt: skip
-    (folder / "cost-parameters.svg").write_text(lines(counts, x="parameters", y="values"))
+        name: [(row["parameters"], row[name]) for row in rows]
+        for name in ("inference", "minimal step")
+    }
+    picture = lines(counts, x="parameters", y="billions of multiplications an image")
+    (folder / "cost-parameters.svg").write_text(picture)
 
 
 if __name__ == "__main__":

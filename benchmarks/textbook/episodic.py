@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as T
 
-from textbook.parts import BlendedNorm, Step, View, entropy, replaced
+from textbook.parts import Step, View, entropy, replaced
 
 
 def operation(x: Tensor) -> Tensor:
@@ -54,6 +54,27 @@ def augmix(x: Tensor) -> Tensor:
     return share * x + (1 - share) * mixture
 
 
+class MixedNorm(nn.Module):
+    """Batch normalisation with (1 - a) source + a batch, as one factor and one summand a channel.
+
+    So it keeps its input once, as does MEMO's code, where no gradient flows through the batch's
+    share; here one does.
+    """
+
+    def __init__(self, layer: nn.Module, alpha: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
+        self.source, self.alpha = (layer.running_mean, layer.running_var), alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        now_var, now_mean = torch.var_mean(x, dim=[0, *range(2, x.dim())], unbiased=False)
+        mean = (1 - self.alpha) * self.source[0] + self.alpha * now_mean
+        var = (1 - self.alpha) * self.source[1] + self.alpha * now_var
+        scale = self.weight / (var + self.eps).sqrt()
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
+
+
 def memo(
     model: nn.Module,
     *,
@@ -63,7 +84,7 @@ def memo(
     augment: View = augmix,
 ) -> Step:
     model = copy.deepcopy(model).eval().requires_grad_(True)
-    replaced(model, lambda layer: BlendedNorm(layer, 1 / (prior + 1), keeps=False).train())
+    replaced(model, lambda layer: MixedNorm(layer, 1 / (prior + 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     kept = copy.deepcopy(model.state_dict())
 
@@ -111,8 +132,8 @@ class AdaMix(nn.Module):
             with torch.no_grad():
                 self.fold(x, mean, var)
         shape = (1, -1, *[1] * (x.dim() - 2))
-        x = (x - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
-        return x * self.weight.view(shape) + self.bias.view(shape)
+        scale = self.weight / (var + self.eps).sqrt()
+        return (x - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
 
 
 def domainadaptor(model: nn.Module, *, lr: float = 1e-3) -> Step:

@@ -41,17 +41,16 @@ def cafa(model: nn.Module, *, source: Loader, lr: float = 1e-3, shrinkage: float
     )
     covariance = (g - means[y]).T @ (g - means[y]) / len(g)
     ridge = shrinkage * covariance.diagonal().mean()
-    inverse = torch.linalg.inv(
-        covariance + ridge * torch.eye(len(covariance), dtype=g.dtype, device=g.device)
-    )
+    ridge = ridge * torch.eye(len(covariance), dtype=g.dtype, device=g.device)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(covariance + ridge)).T
+    centres = means @ whiten
     model, learnt = configured(model)
     optimizer = torch.optim.Adam(learnt, lr=lr)
     run = watched(model)
 
     def step(x: Tensor) -> Tensor:
         g, z = run(x)
-        apart = g[:, None] - means
-        distances = (apart @ inverse * apart).sum(2)
+        distances = ((g @ whiten)[:, None] - centres).square().sum(2)
         own = distances.gather(1, z.argmax(1, keepdim=True))[:, 0]
         (own / (distances.sum(1) - own)).log().mean().backward()
         optimizer.step()

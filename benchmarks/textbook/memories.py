@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from textbook.parts import (
+    NORMS,
     BlendedNorm,
     Step,
     View,
@@ -31,15 +32,16 @@ def rotta(
     every: int = 64,
     augment: View = view,
 ) -> Step:
-    """RoTTA, for a model with batch normalisation; it learns after `every` images."""
+    """RoTTA: it learns after `every` images, in other norms where there is no batch normalisation."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    replaced(model, lambda layer: BlendedNorm(layer, 0.05, keeps=True))
+    replaced(model, lambda layer: BlendedNorm(layer, 0.05))
     teacher = copy.deepcopy(model)
     norms, others = (
         [layer for layer in each.modules() if isinstance(layer, BlendedNorm)]
         for each in (model, teacher)
     )
-    learnt = [p.requires_grad_() for layer in norms for p in layer.parameters()]
+    learners = norms or [layer for layer in model.modules() if isinstance(layer, NORMS)]
+    learnt = [p.requires_grad_() for layer in learners for p in layer.parameters()]
     optimizer = torch.optim.Adam(learnt, lr=lr)
     bank: dict[int, list[list]] = {}  # class -> [image, age, uncertainty]
     seen = 0

@@ -115,18 +115,12 @@ def information(model: nn.Module, learnt: list[Tensor], source: Loader) -> list[
 
 
 class BlendedNorm(nn.Module):
-    """Batch normalisation with (1 - a) old + a batch while it trains, and the old in evaluation.
+    """RoTTA's batch normalisation, as its code: it trains on (1 - a) old + a batch, the next old."""
 
-    Args:
-        layer: that it stands for.
-        alpha: a.
-        keeps: whether the blend is the next batch's old, as in RoTTA.
-    """
-
-    def __init__(self, layer: nn.Module, alpha: float, *, keeps: bool) -> None:
+    def __init__(self, layer: nn.Module, alpha: float) -> None:
         super().__init__()
         self.weight, self.bias, self.eps = layer.weight, layer.bias, layer.eps
-        self.alpha, self.keeps = alpha, keeps
+        self.alpha = alpha
         self.register_buffer("mean", layer.running_mean.clone())
         self.register_buffer("var", layer.running_var.clone())
 
@@ -137,8 +131,7 @@ class BlendedNorm(nn.Module):
             now_var, now_mean = torch.var_mean(x, dim=sides, unbiased=False)
             mean = (1 - self.alpha) * mean + self.alpha * now_mean
             var = (1 - self.alpha) * var + self.alpha * now_var
-            if self.keeps:
-                self.mean, self.var = mean.detach().clone(), var.detach().clone()
+            self.mean, self.var = mean.detach().clone(), var.detach().clone()
         shape = (1, -1, *[1] * (x.dim() - 2))
         x = (x - mean.view(shape)) / (var.view(shape) + self.eps).sqrt()
         return x * self.weight.view(shape) + self.bias.view(shape)

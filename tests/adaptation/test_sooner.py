@@ -10,7 +10,7 @@ import testtime as tt
 from battery import ALL, adapter_of, alike, recipe_of, told
 from models import batches, tiny, tiny_vit
 from testtime.adaptation import shortcuts
-from testtime.adaptation.deferred import answers_last
+from testtime.adaptation.deferred import Lane, answers_last
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.kernels.replay import Recorded, Replayed
 from testtime.adaptation.parts.prediction import from_teacher
@@ -56,6 +56,28 @@ def test_a_graph_made_behind_the_answer_changes_no_bit(name, kind, twice):
     recipe = deferred.recipe
     waits = recipe.learns and recipe.procedure is None and recipe.prediction is not from_teacher
     assert bool(twice) == waits
+
+
+BY_OTHERS = ("cotta", "petal", "psmt", "rmt", "stamp", "vcotta")
+"""Methods whose answer takes views, or a teacher beside the student."""
+
+
+@pytest.mark.parametrize("name", [n for n in ANSWER_FIRST if n not in BY_OTHERS])
+def test_an_answer_waits_for_one_forward(name, monkeypatch):
+    """And not for what the source model says, which only the update reads."""
+    model, ran, at_answer = tiny(), [], []
+    model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    give = Lane.give
+    monkeypatch.setattr(Lane, "give", lambda *a: at_answer.append(sum(ran)) or give(*a))
+    adapter = adapter_of(name, model, deferred=True)
+    adapter(batches(1)[0])  # which also looks at the model
+    adapter.flush()
+    ran.clear(), at_answer.clear()
+    adapter(batches(2)[1])
+    adapter.flush()
+    assert at_answer == [16]
+    if name == "ostta":
+        assert sum(ran) == 2 * 16
 
 
 def test_what_learns_by_gradients_takes_what_is_known(twice):

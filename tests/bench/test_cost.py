@@ -150,6 +150,17 @@ def test_what_takes_one_image_at_a_time_is_set_against_one_image(cost):
     assert memo["memory_to_textbook"] > 0
 
 
+@pytest.mark.parametrize(("rounds", "plain", "slow"), [(None, 5, 1), (2, 2, 2)])
+def test_methods_of_many_passes_are_repeated_if_that_is_asked(
+    rounds, plain, slow, cost, monkeypatch
+):
+    timed = []
+    monkeypatch.setattr(cost, "seconds", lambda step, x: timed.append(len(x)) or 1.0)
+    cost.measure("embedded", 4, ["roid"], rounds, ["seconds"])
+    assert timed.count(1) == plain  # inference of one image
+    assert timed.count(4) == 2 * plain + 2 * slow  # the floors, and roid with its textbook form
+
+
 def test_the_page_is_that_of_the_numbers(cost, tmp_path):
     page, docs = tmp_path / "page.md", BENCHMARKS.parent / "docs" / "performance.md"
     page.write_text(docs.read_text())

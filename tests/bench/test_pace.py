@@ -1,5 +1,8 @@
 """A stream that does not wait, with fixed seconds."""
 
+from statistics import fmean, median
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 import testtime as tt
 from rows import make
+from testtime.bench import trial
 from testtime.bench.cells import Cell, plan
 from testtime.bench.metrics import ranked
 from testtime.bench.models import load_model
@@ -47,6 +51,17 @@ def test_single_slow_batches_cost_those_that_follow():
         True,
     ]
     assert schedule(0, pace=1, seconds=1.0) == []
+
+
+def test_updates_that_come_now_and_then_are_counted(monkeypatch):
+    """Their batches take longer than the middle one."""
+    asked, clock = [], iter(n**2 for n in range(1000))  # batches of 1, 9, 17 ... seconds
+    monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(trial, "paced", lambda *_, **times: asked.append(times) or {})
+    monkeypatch.setattr(trial, "CLEAN_SAMPLES", 50)
+    trial.run_cell(cell("tent"))
+    batches = [8.0 * n + 1 for n in range(16)]
+    assert asked == [{"pace": median(b + 4 for b in batches), "seconds": fmean(batches[1:])}]
 
 
 def cell(method: str) -> Cell:

@@ -45,7 +45,7 @@ CASES = {
     "petal": [(BOTH, {"momentum": 0.9, "share": 0.2, "rho": 1e-4, "views": 2, **SEEN})],
     "vcotta": [(BOTH, {"lr": 1e-2, "momentum": 0.9, "views": 2, "weight": 1e-3, **more, **SEEN})
                for more in ({}, {"margin": 0.01, "temperature": 0.02})],
-    "rotta": [(BATCH, {"lr": 1e-2, "capacity": 20, "every": 8, **SEEN})],
+    "rotta": [(BOTH, {"lr": 1e-2, "capacity": 20, "every": 8, **SEEN})],
     "stamp": [(BOTH, {"margin": 0.7, "views": 2, "capacity": 20, "period": 5, **SEEN})],
     "lame": [(BOTH, {}), (BOTH, {"neighbours": 2})],
     "cafa": [(BOTH, {"lr": 1e-2})],
@@ -114,6 +114,20 @@ def test_a_textbook_form_answers_as_the_method(name, kind, options, sharp, monke
     if sharp < 10:  # CoTTA's teacher agrees with its student where there are no views
         fresh = model if name in ALONE else form()  # has not learnt from the first batch, or any
         assert (fresh(stream[1]).log_softmax(1) - answers[1]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_cotta_rounds_as_its_textbook_form(kind):
+    """To the last bit, with many views: Adam makes whole steps of rounding where a gradient is zero."""
+    options = {"views": 8, "augment": darker}
+    adapter, form = (
+        tt.adapt(tiny(kind), "cotta", **options),
+        TEXTBOOK["cotta"](tiny(kind), **options),
+    )
+    with torch.random.fork_rng():
+        torch.set_rng_state(adapter.snapshot().generator)
+        for x in batches(10):
+            assert torch.equal(adapter(x), form(x))
 
 
 def alone(values):

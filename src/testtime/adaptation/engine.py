@@ -45,7 +45,8 @@ class Engine:
         names: of the tensors that adapt; a budget leaves some out.
         only_norms: whether these are scales and shifts of normalisation layers alone.
         hasty: whether the next update is deferred, and nobody waits for one before it: its answer
-            may then come from a forward without a graph, and one with a graph run behind it.
+            may then come from a forward without a graph, and one with a graph run behind it, as
+            may what source model and teacher say.
         shortcuts: that change no result, and whether a batch may take them.
         dense: whether the model was seen to answer each pixel.
         forwards, backwards: samples that went through the model so far.
@@ -262,7 +263,10 @@ class Engine:
 
     def _one_step(self, x: Tensor, state: State) -> Steps:
         evidence = Evidence(self, state, self.leaves(state), x)
-        self._look_first(evidence)
+        others = {"source", "teacher"}.intersection(reads(self.recipe.prediction))
+        alone = self.hasty and self.ranks.alone and not others  # ranks ask in one order
+        if not alone:
+            self._look_first(evidence)
         if self.recipe.prediction is from_teacher:
             output, logits = self.answer(evidence)
             yield output
@@ -273,6 +277,8 @@ class Engine:
             yield output
             if twice:
                 evidence.forget()
+            if alone:
+                self._look_first(evidence)
         state, outcome, measured = self.learn(evidence)
         answered = self.recipe.prediction is student
         uncertainty = evidence.entropies if answered else entropy(logits)
@@ -300,7 +306,8 @@ class Engine:
     def _look_first(self, evidence: Evidence) -> None:
         """Asks source model and teacher before the student's graph takes its memory.
 
-        The teacher waits where something else draws by chance before its views.
+        An answer that is awaited, and needs neither, comes before them. The teacher waits where
+        something else draws by chance before its views.
         """
         recipe = self.recipe
         with torch.no_grad():

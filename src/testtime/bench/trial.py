@@ -24,7 +24,7 @@ from testtime.bench.machine import PeakMemory, check_device, describe_machine, t
 from testtime.bench.metrics import NOT_PACED, OPEN_SET, Recognition, Score, worst_class
 from testtime.bench.models import load_model, preprocessing
 from testtime.bench.own import at_home, python_file
-from testtime.bench.pace import schedule
+from testtime.bench.pace import on_average, schedule
 from testtime.bench.watched import method_code_hash, model_code_hash
 from testtime.measures.confidence import confidence
 from testtime.streams.batches import UNKNOWN, Batch, Stream
@@ -97,7 +97,7 @@ def _run(
     before, after = _clean_errors(dataset, scenario, model, adapter, device)
     late: dict[str, dict[str, Any]] = {}
     if cell.paced:
-        pace, taken = median(plain), median(seconds)
+        pace, taken = median(plain), on_average(seconds)
         late = paced(cell, scenario.stream(dataset, seed=cell.seed), _adapter(
             cell, model, scenario, device), device, pace=pace, seconds=taken)  # fmt: skip
     common = {

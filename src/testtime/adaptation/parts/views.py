@@ -99,16 +99,14 @@ class AveragedViews:
         """Output whose logits are the mean over the copies; of pixels, those of the mean softmax."""
         if evidence.engine.dense:
             return averaged_pixels(evidence, lambda x: teach(x, 1), threshold=self.threshold)
-        total, output, size = 0.0, None, len(evidence.inputs)
+        parts, output, size = [], None, len(evidence.inputs)
         for copies, count in joined_copies(
             evidence.engine, evidence.inputs, self.augment, self.count
         ):
             output = teach(copies, count)
-            for logits in read_logits(output).split(size):
-                total = total + logits
-        assert isinstance(total, Tensor)
+            parts += read_logits(output).split(size)
         last = map_tensors(lambda t: t[-size:] if t.dim() else t, output)
-        return with_logits(last, total / self.count)
+        return with_logits(last, torch.stack(parts).mean(0))
 
 
 @of_pixels
