@@ -1,6 +1,7 @@
 """Deferred steps on a device with streams: nothing is read too early, or forgotten too early."""
 
 import gc
+import itertools
 import time
 
 import pytest
@@ -11,8 +12,10 @@ from elsewhere import DEVICE, There, elsewhere, send
 from lanes import Stream, lanes
 from models import batches, tiny
 from testtime._core.registry import find
+from testtime.adaptation import budget, shortcuts
 from testtime.adaptation.deferred import Lane, answers_last
 from testtime.adaptation.kernels.bits import pack
+from testtime.adaptation.kernels.replay import Recorded, Replayed
 
 FIRST = [
     n for n in sorted(set(tt.methods()) - {"foa"}) if not answers_last(find("method", n).build())
@@ -66,6 +69,68 @@ def test_a_deferred_stream_has_no_races(method, tmp_path, monkeypatch):
 def test_nor_has_one_with_a_monitor(more, tmp_path, monkeypatch):
     with elsewhere(monkeypatch), lanes(monkeypatch) as told:
         assert stream_of_calls("tent", told, monkeypatch, tmp_path, **more) == []
+
+
+@pytest.fixture
+def behind(monkeypatch):
+    """Every answer that may comes without a graph; what the forwards behind them took, not computed."""
+    monkeypatch.setattr(Recorded.__init__, "__kwdefaults__", {"wide": 3, "dear": 1, "least": 1})
+    monkeypatch.setattr(shortcuts, "WORTH", 1)
+    monkeypatch.setattr(shortcuts.Sooner, "twice", True)
+    taken, out = [], Replayed.__exit__
+
+    def leave(self, *error):
+        taken.append(self.taken)
+        return out(self, *error)
+
+    monkeypatch.setattr(Replayed, "__exit__", leave)
+    return taken
+
+
+@pytest.mark.parametrize("method", ["tent", "eta"])
+def test_nor_has_one_whose_graphs_are_made_behind_the_answers(
+    method, behind, tmp_path, monkeypatch
+):
+    with elsewhere(monkeypatch), lanes(monkeypatch) as told:
+        assert stream_of_calls(method, told, monkeypatch, tmp_path) == []
+    assert behind
+    assert all(behind)
+
+
+@pytest.mark.parametrize("kind", ["batch", "group"])
+def test_a_graph_behind_the_answer_changes_no_bit_there(kind, behind, monkeypatch):
+    with elsewhere(monkeypatch), lanes(monkeypatch):
+        model = send(tiny(kind))
+        deferred, plain = (tt.adapt(model, "tent", deferred=later) for later in (True, False))
+        for x in map(There, batches(4)):
+            answer = deferred(x)
+            deferred.flush()
+            assert torch.equal(answer.held, plain(x).held)
+        ours, theirs = (adapter.snapshot().tensors for adapter in (deferred, plain))
+        assert all(torch.equal(ours[name].held, theirs[name].held) for name in ours)
+    assert len(behind) == 4
+
+
+def test_nor_has_one_under_a_budget(monkeypatch):
+    """Batches that are only answered, that all learn from, and of which a part teaches."""
+    with elsewhere(monkeypatch), lanes(monkeypatch) as told:
+        ticks = itertools.count()
+        monkeypatch.setattr(budget, "clock", lambda: float(next(ticks)))
+        monkeypatch.setattr(budget, "CHEAPER", 9.0)
+        adapter = tt.adapt(send(tiny("group")), "eta", deferred=True, budget=0.7)
+        for x in batches(10):
+            mine = There(x.clone())
+            answer = adapter(mine)
+            mine.mul_(2)
+            _ = answer + 1
+            _ = adapter.counts
+            gc.collect()
+            time.sleep(0.001)
+            _ = torch.zeros(3, device=DEVICE)
+        adapter.flush()
+        account = adapter.snapshot().account
+        assert 0 < account["parts"] < account["updates"] < account["batches"]
+        assert told.faults == []
 
 
 @pytest.mark.parametrize("without", ["join", "leave", "take", "mark"])
