@@ -151,6 +151,7 @@ class Loan:
         with self.lock:
             self.bound = bound(model)
         self.blocks: Any = None  # of a transformer, once somebody has looked for them
+        self.remakes = True  # whether a backward may have something made again: once it ran, if it has
         self.size: int | None = None
         """Samples of a batch that it answered though it could not take two; None: it took two."""
 
@@ -215,7 +216,7 @@ class Loan:
                     lent, tensors, statistics, averages, fresh, learn, ranks, x, quick, swift
                 )
                 worth_it = lean and self.own_functions and x.numel() >= MANY
-                keeping = Lean() if worth_it else nullcontext()
+                keeping = Lean(remakes=self.remakes) if worth_it else None
                 by_calls = Quick() if quick and not by_layers else nullcontext()
                 shorter = activations is not None and self.own_functions and torch.is_grad_enabled()
                 short = kept_as(activations, self.parameters) if shorter else nullcontext()  # pyright: ignore[reportArgumentType]
@@ -223,8 +224,12 @@ class Loan:
                 others = () if isinstance(statistics, SourceStatistics) else self.lent_statistics
                 watched = self.traces.watched_once(self.named_modules, x, others)
                 tapped = tap() if tap is not None else nullcontext()
-                with by_calls, short, apart, tapped, keeping, watched, self._heard(), learnable():
-                    return self._answered(x), fresh
+                less = keeping or nullcontext()
+                with by_calls, short, apart, tapped, less, watched, self._heard(), learnable():
+                    output = self._answered(x)
+                if keeping is not None:
+                    self.remakes = keeping.asked
+                return output, fresh
             finally:  # not left to a context manager, at whose doors an interrupt may fall
                 try:
                     lent.give_back()

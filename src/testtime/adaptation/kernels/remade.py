@@ -42,7 +42,7 @@ class Remade:
 
     def way(self, x: Any) -> Way | None:
         """How x is made again; None where nobody knows, or it was written to since."""
-        known: Any = self._ways.get(x) if isinstance(x, Tensor) else None
+        known: Any = self._ways.get(x) if self._ways and isinstance(x, Tensor) else None
         return known[1] if known is not None and known[0] == x._version else None
 
     def note(self, made: Tensor, way: Way) -> None:
