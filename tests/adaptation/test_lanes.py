@@ -152,6 +152,25 @@ def test_every_part_of_a_lane_is_needed(without, tmp_path, monkeypatch):
         assert stream_of_calls("tent", told, monkeypatch, tmp_path)
 
 
+def test_what_a_step_tells_is_read_once_it_is_there(monkeypatch):
+    """Its numbers stay on the device: whoever looks waits for the lane, a callback in its thread too."""
+    told_of = []
+    with elsewhere(monkeypatch), lanes(monkeypatch) as told:
+        model = send(tiny())
+        heard = tt.adapt(
+            model, "eta", deferred=True, on_event=lambda e: told_of.append((e.entropy, e.loss))
+        )
+        asked = tt.adapt(model, "eta", deferred=True)
+        for x in batches(3):
+            heard(There(x))
+            asked(There(x))
+            last = asked.events[-1]
+            assert last.entropy == pytest.approx(float(last.measured["entropy"].held))
+            heard.flush()
+        assert told.faults == []
+    assert len(told_of) == 3
+
+
 def test_two_streams_share_no_room_for_bits(monkeypatch):
     """A thread that computes backwards does so for all adapters, each in its own stream."""
     with elsewhere(monkeypatch), lanes(monkeypatch) as told:

@@ -180,6 +180,7 @@ class Adapter(NoModule):
         """Tells of a step that stands; an error of the caller's own must not cost him the answer."""
         if self._on_event is None:
             return
+        self._lane.join()  # what it measured is read out of the lane
         try:
             self._on_event(event)
         except Exception as error:
@@ -209,6 +210,7 @@ class Adapter(NoModule):
     def events(self) -> tuple[Event, ...]:
         """The latest steps, oldest first; a thousand are kept. Waits for an update that runs."""
         self._behind.settle()
+        self._lane.join()
         return tuple(self._events)
 
     @property
