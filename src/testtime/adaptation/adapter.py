@@ -31,7 +31,7 @@ from testtime.adaptation.guarding import check_guard, distrusted, foretold, guar
 from testtime.adaptation.knowledge import SourceKnowledge
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import lock_of
-from testtime.adaptation.modes import autocasting, computing
+from testtime.adaptation.modes import computing, taken_along
 from testtime.adaptation.no_module import NoModule
 from testtime.adaptation.outputs import detached
 from testtime.adaptation.parts.statistics import BatchStatistics
@@ -163,10 +163,10 @@ class Adapter(NoModule):
 
     def _deferring(self, x: Tensor, steps: Steps, book: Callable[[Step], Event]) -> Job:
         """The step as a job that gives its answer first; the caller's modes go with it."""
-        casting = autocasting(self._engine.device)
+        modes = taken_along(self._engine.device)
 
         def job(give: Give) -> None:
-            with computing(), casting(), self._lane.computing():
+            with computing(), modes(), self._lane.computing():
                 output, step = self._taking(x, lambda: begun(steps))
                 if not give(self._lane.give(output)):
                     steps.close()
