@@ -171,6 +171,32 @@ def test_what_a_step_tells_is_read_once_it_is_there(monkeypatch):
     assert len(told_of) == 3
 
 
+def test_a_lane_outlives_a_reset(monkeypatch):
+    """A device caches memory for each stream, so one for each reset would hold it many times over."""
+    with elsewhere(monkeypatch), lanes(monkeypatch) as told:
+        adapter = tt.adapt(send(tiny()), "tent", deferred=True)
+        before = adapter._lane.stream
+        for x in batches(4):
+            adapter(There(x))
+            adapter.reset()
+        assert adapter._lane.stream is before
+        adapter.flush()
+        assert told.faults == []
+
+
+def test_the_callers_stream_waits_for_an_answer_and_not_for_the_update_behind_it(monkeypatch):
+    """So the next batch is copied meanwhile."""
+    with elsewhere(monkeypatch), lanes(monkeypatch) as told:
+        adapter = tt.adapt(send(tiny()), "tent", deferred=True)
+        for x in batches(3):
+            adapter(There(x))
+            assert adapter.counts.updates  # once the host has called all of the update
+            lane, here = adapter._lane.stream, told.current()
+            assert 0 < here.seen[lane] < lane.done
+            adapter.flush()
+            assert here.seen[lane] == lane.done
+
+
 def test_two_streams_share_no_room_for_bits(monkeypatch):
     """A thread that computes backwards does so for all adapters, each in its own stream."""
     with elsewhere(monkeypatch), lanes(monkeypatch) as told:

@@ -201,8 +201,7 @@ class Adapter(NoModule):
             x = self._admit(x)
             engine, state = self._engine, self._state
             asked = engine.predict if self._guard is None else partial(foretold, engine)
-            output, _ = self._taking(x, lambda: asked(x, state))
-            return detached(output)
+            return detached(self._taking(x, lambda: asked(x, state))[0])
 
     # --- what was done ------------------------------------------------------------------------
 
@@ -239,7 +238,7 @@ class Adapter(NoModule):
         with self._settled(), self._engine.loan.lock:
             ration = None if self._ration is None else Ration(self._ration.budget)
             engine, gate = self._build([], ration)
-            state, lane = engine.fresh(), Lane(engine.device)
+            state, lane = engine.fresh(), self._lane.on(engine.device)
             counts = self._counts._replace(resets=self._counts.resets + 1)
             # nothing is called from here on, so that an interrupt falls before or after all of it
             self._engine, self._gate, self._ration, self._lane = engine, gate, ration, lane
