@@ -174,7 +174,9 @@ def stream(
         whole(there).to("cpu")
         wait_for(device)
 
-    found: dict[str, list[float]] = {each: [] for each in ("copy", "step", "stream", "to its parts")}
+    found: dict[str, list[float]] = {
+        each: [] for each in ("copy", "step", "stream", "to its parts")
+    }
     for number in range(rounds + 2):
         there = brought()
         wait_for(device)
@@ -182,7 +184,9 @@ def stream(
         step = statistics.median(seconds(partial(stepped, there)) for _ in range(IN_A_ROW))
         together = seconds(streamed) / IN_A_ROW
         if number > 1:
-            for part, took in zip(found, (copy, step, together, together / (copy + step)), strict=True):
+            for part, took in zip(
+                found, (copy, step, together, together / (copy + step)), strict=True
+            ):
                 found[part].append(took)
     return found
 
@@ -332,7 +336,9 @@ def main() -> None:
     parser.add_argument("--severity", type=int, default=5, help="of gate and parts")
     parser.add_argument("--seeds", type=int, default=1, help="of gate and parts: how many streams")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; of latency and stream")
-    parser.add_argument("--channels-last", action="store_true", help="model and batch; of these two")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="model and batch; of these two"
+    )
     parser.add_argument("--out", type=Path, help="a file that keeps what latency found")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     given = parser.parse_args()

@@ -114,8 +114,7 @@ def test_a_graph_behind_the_answer_changes_no_bit_there(kind, behind, monkeypatc
 def test_nor_has_one_under_a_budget(monkeypatch):
     """Batches that are only answered, that all learn from, and of which a part teaches."""
     with elsewhere(monkeypatch), lanes(monkeypatch) as told:
-        ticks = itertools.count()
-        monkeypatch.setattr(budget, "clock", lambda: float(next(ticks)))
+        monkeypatch.setattr(budget, "clock", itertools.count(0.0).__next__)
         monkeypatch.setattr(budget, "CHEAPER", 9.0)
         adapter = tt.adapt(send(tiny("group")), "eta", deferred=True, budget=0.7)
         for x in batches(10):

@@ -16,6 +16,7 @@ from testtime._core.arrays import as_real, as_was
 from testtime._core.errors import InputError, ScopeError, TesttimeError
 from testtime.adaptation.kernels.as_written import as_torch, infer_as_written
 from testtime.adaptation.kernels.batch_statistics import InGroups, Quick, forward_of_batch
+from testtime.adaptation.kernels.calls import watching, watching_again
 from testtime.adaptation.kernels.lean import Lean, kept_as
 from testtime.adaptation.kernels.linear import forward_of_linear, linear_layers
 from testtime.adaptation.kernels.normaliser import Normaliser
@@ -151,7 +152,9 @@ class Loan:
         with self.lock:
             self.bound = bound(model)
         self.blocks: Any = None  # of a transformer, once somebody has looked for them
-        self.remakes = True  # whether a backward may have something made again: once it ran, if it has
+        self.remakes = (
+            True  # whether a backward may have something made again: once it ran, if it has
+        )
         self.size: int | None = None
         """Samples of a batch that it answered though it could not take two; None: it took two."""
 
@@ -208,7 +211,7 @@ class Loan:
         of_batch = self.own_functions and isinstance(statistics, BatchStatistics)
         quick = of_batch and x.is_cpu and x.numel() >= groups * MANY  # as each batch would alone
         swift = self.own_functions and x.is_cpu and not exact
-        lent = Lent()
+        lent, watchers = Lent(), watching()
         with self.lock:
             try:
                 self.traces.hide(self.named_modules, lent)
@@ -233,8 +236,10 @@ class Loan:
             finally:  # not left to a context manager, at whose doors an interrupt may fall
                 try:
                     lent.give_back()
+                    watching_again(watchers)
                 except BaseException:  # one that falls in there waits until all is given back
                     lent.give_back()
+                    watching_again(watchers)
                     raise
 
     def _answered(self, x: Tensor) -> Any:
