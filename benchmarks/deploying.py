@@ -5,6 +5,7 @@
     python benchmarks/deploying.py latency --model timm:vit_small_patch16_224 --batch 16 --rounds 7
     python benchmarks/deploying.py latency --model torchvision:resnet50 --batch 64 --device cuda
     python benchmarks/deploying.py latency ... --out benchmarks/deploying.json  keeps the ratios
+    python benchmarks/deploying.py stream --model torchvision:resnet50 --batch 64 --device cuda
     python benchmarks/deploying.py page           writes them into the page
     python benchmarks/deploying.py gate --model embedded:batch --samples 256
     python benchmarks/deploying.py gate --model embedded:batch --severity 3 --seeds 5
@@ -15,7 +16,9 @@ after another; ratios are formed within a round, and median, smallest and larges
 answer is asked for when the update behind the last one is over, as where batches come with time
 between; under "no pause" it is asked for at once, and waits for that update. The parts of a deferred
 answer stand beside it: a forward on batch statistics, and one that keeps what a backward needs, both
-as one writes them with torch alone. `gate`: errors on the 15 corruptions one after another and on
+as one writes them with torch alone. `stream`: batches from pinned memory, one after another, each asked
+for when the last answer is there; beside it the parts, each waited for: the copy to the device, and a
+step that is not deferred. On a CPU there is no copy. `gate`: errors on the 15 corruptions one after another and on
 clean data, with and without. `parts`: errors on the same corruptions where a quarter or an eighth of the
 samples teach, as whole batches or as a part of each.
 """
@@ -57,6 +60,8 @@ LARGE = {
 OTHERS = {"embedded:batch": "embedded:batch", "torchvision:vit_b_16": "torchvision's ViT-B/16"}
 SETTINGS = "model", "batch", "threads", "device", "layout", "memory"
 """What a row is told apart by."""
+IN_A_ROW = 8
+"""Batches of a stream."""
 MEAN = "tent, budget=0.5"
 """Whose batches differ: of its ratios the mean is shown, of all others the median."""
 
@@ -136,6 +141,54 @@ def latency(
         "to_inference": {way: [middle(way, own), min(own), max(own)] for way, own in ratios.items()},
         "spending": str(ways[MEAN].plan().spending),
     }  # fmt: skip
+
+
+def stream(
+    name: str, batch: int, rounds: int, device: torch.device, layout: torch.memory_format
+) -> dict[str, list[float]]:
+    """Seconds a batch: its copy to the device, a step, and both in a stream whose updates are deferred.
+
+    And what the stream takes of the sum of both: less than 1 where updates run behind the next copy.
+    """
+    model, x = make(name, batch, layout)
+    model = model.to(device)
+    if device.type != "cpu":
+        x = x.pin_memory()
+
+    def brought() -> Tensor:
+        return x.to(device, non_blocking=True)
+
+    def copied() -> None:
+        brought()
+        wait_for(device)
+
+    whole, deferred = (tt.adapt(model, "tent", deferred=later) for later in (False, True))
+
+    def streamed() -> None:
+        for _ in range(IN_A_ROW):
+            deferred(brought()).to("cpu")  # the next copy is under way before this update is over
+        deferred.flush()
+        wait_for(device)
+
+    def stepped(there: Tensor) -> None:
+        whole(there).to("cpu")
+        wait_for(device)
+
+    found: dict[str, list[float]] = {
+        each: [] for each in ("copy", "step", "stream", "to its parts")
+    }
+    for number in range(rounds + 2):
+        there = brought()
+        wait_for(device)
+        copy = statistics.median(seconds(copied) for _ in range(IN_A_ROW))
+        step = statistics.median(seconds(partial(stepped, there)) for _ in range(IN_A_ROW))
+        together = seconds(streamed) / IN_A_ROW
+        if number > 1:
+            for part, took in zip(
+                found, (copy, step, together, together / (copy + step)), strict=True
+            ):
+                found[part].append(took)
+    return found
 
 
 def middle(way: str, ratios: Sequence[float]) -> float:
@@ -275,24 +328,33 @@ def parts(
 def main() -> None:
     """Parses and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("latency", "gate", "parts", "page"))
+    parser.add_argument("what", choices=("latency", "stream", "gate", "parts", "page"))
     parser.add_argument("--model", default="embedded:batch")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--severity", type=int, default=5, help="of gate and parts")
     parser.add_argument("--seeds", type=int, default=1, help="of gate and parts: how many streams")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; of latency")
-    parser.add_argument("--channels-last", action="store_true", help="model and batch; of latency")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; of latency and stream")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="model and batch; of these two"
+    )
     parser.add_argument("--out", type=Path, help="a file that keeps what latency found")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    layout = torch.channels_last if given.channels_last else torch.contiguous_format
+    settings = given.model, given.batch, given.rounds, torch.device(given.device), layout
     if given.what == "page":
         write_page(json.loads(NUMBERS.read_text()), PAGE)
+    elif given.what == "stream":
+        *parts_of_it, ratio = stream(*settings).items()
+        print(describe_machine(torch.device(given.device)))
+        for part, took in parts_of_it:
+            print(f"| {part} | {1000 * statistics.median(took):.2f} ms |")
+        print(f"| {ratio[0]} | {shown([f(ratio[1]) for f in (statistics.median, min, max)])} |")
     elif given.what == "latency":
-        layout = torch.channels_last if given.channels_last else torch.contiguous_format
-        row = latency(given.model, given.batch, given.rounds, torch.device(given.device), layout)
+        row = latency(*settings)
         print(*told(row), sep="\n")
         if given.out is not None:
             keep(given.out, row)

@@ -9,6 +9,7 @@ import doctest
 import importlib
 import pkgutil
 import sys
+from contextlib import nullcontext
 from dataclasses import is_dataclass
 from pathlib import Path
 
@@ -245,3 +246,26 @@ def test_a_bench_gives_the_same_rows(tmp_path, monkeypatch):
     assert [
         [row[key] for key in ("error", "nll", "ece", "clean_error")] for row in found
     ] == measured
+
+
+class Making(nn.Module):
+    """Makes a tensor on the default device, as its author took for granted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.made = tiny(), []
+
+    def forward(self, x):
+        self.made.append(torch.empty(0).device.type)
+        return self.net(x)
+
+
+@pytest.mark.parametrize("place", ["meta", None])
+def test_a_deferred_step_has_the_callers_default_device(place):
+    model, xs = Making(), batches(3)
+    adapter = tt.adapt(model, "tent", deferred=True)
+    with nullcontext() if place is None else torch.device(place):
+        for x in xs:
+            adapter(x)
+        adapter.flush()
+    assert set(model.made) == {place or "cpu"}

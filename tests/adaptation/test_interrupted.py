@@ -5,12 +5,15 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
+import interrupts
 import testtime as tt
 from battery import alike
 from interrupts import interrupted
 from models import batches, tiny
 from testtime.adaptation import loan
+from testtime.adaptation.kernels import calls
 from testtime.adaptation.loan import lock_of
 
 
@@ -52,6 +55,22 @@ KINDS = {
     "plain": {}, "guard": {"guard": True}, "gate": {"gate": True}, "budget": {"budget": 9.0},
     "deferred": {"deferred": True},
 }  # fmt: skip
+
+
+def test_an_interrupt_leaves_no_mode_of_torch_behind(monkeypatch):
+    """Wherever it falls among those who look at calls: all of torch in this thread would pay for it."""
+    monkeypatch.setattr(loan, "MANY", 1)
+    monkeypatch.setattr(interrupts, "ROOM", calls.__file__)
+    xs, adapter = batches(3), tt.adapt(borrowed(), "tent")
+    for x in xs[:2]:
+        adapter(x)
+    mark = adapter.snapshot()
+    places = interrupted(lambda: adapter(xs[2]))
+    assert places > 50
+    for at in range(1, places + 1):
+        adapter.restore(mark)
+        interrupted(lambda: adapter(xs[2]), at)
+        assert not _get_current_function_mode_stack(), at
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import testtime as tt
 from kept import answer_and_gradients, assert_same
+from models import batches
+from testtime.adaptation import loan
 from testtime.adaptation.kernels import lean
 from testtime.adaptation.kernels.batch_statistics import norm_of_batch
 from testtime.adaptation.kernels.lean import Lean
@@ -153,3 +156,49 @@ def test_what_was_written_to_is_not_made_again():
             return F.silu(y) * 2.0
 
     assert_same(Shifted(), torch.randn(3, 5, requires_grad=True))
+
+
+class Rest(nn.Module):
+    """Normalises, and then has an activation."""
+
+    def __init__(self, activation) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 5)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.head(self.activation(self.norm(self.conv(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("activation", "notes"), [(F.relu, [2, 0, 0]), (F.silu, [2, 2, 2])])
+def test_nothing_is_noted_once_nothing_was_made_again(activation, notes, monkeypatch):
+    """On a GPU it is calls that take time."""
+    monkeypatch.setattr(loan, "MANY", 1)
+    monkeypatch.setattr(lean, "LEAST", {"cpu": 1})
+    found, note = [], Remade.note
+
+    def noted(self, made, way):
+        found[-1] += 1
+        note(self, made, way)
+
+    monkeypatch.setattr(Remade, "note", noted)
+    adapter = tt.adapt(Rest(activation), "tent")
+    for x in batches(3):
+        found.append(0)
+        adapter(x)
+    assert found == notes
+
+
+def test_what_begins_to_be_made_again_is_noted_from_the_next_forward_on(monkeypatch):
+    monkeypatch.setattr(loan, "MANY", 1)
+    monkeypatch.setattr(lean, "LEAST", {"cpu": 1})
+    model = Rest(F.relu)
+    adapter, alone = (tt.adapt(model, "tent") for _ in range(2))
+    for number, x in enumerate(batches(4)):
+        model.activation = F.relu if number < 2 else F.silu
+        monkeypatch.setattr(loan, "Lean", partial(Lean, least=1 << 40))  # torch's own
+        expected = alone(x)
+        monkeypatch.setattr(loan, "Lean", Lean)
+        assert torch.equal(adapter(x), expected)
+        assert adapter._engine.loan.remakes == (number > 1)

@@ -179,7 +179,7 @@ def test_what_was_written_to_is_computed_and_what_is_taken_may_be_written_to(twi
 def measured(once: float, again: float, monkeypatch) -> Sooner:
     now = [0.0]
     monkeypatch.setattr(shortcuts.time, "perf_counter", lambda: now[0])
-    sooner = Sooner()
+    sooner = Sooner(torch.device("cpu"))
     for _ in range(2 * TRIES):
         with sooner:
             now[0] += again if sooner.twice else once
@@ -192,8 +192,26 @@ def test_a_graph_is_made_behind_only_where_the_answer_would_wait_for_it(monkeypa
     assert not measured(1.0, 6.0, monkeypatch).twice
 
 
+def test_what_a_device_has_still_to_do_is_measured_and_then_not_waited_for(monkeypatch):
+    now, left, waits = [0.0], [5.0], []
+
+    def wait(device):
+        waits.append(device.type)
+        now[0], left[0] = now[0] + left[0], 0.0
+
+    monkeypatch.setattr(shortcuts.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(shortcuts, "wait_for", wait)
+    sooner = Sooner(torch.device("cuda"))
+    for number in range(2 * TRIES + 4):
+        with sooner:  # the host calls at once, and the device takes its time
+            left[0] += 1.0 if sooner.twice else 3.0
+        assert len(waits) == 2 * min(number + 1, 2 * TRIES)
+    assert sooner.once == [3.0] * TRIES
+    assert sooner.again == [1.0] * TRIES
+
+
 def test_a_forward_that_failed_is_not_measured():
-    sooner = Sooner()
+    sooner = Sooner(torch.device("cpu"))
     with pytest.raises(RuntimeError), sooner:
         raise RuntimeError
     assert not sooner.once

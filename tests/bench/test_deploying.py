@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import torch
 
 from scripts import BENCHMARKS, script
 
@@ -26,6 +27,36 @@ def test_a_run_takes_the_place_of_one_of_the_same_settings(tmp_path):
     for each in (row | {"inference": 1}, other, row | {"inference": 2}):
         deploying.keep(path, each)
     assert json.loads(path.read_text()) == [other, row | {"inference": 2}]
+
+
+def test_a_stream_is_measured_against_its_parts(monkeypatch):
+    """Of a clock that only the parts move on: a copy takes 1, a step 4, and of a stream the copy hides."""
+    deploying = script("deploying")
+    now, calls = [0.0], []
+    adapt = deploying.tt.adapt
+
+    class Timed:
+        def __init__(self, model, method, *, deferred):
+            self.deferred, self.adapter = deferred, adapt(model, method, deferred=deferred)
+
+        def __call__(self, x):
+            calls.append(self.deferred)
+            now[0] += 3.0 if self.deferred else 4.0
+            return self.adapter(x)
+
+        def flush(self):
+            now[0] += 8.0  # the last update, and nothing of the others
+            self.adapter.flush()
+
+    monkeypatch.setattr(deploying.tt, "adapt", Timed)
+    monkeypatch.setattr(deploying.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(deploying, "wait_for", lambda device: now.__setitem__(0, now[0] + 1.0))
+    found = deploying.stream("embedded:batch", 8, 2, torch.device("cpu"), torch.contiguous_format)
+    assert found["copy"] == [1.0, 1.0]
+    assert found["step"] == [5.0, 5.0]
+    assert found["stream"] == [(8 * 3.0 + 8.0 + 1.0) / 8] * 2
+    assert found["to its parts"] == [together / 6.0 for together in found["stream"]]
+    assert calls.count(True) == calls.count(False) == 4 * 8
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from adaptation.test_lean import NETS, assert_same, network, norms_learn
 from adaptation.test_waits import OPTIONS, table
 from battery import adapter_of
 from models import batches, tiny
+from scripts import script
+from testtime._core.devices import streams_of
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore")]
 
@@ -90,6 +92,34 @@ def test_tent_holds_half_of_what_a_straightforward_step_does(device, monkeypatch
     floor = peak(plain(model), x)
     textbook = peak(TEXTBOOK["tent"](model), x) - floor
     assert peak(tt.adapt(model, "tent"), x) - floor <= 0.6 * textbook
+
+
+def test_the_next_batch_is_copied_while_an_update_runs(device):
+    """The caller's stream waits for the answer, and not for what comes behind it."""
+    streams, size = streams_of(device), (64, 224) if device.type == "cuda" else (2, 64)
+    torch.manual_seed(0)
+    model, x = resnet50().eval().to(device), torch.rand(size[0], 3, size[1], size[1])
+    x = x if streams is None else x.pin_memory()
+    adapter, plain = (tt.adapt(model, "tent", deferred=later) for later in (True, False))
+    for _ in range(3):
+        answer = adapter(x.to(device, non_blocking=True)).to("cpu")
+        there = x.to(device, non_blocking=True)
+        if streams is not None:
+            copied, updated = (streams.Event(enable_timing=True) for _ in range(2))
+            copied.record()
+            assert adapter.counts.steps  # once the host has called all of the update
+            updated.record(adapter._lane.stream)
+            streams.synchronize(device)
+            early = copied.elapsed_time(updated)
+        assert torch.equal(answer, plain(there).to("cpu"))
+    assert streams is None or early > 0
+
+
+def test_the_suites_stream_is_measured_there(device):
+    name = "torchvision:resnet50" if device.type == "cuda" else "embedded:batch"
+    found = script("deploying").stream(name, 64, 3, device, torch.contiguous_format)
+    assert all(len(took) == 3 for took in found.values())
+    assert min(found["stream"]) > 0
 
 
 def rank(number: int, world: int, backend: str, device: str, folder: str) -> None:

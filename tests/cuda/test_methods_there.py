@@ -1,6 +1,7 @@
 """Every method on a GPU: a CPU's numbers, deferred or not, in any type and layout, saved and loaded."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torchvision.models import resnet18
 import testtime as tt
 from battery import ALL, adapter_of, alike, recipe_of, told
 from models import batches, tiny, tiny_vit
+from testtime.adaptation import budget, shortcuts
 from testtime.adaptation.deferred import answers_last
+from testtime.adaptation.kernels.replay import Replayed
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore")]
 FIRST = [name for name in ALL if answers_last(recipe_of(name)) is None]
@@ -120,6 +123,82 @@ def test_deferred_answers_and_states_are_the_same_bits(name, more, large, device
     assert all(torch.equal(one, two) for one, two in zip(runs[0][0], runs[1][0], strict=True))
     assert alike(runs[0][1], runs[1][1])
     assert runs[0][2:] == runs[1][2:]
+
+
+@pytest.mark.parametrize("name", ["tent", "eta", "sar", "bn-adapt"])
+def test_a_graph_made_behind_the_answer_changes_no_bit(name, large, device, monkeypatch):
+    """What an answer comes from where that is sooner; here it always does."""
+    monkeypatch.setattr(shortcuts.Sooner, "twice", True)
+    taken, out = [], Replayed.__exit__
+
+    def leave(self, *error):
+        taken.append(self.taken)
+        return out(self, *error)
+
+    monkeypatch.setattr(Replayed, "__exit__", leave)
+    model = copy.deepcopy(large).to(device)
+    deferred, plain = (adapter_of(name, model, deferred=later) for later in (True, False))
+    for number in range(4):
+        x = torch.rand(32, 3, 96, 96, device=device) ** (1 + number % 3)
+        answer = deferred(x)
+        deferred.flush()
+        assert torch.equal(answer, plain(x))
+    assert alike(vars(deferred.snapshot()), vars(plain.snapshot()))
+    assert all(taken)
+    assert bool(taken) == (name != "bn-adapt")
+
+
+def test_what_a_step_tells_is_read_once_it_is_there(large, device):
+    model = copy.deepcopy(large).to(device)
+    xs = [torch.rand(16, 3, 96, 96, device=device) ** (1 + i % 3) for i in range(5)]
+    runs = []
+    for deferred in (False, True):
+        heard, asked = [], []
+        adapter = tt.adapt(
+            model, "tent", deferred=deferred,
+            on_event=lambda e, heard=heard: heard.append((e.entropy, e.loss)),
+        )  # fmt: skip
+        for x in xs:
+            adapter(x)
+            asked.append(adapter.events[-1].entropy)
+        adapter.flush()
+        runs.append((heard, asked))
+    assert runs[0] == runs[1]
+
+
+class Making(nn.Module):
+    """Makes a tensor on the default device, as its author took for granted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + torch.arange(5.0)
+
+
+def test_a_deferred_step_has_the_callers_default_device(device):
+    model, xs = Making().to(device), [x.to(device) for x in batches(3)]
+    with torch.device(device):
+        deferred, plain = (tt.adapt(model, "tent", deferred=later) for later in (True, False))
+        for x in xs:
+            assert torch.equal(deferred(x), plain(x))
+        deferred.flush()
+
+
+@pytest.mark.parametrize("name", ["tent", "eta"])
+def test_a_budget_in_parts_is_the_same_bits_deferred_or_not(name, device, monkeypatch):
+    """By a clock that goes on at each look; a GPU is waited for at each."""
+    monkeypatch.setattr(budget, "CHEAPER", 9.0)
+    model = tiny("group").to(device)
+    runs = []
+    for deferred in (False, True):
+        monkeypatch.setattr(budget, "clock", itertools.count(0.0).__next__)
+        adapter = tt.adapt(model, name, deferred=deferred, budget=0.7)
+        answers = [adapter(x.to(device)) for x in batches(12)]
+        runs.append((answers, vars(adapter.snapshot())))
+    assert runs[0][1]["account"]["parts"]
+    assert alike(runs[0], runs[1])
 
 
 @pytest.mark.parametrize("name", ALL)

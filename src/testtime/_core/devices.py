@@ -1,4 +1,4 @@
-"""What devices other than a CPU have besides tensors: streams of work, and the wait for it."""
+"""What devices other than a CPU have besides tensors: streams of work, the wait for it, autocast."""
 
 from typing import Any
 
@@ -28,3 +28,15 @@ def wait_for(device: torch.device) -> None:
     found = torch.accelerator.current_accelerator() if there else None
     if found is not None and found.type == device.type:
         torch.accelerator.synchronize(device)
+
+
+def is_autocasting(device: torch.device) -> bool:
+    """Whether what runs on a device now is cast; of one that torch knows no autocast for it is not.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     is_autocasting(torch.device("cpu")), is_autocasting(torch.device("lazy"))
+        (True, False)
+    """
+    known = torch.amp.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)

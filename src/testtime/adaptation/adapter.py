@@ -31,7 +31,7 @@ from testtime.adaptation.guarding import check_guard, distrusted, foretold, guar
 from testtime.adaptation.knowledge import SourceKnowledge
 from testtime.adaptation.layers import norm_layers
 from testtime.adaptation.loan import lock_of
-from testtime.adaptation.modes import autocasting, computing
+from testtime.adaptation.modes import computing, taken_along
 from testtime.adaptation.no_module import NoModule
 from testtime.adaptation.outputs import detached
 from testtime.adaptation.parts.statistics import BatchStatistics
@@ -163,10 +163,10 @@ class Adapter(NoModule):
 
     def _deferring(self, x: Tensor, steps: Steps, book: Callable[[Step], Event]) -> Job:
         """The step as a job that gives its answer first; the caller's modes go with it."""
-        casting = autocasting(self._engine.device)
+        modes = taken_along(self._engine.device)
 
         def job(give: Give) -> None:
-            with computing(), casting(), self._lane.computing():
+            with computing(), modes(), self._lane.computing():
                 output, step = self._taking(x, lambda: begun(steps))
                 if not give(self._lane.give(output)):
                     steps.close()
@@ -180,6 +180,7 @@ class Adapter(NoModule):
         """Tells of a step that stands; an error of the caller's own must not cost him the answer."""
         if self._on_event is None:
             return
+        self._lane.join()  # what it measured is read out of the lane
         try:
             self._on_event(event)
         except Exception as error:
@@ -200,8 +201,7 @@ class Adapter(NoModule):
             x = self._admit(x)
             engine, state = self._engine, self._state
             asked = engine.predict if self._guard is None else partial(foretold, engine)
-            output, _ = self._taking(x, lambda: asked(x, state))
-            return detached(output)
+            return detached(self._taking(x, lambda: asked(x, state))[0])
 
     # --- what was done ------------------------------------------------------------------------
 
@@ -209,6 +209,7 @@ class Adapter(NoModule):
     def events(self) -> tuple[Event, ...]:
         """The latest steps, oldest first; a thousand are kept. Waits for an update that runs."""
         self._behind.settle()
+        self._lane.join()
         return tuple(self._events)
 
     @property
@@ -237,7 +238,7 @@ class Adapter(NoModule):
         with self._settled(), self._engine.loan.lock:
             ration = None if self._ration is None else Ration(self._ration.budget)
             engine, gate = self._build([], ration)
-            state, lane = engine.fresh(), Lane(engine.device)
+            state, lane = engine.fresh(), self._lane.on(engine.device)
             counts = self._counts._replace(resets=self._counts.resets + 1)
             # nothing is called from here on, so that an interrupt falls before or after all of it
             self._engine, self._gate, self._ration, self._lane = engine, gate, ration, lane

@@ -229,6 +229,10 @@ class Lane:
         self.stream: Any = None if self._streams is None else self._streams.Stream(device)
         self.own: State | None = None  # a state that was made here
 
+    def on(self, device: torch.device) -> "Lane":
+        """The lane of that device: this one, if it is. Memory that was cached for it serves no other."""
+        return self if device == self.device else Lane(device)
+
     @contextmanager
     def computing(self) -> Iterator[None]:
         """What runs inside runs in the lane."""

@@ -16,6 +16,7 @@ from testtime._core.arrays import as_real, as_was
 from testtime._core.errors import InputError, ScopeError, TesttimeError
 from testtime.adaptation.kernels.as_written import as_torch, infer_as_written
 from testtime.adaptation.kernels.batch_statistics import InGroups, Quick, forward_of_batch
+from testtime.adaptation.kernels.calls import watching, watching_again
 from testtime.adaptation.kernels.lean import Lean, kept_as
 from testtime.adaptation.kernels.linear import forward_of_linear, linear_layers
 from testtime.adaptation.kernels.normaliser import Normaliser
@@ -151,6 +152,9 @@ class Loan:
         with self.lock:
             self.bound = bound(model)
         self.blocks: Any = None  # of a transformer, once somebody has looked for them
+        self.remakes = (
+            True  # whether a backward may have something made again: once it ran, if it has
+        )
         self.size: int | None = None
         """Samples of a batch that it answered though it could not take two; None: it took two."""
 
@@ -207,7 +211,7 @@ class Loan:
         of_batch = self.own_functions and isinstance(statistics, BatchStatistics)
         quick = of_batch and x.is_cpu and x.numel() >= groups * MANY  # as each batch would alone
         swift = self.own_functions and x.is_cpu and not exact
-        lent = Lent()
+        lent, watchers = Lent(), watching()
         with self.lock:
             try:
                 self.traces.hide(self.named_modules, lent)
@@ -215,7 +219,7 @@ class Loan:
                     lent, tensors, statistics, averages, fresh, learn, ranks, x, quick, swift
                 )
                 worth_it = lean and self.own_functions and x.numel() >= MANY
-                keeping = Lean() if worth_it else nullcontext()
+                keeping = Lean(remakes=self.remakes) if worth_it else None
                 by_calls = Quick() if quick and not by_layers else nullcontext()
                 shorter = activations is not None and self.own_functions and torch.is_grad_enabled()
                 short = kept_as(activations, self.parameters) if shorter else nullcontext()  # pyright: ignore[reportArgumentType]
@@ -223,13 +227,19 @@ class Loan:
                 others = () if isinstance(statistics, SourceStatistics) else self.lent_statistics
                 watched = self.traces.watched_once(self.named_modules, x, others)
                 tapped = tap() if tap is not None else nullcontext()
-                with by_calls, short, apart, tapped, keeping, watched, self._heard(), learnable():
-                    return self._answered(x), fresh
+                less = keeping or nullcontext()
+                with by_calls, short, apart, tapped, less, watched, self._heard(), learnable():
+                    output = self._answered(x)
+                if keeping is not None:
+                    self.remakes = keeping.asked
+                return output, fresh
             finally:  # not left to a context manager, at whose doors an interrupt may fall
                 try:
                     lent.give_back()
+                    watching_again(watchers)
                 except BaseException:  # one that falls in there waits until all is given back
                     lent.give_back()
+                    watching_again(watchers)
                     raise
 
     def _answered(self, x: Tensor) -> Any:

@@ -5,6 +5,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from testtime._core.errors import ScopeError
 
@@ -57,8 +59,8 @@ def learnable() -> Iterator[None]:
         ) from error
 
 
-def autocasting(device: torch.device) -> Callable[[], ExitStack]:
-    """The caller's autocast, to be entered in another thread.
+def taken_along(device: torch.device) -> Callable[[], ExitStack]:
+    """The caller's autocast and default device, to be entered in another thread.
 
     Args:
         device: of the model.
@@ -68,9 +70,14 @@ def autocasting(device: torch.device) -> Callable[[], ExitStack]:
         for kind in {"cpu", device.type}
         if torch.amp.is_autocast_available(kind)
     ]
+    # none but the caller's: who has no default device should not pay for a mode at each call of torch
+    modes = _get_current_function_mode_stack()
+    places = [mode.device for mode in modes if isinstance(mode, DeviceContext)][-1:]
 
     def enter() -> ExitStack:
         with ExitStack() as entered:
+            for place in places:
+                entered.enter_context(torch.device(place))
             for kind, dtype, enabled in found:
                 cast = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
                 entered.enter_context(cast)

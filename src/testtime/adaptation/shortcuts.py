@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from testtime._core.devices import is_autocasting, wait_for
 from testtime.adaptation.evidence import Evidence, answers_without_graph
 from testtime.adaptation.layers import NormLayer
 from testtime.adaptation.loan import Loan
@@ -43,10 +44,14 @@ class Sooner:
     """Measures whether an answer comes sooner from a forward without a graph, with one more behind it.
 
     Both ways are tried `TRIES` times, in turn; then the one with a graph is kept, which costs less,
-    unless the answer comes later by more than `WAIT`.
+    unless the answer comes later by more than `WAIT`. While it measures it waits for the device, and
+    no longer.
+
+    Args:
+        device: that answers.
 
     Example:
-        >>> sooner = Sooner()
+        >>> sooner = Sooner(torch.device("cpu"))
         >>> for _ in range(2 * TRIES):
         ...     with sooner:
         ...         time.sleep(0.001 if sooner.twice else 0.005)
@@ -54,7 +59,8 @@ class Sooner:
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.proven = False  # that both answer the same, to the last bit
         self.once: list[float] = []
         self.again: list[float] = []
@@ -66,12 +72,19 @@ class Sooner:
             return min(self.once) > WAIT * min(self.again)
         return len(self.again) < len(self.once)
 
+    @property
+    def _tried(self) -> list[float]:
+        return self.again if self.twice else self.once
+
     def __enter__(self) -> None:
+        if len(self._tried) < TRIES:
+            wait_for(self.device)
         self._began = time.perf_counter()
 
     def __exit__(self, *error: Any) -> None:
-        tried = self.again if self.twice else self.once
+        tried = self._tried
         if len(tried) < TRIES and error == (None, None, None):
+            wait_for(self.device)
             tried.append(time.perf_counter() - self._began)
 
 
@@ -141,18 +154,19 @@ class Shortcuts:
     def sooner(self, evidence: Evidence) -> Sooner | None:
         """Which forward answers such a batch sooner; None where only one may.
 
-        On a CPU, to keep what a backward needs takes time. An answer may come without it, and a
-        graph be made behind it, where the model answers the same when it is asked again, and torch
-        computes the same, to the last bit, without a graph.
+        To keep what a backward needs takes time: on a CPU for memory, on a GPU for the calls that keep
+        less of it, where it waits for them. An answer may come without it, and a graph be made behind
+        it, where the model answers the same when it is asked again, and torch computes the same, to the
+        last bit, without a graph.
         """
         x = evidence.inputs
-        if x.device.type != "cpu" or x.numel() < WORTH or torch.is_autocast_enabled("cpu"):
+        if x.numel() < WORTH or is_autocasting(x.device):
             return None
         if not self.loan.own_functions or not self.ranks.alone:
             return None
         if self._answers_again is None:
             self._answers_again = answers_again(self.loan, x)
-        sooner = self._sooner.setdefault(x.shape, Sooner()) if self._answers_again else None
+        sooner = self._sooner.setdefault(x.shape, Sooner(x.device)) if self._answers_again else None
         if sooner is not None and sooner.twice and not sooner.proven:
             proven = answers_without_graph(evidence)
             if proven is None:

@@ -5,7 +5,7 @@ a GPU it is calls that take time.
 """
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.overrides import (
     BaseTorchFunctionMode,
     TorchFunctionMode,
     _get_current_function_mode_stack,
+    _pop_mode,
 )
 from torch.utils._device import DeviceContext
 
@@ -73,6 +74,32 @@ class _Here(threading.local):
 _here = _Here()
 
 
+def watching() -> "tuple[_Mode | None, list[Watching]]":
+    """Who watches in this thread."""
+    mode = _here.mode
+    return mode, [] if mode is None else mode.watchers.copy()
+
+
+def watching_again(before: "tuple[_Mode | None, list[Watching]]") -> None:
+    """Nobody watches but who did: an interrupt may have fallen at the doors of those who began since.
+
+    Example:
+        >>> before = watching()
+        >>> _ = Watching().__enter__()
+        >>> watching_again(before)
+        >>> watching() == before
+        True
+    """
+    mode, watchers = before
+    stack = _get_current_function_mode_stack()
+    while stack and type(stack[-1]) is _Mode and stack[-1] is not mode:
+        _pop_mode()
+        stack = _get_current_function_mode_stack()
+    _here.mode = mode
+    if mode is not None:
+        mode.watchers, mode.functions = watchers.copy(), _functions_of(watchers)
+
+
 class _Mode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +112,7 @@ class _Mode(TorchFunctionMode):
 
     def end(self, watcher: Watching) -> None:
         self.watchers.remove(watcher)
-        self.functions = frozenset().union(*(each.functions for each in self.watchers))
+        self.functions = _functions_of(self.watchers)
 
     def __torch_function__(self, func: Call, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.compiler.is_compiling():  # a function of others, who would trace what stands below
@@ -105,6 +132,10 @@ class _Mode(TorchFunctionMode):
             if func in watcher.functions:
                 return watcher.see(func, partial(self._through, place, func), args, kwargs)
         return func(*args, **kwargs)
+
+
+def _functions_of(watchers: Iterable[Watching]) -> frozenset[Any]:
+    return frozenset().union(*(each.functions for each in watchers))
 
 
 def transformed(*given: Tensor | None) -> bool:

@@ -69,6 +69,10 @@ class Lean(Watching):
 
     Args:
         least: values of an input for which it is done; None: by its device.
+        remakes: whether what a normalisation gave is noted, so that it can be made again.
+
+    Attributes:
+        asked: whether a call was seen that can use such a note: an activation, or a product.
 
     Example:
         >>> from torch import nn
@@ -80,15 +84,20 @@ class Lean(Watching):
         '_BitReLUBackward'
     """
 
-    def __init__(self, least: int | None = None) -> None:
-        self.functions, self.least = _KEPT.keys(), least
+    def __init__(self, least: int | None = None, *, remakes: bool = True) -> None:
+        # on a GPU it is these calls that take time, and most networks have nothing made again
+        self.functions = _KEPT.keys() if remakes else _KEPT.keys() - {*NORMALISATIONS}
+        self.least, self.asked = least, False
         self.remade = Remade()
         held_by_nobody()  # found out before anything is seen
 
     def see(self, func: Call, go_on: Call, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """The call, with less kept where that is worth it."""
-        tensors = [each for each in args[:2] if isinstance(each, Tensor)]
-        x = max(tensors, key=Tensor.numel, default=None) if func in PRODUCTS else args and args[0]
+        x = args[0] if args else None
+        if func in REMAKING:
+            self.asked = True
+            tensors = [each for each in args[:2] if isinstance(each, Tensor)]
+            x = max(tensors, key=Tensor.numel, default=None) if func in PRODUCTS else x
         if (
             not isinstance(x, Tensor)
             or not torch.is_grad_enabled()
@@ -170,6 +179,8 @@ NORMALISATIONS = norm_of_batch, F.batch_norm, F.layer_norm, F.group_norm
 ACTIVATIONS = F.silu, F.gelu, F.hardswish, F.mish, F.relu6, F.hardtanh, F.leaky_relu
 """Of which torch keeps the input; or, in its place, a result that masks a gradient alike."""
 PRODUCTS = torch.mul, Tensor.mul
+REMAKING = {*ACTIVATIONS, *PRODUCTS}
+"""Whose backward has made again what they were given."""
 _KEPT: dict[Any, Callable[..., Tensor]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _conv),
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), _relu),

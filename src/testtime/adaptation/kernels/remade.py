@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from testtime._core.devices import is_autocasting
 from testtime.adaptation.kernels.batch_statistics import norm_of_batch, of_batch_again
 from testtime.adaptation.kernels.calls import Call
 from testtime.adaptation.kernels.layout import Shape
@@ -41,12 +42,12 @@ class Remade:
 
     def way(self, x: Any) -> Way | None:
         """How x is made again; None where nobody knows, or it was written to since."""
-        known: Any = self._ways.get(x) if isinstance(x, Tensor) else None
+        known: Any = self._ways.get(x) if self._ways and isinstance(x, Tensor) else None
         return known[1] if known is not None and known[0] == x._version else None
 
     def note(self, made: Tensor, way: Way) -> None:
         """Keeps how a tensor is made again."""
-        self._ways[made] = made._version, _as_cast(way, made.device.type)
+        self._ways[made] = made._version, _as_cast(way, made.device)
 
     def normalised(self, made: Tensor, func: Call, *more: Any, **named: Any) -> None:
         """Notes what a normalisation gave, of its input and these arguments."""
@@ -76,10 +77,11 @@ class Remade:
             return go_on(*factors, **named)
 
 
-def _as_cast(way: Way, kind: str) -> Way:
+def _as_cast(way: Way, device: torch.device) -> Way:
     """The way under the autocast of now: who makes a tensor again in a backward mostly is outside of it."""
-    if not torch.is_autocast_enabled(kind):
+    if not is_autocasting(device):
         return way
+    kind = device.type
     dtype = torch.get_autocast_dtype(kind)
 
     def again() -> Tensor:

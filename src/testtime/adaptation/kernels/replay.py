@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from testtime._core.devices import is_autocasting
 from testtime.adaptation.kernels.calls import Call, Watching
 from testtime.adaptation.kernels.layout import Shape
 from testtime.adaptation.kernels.linear import is_ours, linear, to_input
@@ -259,7 +260,7 @@ def _call(
         return None
     x, weight, bias, back = read(*args, **kwargs)
     worth_it = recorded.is_worth(x.shape, weight)
-    if back is None or not worth_it or torch.is_autocast_enabled(x.device.type):
+    if back is None or not worth_it or is_autocasting(x.device):
         return None
     learns = weight.requires_grad or (bias is not None and bias.requires_grad)
     return _Call(x, weight, learns, back)
