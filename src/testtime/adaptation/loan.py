@@ -152,9 +152,8 @@ class Loan:
         with self.lock:
             self.bound = bound(model)
         self.blocks: Any = None  # of a transformer, once somebody has looked for them
-        self.remakes = (
-            True  # whether a backward may have something made again: once it ran, if it has
-        )
+        self.remakes = True
+        """Whether a backward may have something made again; known once one forward has run."""
         self.size: int | None = None
         """Samples of a batch that it answered though it could not take two; None: it took two."""
 

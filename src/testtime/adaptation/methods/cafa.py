@@ -41,13 +41,30 @@ def mahalanobis(features: Tensor, means: Tensor, factor: Tensor) -> Tensor:
         tensor([[6.2500]])
     """
     if factor.dim() == 2:
-        both = torch.linalg.solve_triangular(factor, torch.cat([features, means]).T, upper=False)
-        white, centres = both.T.split([len(features), len(means)])
-        # by differences: by matrix products small distances lose half their digits
-        exact = "donot_use_mm_for_euclid_dist"
-        return torch.cdist(white.contiguous(), centres.contiguous(), compute_mode=exact).square()
+        return distances_of_white(white(features, factor), white(means, factor))
     apart = (features[:, None] - means).permute(1, 2, 0)
     return torch.linalg.solve_triangular(factor, apart, upper=False).square().sum(1).T
+
+
+def white(features: Tensor, factor: Tensor) -> Tensor:
+    """Features (B, d) in units of a covariance, whose lower Cholesky factor is (d, d).
+
+    Example:
+        >>> white(torch.tensor([[3.0, 4.0]]), 2 * torch.eye(2))
+        tensor([[1.5000, 2.0000]])
+    """
+    return torch.linalg.solve_triangular(factor, features.T, upper=False).T.contiguous()
+
+
+def distances_of_white(features: Tensor, means: Tensor) -> Tensor:
+    """Squared distances (B, C), by differences: by matrix products small ones lose half their digits.
+
+    Example:
+        >>> distances_of_white(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
+        tensor([[25.]])
+    """
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(features, means, compute_mode=exact).square()
 
 
 def intra_and_inter(distances: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +109,13 @@ class ClassAlignment:
     ) -> tuple[Tensor, Tensor]:
         """Intra and inter (B,) of the batch; no number where a prediction is none."""
         moments = known["class_moments"]
-        distances = mahalanobis(features.double(), moments["mean"], self.factor(moments))
+        features, factor = features.double(), self.factor(moments)
+        if self.tied:
+            if "white" not in moments:
+                moments["white"] = white(moments["mean"], factor).detach()
+            distances = distances_of_white(white(features, factor), moments["white"])
+        else:
+            distances = mahalanobis(features, moments["mean"], factor)
         predicted = logits.isfinite().all(-1, keepdim=True)
         distances = torch.where(predicted, distances, torch.nan)
         return intra_and_inter(distances, logits.argmax(-1))
