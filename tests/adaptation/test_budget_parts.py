@@ -15,6 +15,7 @@ from testtime.adaptation import budget as module
 from testtime.adaptation.budget import PART
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.methods.tent import tent
+from testtime.adaptation.outputs import leaves
 from testtime.measures.entropy import entropy
 
 
@@ -143,6 +144,11 @@ class Squeezing(nn.Module):
         (lambda: Telling(lambda logits: list(logits.mean(1))), "tent", 32),
         (lambda: Telling(lambda logits: logits.argmax(1).tolist()), "tent", 32),
         (lambda: Telling(lambda logits: logits.detach().numpy()), "tent", 32),
+        (lambda: Telling(lambda logits: torch.arange(len(logits))), "tent", 32),
+        (lambda: Telling(lambda logits: logits.cumsum(0)), "tent", 32),
+        (lambda: Telling(lambda logits: {f"of {len(logits)}": 1}), "tent", 32),
+        (lambda: Telling(lambda logits: logits if len(logits) > 10 else None), "tent", 32),
+        (lambda: Telling(lambda logits: logits[:, : 1 + len(logits) // 32]), "tent", 32),
         (Squeezing, "tent", 32),
         (lambda: tiny("group"), "lame", 32),
         (lambda: tiny("group"), "cotta", 32),
@@ -193,6 +199,105 @@ def test_all_that_a_model_returns_is_put_together_again(tells, costs):
             torch.testing.assert_close(answer[key], wanted[key])
             assert not answer[key].requires_grad
     assert used(adapter) == {32, 8}
+
+
+class Slots:
+    """An answer with attributes in slots and beside them."""
+
+    __slots__ = ("__dict__", "__hidden", "late", "logits")
+
+    def __init__(self, logits) -> None:
+        self.logits, self.__hidden, self.beside = logits, logits.softmax(1), logits.argmax(1)
+
+    @property
+    def hidden(self):
+        return self.__hidden
+
+
+class Answering(nn.Module):
+    """A network that puts its logits into something."""
+
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.body, self.kind = tiny("group"), kind
+
+    def forward(self, x):
+        return self.kind(self.body(x))
+
+
+def test_attributes_are_put_together_wherever_an_object_keeps_them(costs):
+    costs.update(plain=1.0, step=3.0)
+    adapter = tt.adapt(Answering(Slots), "tent", budget=0.5)
+    for x in batches(20, size=32):
+        wanted, answer = adapter.predict(x), adapter(x)
+        for key in ("logits", "hidden", "beside"):
+            torch.testing.assert_close(getattr(answer, key), getattr(wanted, key))
+            assert not getattr(answer, key).requires_grad
+    assert used(adapter) == {32, 8}
+
+
+def same(one, other) -> None:
+    mine, theirs = leaves(one), leaves(other)
+    assert mine.keys() == theirs.keys()
+    for place, part in mine.items():
+        if isinstance(part, torch.Tensor):
+            torch.testing.assert_close(part, theirs[place])
+        else:
+            assert part == theirs[place]
+
+
+CHANGES = {
+    "another key": lambda logits, late: {
+        "logits": logits,
+        **({f"of {len(logits)}": 1} if late else {}),
+    },
+    "another type": lambda logits, late: (logits,) if late and len(logits) > 10 else logits,
+    "other rows": lambda logits, late: (logits, logits[:2] if late else logits),
+    "a text": lambda logits, late: (logits, f"{len(logits)}" if late else "text"),
+}
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_fit_no_longer_are_answered_whole_and_teach_nothing(change, deferred, costs):
+    costs.update(plain=1.0, step=3.0)
+    late = False
+    model = Answering(lambda logits: CHANGES[change](logits, late))
+    adapter = tt.adapt(model, "tent", budget=0.5, deferred=deferred)
+    xs = batches(40, size=32)
+    for x in xs[:20]:
+        adapter(x)
+    before = adapter.snapshot()
+    assert used(adapter) == {32, 8}
+    late = True
+    wanted, answer = adapter.predict(xs[20]), adapter(xs[20])
+    same(answer, wanted)
+    after, event = adapter.snapshot(), adapter.events[-1]
+    assert (event.outcome, event.used) == (Outcome.NOT_DUE, 0)
+    assert all(torch.equal(after.tensors[key], before.tensors[key]) for key in before.tensors)
+    assert after.account["learnt"] == before.account["learnt"]
+    assert after.account["seconds"] == before.account["seconds"]
+    for x in xs[21:]:
+        wanted, answer = adapter.predict(x), adapter(x)
+        same(answer, wanted)
+    assert {event.used for event in adapter.events[-19:]} == {0, 32}
+
+
+def test_an_object_that_a_model_fills_anew_each_time_is_read_in_time(costs):
+    costs.update(plain=1.0, step=3.0)
+    kept = Slots(torch.zeros(1, 5))
+
+    def fill(logits):
+        kept.logits = logits
+        kept.beside = logits.argmax(1)
+        return kept
+
+    del kept._Slots__hidden
+    adapter = tt.adapt(Answering(fill), "tent", budget=0.5)
+    for x in batches(20, size=32):
+        wanted, answer = adapter.predict(x), adapter(x)
+        torch.testing.assert_close(answer.logits, wanted.logits)
+        torch.testing.assert_close(answer.beside, wanted.beside)
 
 
 def test_what_a_batch_of_one_hides_is_seen(costs):
