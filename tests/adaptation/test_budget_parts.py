@@ -1,5 +1,6 @@
 """A budget that is spent on a part of each batch; the clock is a list here."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import testtime as tt
+from interrupts import interrupted
 from models import Deep, batches, tiny
 from testtime._core.errors import StateError
 from testtime._core.outcomes import Outcome
@@ -368,3 +370,31 @@ def test_a_state_of_another_version_is_refused(costs):
             replace(mark, account={"samples": 16, "learnt": 0, "plain": [], "step": []})
         )
     adapter.restore(mark)
+
+
+def test_an_interrupt_among_parts_leaves_all_before_a_step_or_after_it(costs):
+    costs.update(plain=1.0, step=3.0)
+    xs, model = batches(16, size=32), tiny("group")
+    adapter = tt.adapt(model, "tent", budget=0.5)
+    for x in xs[:14]:
+        adapter(x)
+    assert adapter.events[-1].used == 8
+    was, mark = copy.deepcopy(model.state_dict()), adapter.snapshot()
+    places = interrupted(lambda: adapter(xs[14]))
+    after, last = adapter.snapshot(), adapter(xs[15])
+    taken = set[bool]()
+    for at in range(1, places + 1, max(places // 40, 1)):
+        adapter.restore(mark)
+        interrupted(lambda: adapter(xs[14]), at)
+        now = adapter.snapshot()
+        taken.add(now.steps == 15)
+        wanted = after if now.steps == 15 else mark
+        assert now.account["updates"] == wanted.account["updates"], at
+        for key, tensor in now.tensors.items():
+            assert torch.equal(tensor, wanted.tensors[key]), at
+        if now.steps == 14:
+            adapter(xs[14])
+        assert torch.equal(adapter(xs[15]), last), at
+    assert False in taken
+    assert all(torch.equal(tensor, was[key]) for key, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
