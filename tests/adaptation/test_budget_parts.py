@@ -1,5 +1,6 @@
 """A budget that is spent on a part of each batch; the clock is a list here."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import testtime as tt
+from interrupts import interrupted
 from models import Deep, batches, tiny
 from testtime._core.errors import StateError
 from testtime._core.outcomes import Outcome
@@ -15,6 +17,7 @@ from testtime.adaptation import budget as module
 from testtime.adaptation.budget import PART
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.methods.tent import tent
+from testtime.adaptation.outputs import leaves
 from testtime.measures.entropy import entropy
 
 
@@ -143,6 +146,11 @@ class Squeezing(nn.Module):
         (lambda: Telling(lambda logits: list(logits.mean(1))), "tent", 32),
         (lambda: Telling(lambda logits: logits.argmax(1).tolist()), "tent", 32),
         (lambda: Telling(lambda logits: logits.detach().numpy()), "tent", 32),
+        (lambda: Telling(lambda logits: torch.arange(len(logits))), "tent", 32),
+        (lambda: Telling(lambda logits: logits.cumsum(0)), "tent", 32),
+        (lambda: Telling(lambda logits: {f"of {len(logits)}": 1}), "tent", 32),
+        (lambda: Telling(lambda logits: logits if len(logits) > 10 else None), "tent", 32),
+        (lambda: Telling(lambda logits: logits[:, : 1 + len(logits) // 32]), "tent", 32),
         (Squeezing, "tent", 32),
         (lambda: tiny("group"), "lame", 32),
         (lambda: tiny("group"), "cotta", 32),
@@ -193,6 +201,105 @@ def test_all_that_a_model_returns_is_put_together_again(tells, costs):
             torch.testing.assert_close(answer[key], wanted[key])
             assert not answer[key].requires_grad
     assert used(adapter) == {32, 8}
+
+
+class Slots:
+    """An answer with attributes in slots and beside them."""
+
+    __slots__ = ("__dict__", "__hidden", "late", "logits")
+
+    def __init__(self, logits) -> None:
+        self.logits, self.__hidden, self.beside = logits, logits.softmax(1), logits.argmax(1)
+
+    @property
+    def hidden(self):
+        return self.__hidden
+
+
+class Answering(nn.Module):
+    """A network that puts its logits into something."""
+
+    def __init__(self, kind) -> None:
+        super().__init__()
+        self.body, self.kind = tiny("group"), kind
+
+    def forward(self, x):
+        return self.kind(self.body(x))
+
+
+def test_attributes_are_put_together_wherever_an_object_keeps_them(costs):
+    costs.update(plain=1.0, step=3.0)
+    adapter = tt.adapt(Answering(Slots), "tent", budget=0.5)
+    for x in batches(20, size=32):
+        wanted, answer = adapter.predict(x), adapter(x)
+        for key in ("logits", "hidden", "beside"):
+            torch.testing.assert_close(getattr(answer, key), getattr(wanted, key))
+            assert not getattr(answer, key).requires_grad
+    assert used(adapter) == {32, 8}
+
+
+def same(one, other) -> None:
+    mine, theirs = leaves(one), leaves(other)
+    assert mine.keys() == theirs.keys()
+    for place, part in mine.items():
+        if isinstance(part, torch.Tensor):
+            torch.testing.assert_close(part, theirs[place])
+        else:
+            assert part == theirs[place]
+
+
+CHANGES = {
+    "another key": lambda logits, late: {
+        "logits": logits,
+        **({f"of {len(logits)}": 1} if late else {}),
+    },
+    "another type": lambda logits, late: (logits,) if late and len(logits) > 10 else logits,
+    "other rows": lambda logits, late: (logits, logits[:2] if late else logits),
+    "a text": lambda logits, late: (logits, f"{len(logits)}" if late else "text"),
+}
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_fit_no_longer_are_answered_whole_and_teach_nothing(change, deferred, costs):
+    costs.update(plain=1.0, step=3.0)
+    late = False
+    model = Answering(lambda logits: CHANGES[change](logits, late))
+    adapter = tt.adapt(model, "tent", budget=0.5, deferred=deferred)
+    xs = batches(40, size=32)
+    for x in xs[:20]:
+        adapter(x)
+    before = adapter.snapshot()
+    assert used(adapter) == {32, 8}
+    late = True
+    wanted, answer = adapter.predict(xs[20]), adapter(xs[20])
+    same(answer, wanted)
+    after, event = adapter.snapshot(), adapter.events[-1]
+    assert (event.outcome, event.used) == (Outcome.NOT_DUE, 0)
+    assert all(torch.equal(after.tensors[key], before.tensors[key]) for key in before.tensors)
+    assert after.account["learnt"] == before.account["learnt"]
+    assert after.account["seconds"] == before.account["seconds"]
+    for x in xs[21:]:
+        wanted, answer = adapter.predict(x), adapter(x)
+        same(answer, wanted)
+    assert {event.used for event in adapter.events[-19:]} == {0, 32}
+
+
+def test_an_object_that_a_model_fills_anew_each_time_is_read_in_time(costs):
+    costs.update(plain=1.0, step=3.0)
+    kept = Slots(torch.zeros(1, 5))
+
+    def fill(logits):
+        kept.logits = logits
+        kept.beside = logits.argmax(1)
+        return kept
+
+    del kept._Slots__hidden
+    adapter = tt.adapt(Answering(fill), "tent", budget=0.5)
+    for x in batches(20, size=32):
+        wanted, answer = adapter.predict(x), adapter(x)
+        torch.testing.assert_close(answer.logits, wanted.logits)
+        torch.testing.assert_close(answer.beside, wanted.beside)
 
 
 def test_what_a_batch_of_one_hides_is_seen(costs):
@@ -263,3 +370,31 @@ def test_a_state_of_another_version_is_refused(costs):
             replace(mark, account={"samples": 16, "learnt": 0, "plain": [], "step": []})
         )
     adapter.restore(mark)
+
+
+def test_an_interrupt_among_parts_leaves_all_before_a_step_or_after_it(costs):
+    costs.update(plain=1.0, step=3.0)
+    xs, model = batches(16, size=32), tiny("group")
+    adapter = tt.adapt(model, "tent", budget=0.5)
+    for x in xs[:14]:
+        adapter(x)
+    assert adapter.events[-1].used == 8
+    was, mark = copy.deepcopy(model.state_dict()), adapter.snapshot()
+    places = interrupted(lambda: adapter(xs[14]))
+    after, last = adapter.snapshot(), adapter(xs[15])
+    taken = set[bool]()
+    for at in range(1, places + 1, max(places // 40, 1)):
+        adapter.restore(mark)
+        interrupted(lambda: adapter(xs[14]), at)
+        now = adapter.snapshot()
+        taken.add(now.steps == 15)
+        wanted = after if now.steps == 15 else mark
+        assert now.account["updates"] == wanted.account["updates"], at
+        for key, tensor in now.tensors.items():
+            assert torch.equal(tensor, wanted.tensors[key]), at
+        if now.steps == 14:
+            adapter(xs[14])
+        assert torch.equal(adapter(xs[15]), last), at
+    assert False in taken
+    assert all(torch.equal(tensor, was[key]) for key, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())

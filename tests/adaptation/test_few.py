@@ -125,10 +125,18 @@ class Mixing(nn.Module):
     def forward(self, x):
         z = self.net(x)
         mean = z.mean(0)
-        return {"not": z, "open": z - mean, "hidden": z - mean.detach()}[self.how]
+        before = torch.cat([torch.zeros_like(z[:1]), z[:-1]])
+        return {
+            "not": z, "open": z - mean, "hidden": z - mean.detach(),
+            "weakly": z - 0.005 * mean.detach(), "one way": z + before,
+            "one way, hidden": z + before.detach(),
+        }[self.how]  # fmt: skip
 
 
-@pytest.mark.parametrize(("how", "apart"), [("not", True), ("open", False), ("hidden", False)])
+MIXED = ["open", "hidden", "weakly", "one way", "one way, hidden"]
+
+
+@pytest.mark.parametrize(("how", "apart"), [("not", True), *((how, False) for how in MIXED)])
 def test_a_look_finds_models_that_mix(how, apart):
     model = Mixing(how).eval()
     loan = Loan(model, norm_layers(model))
@@ -136,6 +144,14 @@ def test_a_look_finds_models_that_mix(how, apart):
     adapter = tt.adapt(model, recipe_of("eta", "group"))
     run(adapter, batches(3), few=2)
     assert (adapter.snapshot().teaching is not None) is apart
+
+
+@pytest.mark.parametrize("how", MIXED)
+def test_a_look_at_samples_that_are_the_same_finds_them_too(how):
+    model = Mixing(how).eval()
+    x = batches(1)[0]
+    x[-1] = x[0]
+    assert answers_alone(Loan(model, norm_layers(model)), x) is False
 
 
 def test_answers_that_are_not_finite_show_nothing():

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from testtime._core.devices import wait_for
 from testtime._core.options import in_range
+from testtime._core.outcomes import Outcome
 from testtime.adaptation.engine import Engine
 from testtime.adaptation.layers import Hook, NormLayer, hooked
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.look import source_output
-from testtime.adaptation.outputs import map_tensors, read_logits, rows
+from testtime.adaptation.outputs import detached, joinable, map_tensors, read_logits, rows
 from testtime.adaptation.state import State
 from testtime.adaptation.steps import Steps, begun, ended
 from testtime.measures.entropy import entropy
@@ -267,6 +268,8 @@ class Ration:
                 yield output
                 away = self._now() - left if timed else 0.0
                 done = ended(steps)
+            if done.outcome is Outcome.NOT_DUE:
+                learnt, timed = 0, False
         else:
             done = engine.spared(x, state)
         seconds = self._now() - start - away if timed else None
@@ -275,7 +278,11 @@ class Ration:
         return done._replace(state=replace(done.state, account=account))
 
     def _in_part(self, x: Tensor, learnt: int, state: State, account: Account) -> Steps:
-        """The method's step for some samples, spread evenly over the batch, and answers for all."""
+        """The method's step for some samples, spread evenly over the batch, and answers for all.
+
+        Where what the model returns for them cannot be joined after all, it is asked for the whole
+        batch, which teaches nothing, and no later one is run in parts.
+        """
         engine, size = self.engine, len(x)
         places = torch.arange(learnt, device=x.device) * size // learnt
         waits = torch.ones(size, dtype=torch.long, device=x.device)
@@ -291,9 +298,13 @@ class Ration:
         def whole(output: Any) -> Any:
             return map_tensors(joined, output, answered)
 
-        answered, _ = engine.predict(x[others], state)
+        answered = detached(engine.predict(x[others], state)[0])  # which the model may go on to use
         steps = engine.steps(x[some], state)
         output, done = begun(steps)
+        if not joinable(output, answered, sizes=(learnt, size - learnt)):
+            steps.close()
+            engine.shortcuts.stay_whole()
+            return engine.spared(x, state)
         if done is None:
             yield whole(output)
             done = ended(steps)

@@ -13,10 +13,12 @@ from testtime.adaptation.layers import Hook, hooked, norm_kind, on_input
 from testtime.adaptation.lent import lending
 from testtime.adaptation.loan import Loan
 from testtime.adaptation.modes import without_hooks
-from testtime.adaptation.outputs import leaves, read_logits
+from testtime.adaptation.outputs import joinable, leaves, map_tensors, read_logits, same_value
 from testtime.adaptation.parts.statistics import SourceStatistics, Statistics
 from testtime.adaptation.ranks import Ranks
 
+ROUNDING = 0.01
+"""Share of the largest value by which answers may differ where batches of other sizes round."""
 OTHER_SCALE = 100
 """Times the stored variance; corruptions of images at severity 5 stay below 2."""
 
@@ -270,9 +272,11 @@ def check_statistics(loan: Loan, x: Tensor, order: Collection[str], statistics: 
 def answers_alone(loan: Loan, x: Tensor) -> bool | None:
     """Whether the source model answers a sample as if it came without its batch, as a look shows.
 
-    Of two samples, the one's logits must have no gradient at all with respect to the other's input,
-    and be what they are when it comes alone, but for rounding. None where they are not finite, which
-    shows nothing. A model that only takes batches of one size is not asked, as nothing is run apart.
+    Of two samples, the logits of each must have no gradient at all with respect to the other's input,
+    and stay what they are when the other is changed, as a model may mix samples without a gradient.
+    They must also be what they are when the sample comes alone, but for rounding. None where they are
+    not finite, which shows nothing. A model that only takes batches of one size is not asked, as
+    nothing is run apart.
 
     Args:
         loan: of the model.
@@ -282,55 +286,72 @@ def answers_alone(loan: Loan, x: Tensor) -> bool | None:
         return False
     pair = torch.cat([x[:1], x[-1:]]).detach().requires_grad_()
     with torch.enable_grad():
-        together = read_logits(source_output(loan, pair))[0]
+        together = read_logits(source_output(loan, pair))
         if not together.isfinite().all():
             return None
-        if not together.requires_grad:
+        if not together.requires_grad or len(together) != 2:
             return False
-        (slope,) = torch.autograd.grad(together.sum(), pair, allow_unused=True)
+        for mine in (0, 1):
+            (slope,) = torch.autograd.grad(
+                together[mine].sum(), pair, retain_graph=True, allow_unused=True
+            )
+            if slope is None or slope[1 - mine].any():
+                return False
+    pair = pair.detach()
+    other = 1 - pair
+    changed = pair, torch.stack([pair[0], other[1]]), torch.stack([other[0], pair[1]])
     try:
         with torch.no_grad():
             alone = read_logits(source_output(loan, x[:1]))[0]
+            both, first, second = (read_logits(source_output(loan, some)) for some in changed)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # it takes two and not one, as those do that squeeze a batch of one away
         return False
-    return slope is not None and _alike(alone, together.detach()) and not slope[1].any()
+    # of one shape: no other rounding, but where content decides what is computed together
+    steady = min(64 * torch.finfo(both.dtype).eps, ROUNDING)
+    kept = _alike(first[0], both[0], steady) and _alike(second[1], both[1], steady)
+    return kept and _alike(alone, both[0])
 
 
 def answers_in_rows(loan: Loan, x: Tensor) -> bool:
     """Whether what the source model returns for a batch is what it returns for its parts, joined.
 
-    Tensors must have a row for each sample, which is the same when the sample comes alone but for
-    rounding. All else, single numbers included, must be the same for every batch.
+    Tensors must have a row for each sample, which is the same in a part but for rounding. All else,
+    single numbers included, must be the same for every part. The parts are a sample and the rest.
 
     Args:
         loan: of a model that `answers_alone`.
         x: a batch.
     """
-    pair = torch.cat([x[:1], x[-1:]])
+    x = x if len(x) > 1 else torch.cat([x, x])
     with torch.no_grad():
-        alone, together = (leaves(source_output(loan, some)) for some in (x[:1], pair))
-    return len(alone) == len(together) and all(map(_in_rows, alone, together))
-
-
-def _in_rows(alone: Any, together: Any) -> bool:
-    """Whether parts of an output, for one sample and for two of which it is the first, are so."""
-    if not isinstance(alone, Tensor) or not isinstance(together, Tensor):
-        plain = isinstance(alone, str | int | float) and type(alone) is type(together)
-        return alone is together or (plain and alone == together)
-    if alone.is_nested or together.is_nested or alone.layout is not torch.strided:
+        first, rest, whole = (source_output(loan, some) for some in (x[:1], x[1:], x))
+    if not joinable(first, rest, sizes=(1, len(x) - 1)):
         return False
-    if not alone.dim() or not together.dim():
-        return torch.equal(alone, together)
-    return len(alone) == 1 and len(together) == 2 and _alike(alone[0], together[0])
+    joined = leaves(
+        map_tensors(lambda *each: torch.cat(each) if each[0].dim() else each[0], first, rest)
+    )
+    rest, whole = leaves(rest), leaves(whole)
+    return joined.keys() == whole.keys() and all(
+        _same(part, whole[place])
+        and (not isinstance(part, Tensor) or bool(part.dim()) or _same(part, rest[place]))
+        for place, part in joined.items()
+    )
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether tensors are the same but for rounding."""
+def _same(one: Any, other: Any) -> bool:
+    """Whether leaves are the same, tensors with rows but for rounding."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return same_value(one, other)
+    return _alike(one, other) if one.dim() else torch.equal(one, other)
+
+
+def _alike(one: Tensor, other: Tensor, bound: float = ROUNDING) -> bool:
+    """Whether tensors are the same but for rounding, as a share of their largest value."""
     if one.shape != other.shape or not (one.is_floating_point() or one.is_complex()):
         return torch.equal(one, other)
-    return not one.numel() or bool((one - other).abs().max() <= 0.01 * one.abs().max())
+    return not one.numel() or bool((one - other).abs().max() <= bound * one.abs().max())
 
 
 def answers_again(loan: Loan, x: Tensor) -> bool | None:

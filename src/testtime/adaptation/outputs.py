@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable
+from types import MemberDescriptorType
 from typing import Any
 
 import torch
@@ -93,40 +94,100 @@ def map_tensors(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
     return _map(changed, first, *others)
 
 
-def leaves(output: Any) -> list[Any]:
-    """Tensors and all else that an output is made of, in order.
+def joinable(one: Any, other: Any, *, sizes: tuple[int, int]) -> bool:
+    """Whether outputs for two parts of a batch are of one kind, so that `map_tensors` can join them.
+
+    Args:
+        one: output for a part.
+        other: output for another part.
+        sizes: samples of these parts. Tensors must have a row for each, or be single numbers.
 
     Example:
-        >>> leaves({"logits": torch.ones(1), "kept": ("text", None)})
-        [tensor([1.]), 'text', None]
+        >>> parts = [{"logits": torch.zeros(size, 2), "kept": "text"} for size in (1, 3)]
+        >>> joinable(*parts, sizes=(1, 3)), joinable(parts[0], parts[1]["logits"], sizes=(1, 3))
+        (True, False)
     """
-    found: list[Any] = []
-    _map(lambda part: found.append(part) or part, output)
+    mine, theirs = leaves(one), leaves(other)
+    return mine.keys() == theirs.keys() and all(
+        _fit(part, theirs[place], sizes) for place, part in mine.items()
+    )
+
+
+def _fit(one: Any, other: Any, sizes: tuple[int, int]) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return same_value(one, other)
+    if any(part.is_nested or part.layout is not torch.strided for part in (one, other)):
+        return False
+    rows = tuple(part.shape[:1].numel() for part in (one, other))  # 1 of a single number
+    single = one.dim() == other.dim() == 0
+    fits = one.dtype == other.dtype and one.shape[1:] == other.shape[1:]
+    return fits and (single or (one.dim() == other.dim() and rows == sizes))
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two leaves that are no tensors are the same for all that is known.
+
+    Example:
+        >>> same_value("text", "text"), same_value({1}, {1})
+        (True, False)
+    """
+    plain = isinstance(one, str | int | float) and type(one) is type(other)
+    return one is other or (plain and one == other)
+
+
+def leaves(output: Any, *place: Any) -> dict[tuple[Any, ...], Any]:
+    """Tensors and all else that an output is made of, in order, each at its place.
+
+    Args:
+        output: of a model.
+        place: where it stands: types of what holds it, and its keys there.
+
+    Example:
+        >>> list(leaves({"logits": torch.ones(1), "kept": ("text", None)}).values())
+        [2, tensor([1.]), 2, 'text', None]
+    """
+    parts = _parts(output)
+    if parts is None:
+        return {place: output}
+    found: dict[tuple[Any, ...], Any] = {(*place, type(output)): len(parts)}
+    for key, part in parts.items():
+        found |= leaves(part, *place, type(output), key)
     return found
 
 
-def _map(change: Callable[..., Any], first: Any, *others: Any) -> Any:
-    def below(of: Callable[[Any], Any]) -> Any:
-        return _map(change, of(first), *map(of, others))
+def _parts(output: Any) -> dict[Any, Any] | None:
+    """What an output holds, by index, key or attribute; None where it is not looked into."""
+    if isinstance(output, Tensor | type):
+        return None
+    if isinstance(output, tuple | list):
+        return dict(enumerate(output))
+    if isinstance(output, dict):
+        return dict(output)
+    if not dataclasses.is_dataclass(output) and getattr(output, "logits", None) is None:
+        return None
+    own = (vars(kind).items() for kind in reversed(type(output).__mro__))
+    slots = [name for each in own for name, it in each if isinstance(it, MemberDescriptorType)]
+    set_ = {name: getattr(output, name) for name in slots if hasattr(output, name)}
+    return set_ | getattr(output, "__dict__", {})
 
-    if isinstance(first, tuple | list):
-        parts = [below(lambda output, i=i: output[i]) for i in range(len(first))]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    if isinstance(first, dict):
-        answer = copy.copy(first)  # of whatever subclass
-        for key in first:
-            answer[key] = below(lambda output, key=key: output[key])
-        return answer
-    if isinstance(first, Tensor):
+
+def _map(change: Callable[..., Any], first: Any, *others: Any) -> Any:
+    parts = _parts(first)
+    if parts is None:
         return change(first, *others)
-    if dataclasses.is_dataclass(first) or getattr(first, "logits", None) is not None:
-        answer = copy.copy(first)
-        fields = getattr(first, "__dataclass_fields__", None) or getattr(first, "__dict__", {})
-        for name in fields:
-            # also where the class is frozen
-            object.__setattr__(answer, name, below(lambda output, name=name: getattr(output, name)))
-        return answer
-    return change(first, *others)
+    theirs: list[Any] = [_parts(other) for other in others]
+    new = {key: _map(change, part, *(t[key] for t in theirs)) for key, part in parts.items()}
+    if isinstance(first, tuple | list):
+        return (
+            type(first)(*new.values()) if hasattr(first, "_fields") else type(first)(new.values())
+        )
+    answer = copy.copy(first)  # of whatever subclass
+    for key, part in new.items():
+        if isinstance(first, dict):
+            answer[key] = part
+        else:
+            object.__setattr__(answer, key, part)  # also where the class is frozen
+    return answer
 
 
 def rows(logits: Tensor) -> Tensor:

@@ -151,6 +151,10 @@ class Shortcuts:
             self._in_rows = answers_in_rows(self.loan, x)
         return self._in_rows
 
+    def stay_whole(self) -> None:
+        """Lets no batch be run in parts any more: what the model returned for some was seen not to fit."""
+        self._in_rows = False
+
     def sooner(self, evidence: Evidence) -> Sooner | None:
         """Which forward answers such a batch sooner; None where only one may.
 
