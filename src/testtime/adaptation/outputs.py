@@ -179,7 +179,9 @@ def _map(change: Callable[..., Any], first: Any, *others: Any) -> Any:
     new = {key: _map(change, part, *(t[key] for t in theirs)) for key, part in parts.items()}
     if isinstance(first, tuple | list):
         return (
-            type(first)(*new.values()) if hasattr(first, "_fields") else type(first)(new.values())
+            type(first)(*new.values())
+            if hasattr(first, "_fields")
+            else type(first)([*new.values()])
         )
     answer = copy.copy(first)  # of whatever subclass
     for key, part in new.items():

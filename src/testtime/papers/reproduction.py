@@ -90,7 +90,7 @@ def usual_defaults() -> Iterator[None]:
         torch.float32
         >>> torch.set_default_dtype(torch.float32)
     """
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    dtype, device = torch.get_default_dtype(), torch.empty(0).device
     torch.set_default_dtype(torch.float32)
     try:
         with nullcontext() if device.type == "cpu" else torch.device("cpu"):
